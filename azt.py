@@ -40,6 +40,7 @@ import argparse
 import asyncio
 import base64
 import binascii
+import collections
 import contextlib
 import email.utils
 import errno
@@ -358,16 +359,20 @@ class WorkerPool:
     call that hangs in the kernel must not keep the process alive after a drain.
     """
 
-    def __init__(self, name: str, threads_max: int, idle_s: float = 30.0) -> None:
+    def __init__(
+        self, name: str, threads_max: int, waiting_max: int = 1 << 20, idle_s: float = 30.0
+    ) -> None:
         self._name = name
         self._threads_max = threads_max
+        self._waiting_max = waiting_max
         self._idle_s = idle_s
         self._lock = threading.Lock()
         self._idle: list[queue.SimpleQueue[Callable[[], None]]] = []
+        self._waiting: collections.deque[Callable[[], None]] = collections.deque()
         self.threads = 0
 
     def submit(self, job: Callable[[], None]) -> bool:
-        """Run `job` on a worker; False when every thread is busy and no more may be started."""
+        """Run `job` on a worker, in order of arrival; False when no thread is free and none may wait."""
         with self._lock:
             if self._idle:
                 inbox = self._idle.pop()
@@ -377,6 +382,9 @@ class WorkerPool:
                 threading.Thread(
                     target=self._work, args=(inbox,), name=f"azt-{self._name}", daemon=True
                 ).start()
+            elif len(self._waiting) < self._waiting_max:
+                self._waiting.append(job)
+                return True
             else:
                 return False
         inbox.put(job)
@@ -385,7 +393,7 @@ class WorkerPool:
     def _work(self, inbox: queue.SimpleQueue[Callable[[], None]]) -> None:
         while True:
             try:
-                job = inbox.get(timeout=self._idle_s)
+                job: Callable[[], None] | None = inbox.get(timeout=self._idle_s)
             except queue.Empty:
                 with self._lock:
                     # `submit` may have taken this inbox between the timeout and the lock.
@@ -394,10 +402,12 @@ class WorkerPool:
                     self._idle.remove(inbox)
                     self.threads -= 1
                 return
-            job()
-            del job  # an idle thread must not keep the last request body alive
-            with self._lock:
-                self._idle.append(inbox)
+            while job is not None:  # None: an idle thread must not keep the last request body alive
+                job()
+                with self._lock:
+                    job = self._waiting.popleft() if self._waiting else None
+                    if job is None:
+                        self._idle.append(inbox)
 
 
 async def in_thread(pool: WorkerPool, function: Callable[..., T], *args: Any) -> T:
@@ -443,44 +453,19 @@ async def in_thread(pool: WorkerPool, function: Callable[..., T], *args: Any) ->
 # ==================================================================================================
 
 
-@dataclass(frozen=True, slots=True)
 class Paths:
     """Every file azt reads or writes, as a field."""
 
-    home: Path
-    codex_home: Path
-
-    @property
-    def state(self) -> Path:
-        return self.home / ".state"
-
-    @property
-    def accounts(self) -> Path:
-        return self.state / "accounts.json"
-
-    @property
-    def admin_token(self) -> Path:
-        return self.state / "admin-token"
-
-    @property
-    def keys(self) -> Path:
-        return self.state / "keys.json"
-
-    @property
-    def lock(self) -> Path:
-        return self.state / "lock"
-
-    @property
-    def models(self) -> Path:
-        return self.state / "models.json"
-
-    @property
-    def settings(self) -> Path:
-        return self.state / "settings.json"
-
-    @property
-    def codex_models(self) -> Path:
-        return self.codex_home / "models_cache.json"
+    def __init__(self, home: Path, codex_home: Path) -> None:
+        self.home = home
+        self.state = home / ".state"
+        self.accounts = self.state / "accounts.json"
+        self.admin_token = self.state / "admin-token"
+        self.keys = self.state / "keys.json"
+        self.lock = self.state / "lock"
+        self.models = self.state / "models.json"
+        self.settings = self.state / "settings.json"
+        self.codex_models = codex_home / "models_cache.json"
 
 
 @blocking
@@ -653,7 +638,7 @@ class HomeLock:
     def write(self, url: str | None) -> None:
         """Tell other processes who holds the lock and where the server listens."""
         assert self._handle is not None
-        raw = encode_holder(os.getpid(), url)
+        raw = json.dumps({"pid": os.getpid(), "url": url}).encode()
         os.pwrite(self._handle, raw, 0)
         os.ftruncate(self._handle, len(raw))
 
@@ -661,10 +646,6 @@ class HomeLock:
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
-
-
-def encode_holder(pid: int, url: str | None) -> bytes:
-    return json.dumps({"pid": pid, "url": url}).encode()
 
 
 def _holder(handle: int) -> Json:
@@ -998,8 +979,8 @@ _Key = tuple[str, str, int]
 class ConnectionPool:
     """Kept connections, last used first. The only door to the network."""
 
-    def __init__(self, network: Egress) -> None:
-        self.network = network
+    def __init__(self, egress: Egress) -> None:
+        self.egress = egress
         self._lock = threading.Lock()
         self._idle: dict[_Key, list[tuple[float, socket.socket]]] = {}
         self._context: ssl.SSLContext | None = None
@@ -1008,7 +989,7 @@ class ConnectionPool:
         """The trust store: the system's, else certifi's, plus AZT_CA_FILE. Built once and late: 40 ms."""
         with self._lock:
             if self._context is None:
-                self._context = _tls_context(self.network.ca_file)
+                self._context = _tls_context(self.egress.ca_file)
             return self._context
 
     def take(self, key: _Key) -> socket.socket | None:
@@ -1080,6 +1061,8 @@ class Answer:
     rest: bytes = b""
     """Body bytes that came along with the head."""
     framing: Framing | None = None
+    keep: bool = False
+    """The connection may be used again once the body has ended."""
     connect_ms: int = 0
 
     def close(self) -> None:
@@ -1088,69 +1071,87 @@ class Answer:
             self.sock = None
 
 
-class Framing:
-    """Takes a response body out of its transfer coding, in any split of bytes.
+# RFC 9112 7.1, read strictly: what is lenient here is how requests are smuggled (trust.md 1.5).
+_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,12})(?:;[\t\x20-\x7e]{0,%d})?\r\n" % (MAX_CHUNK_EXTENSION_BYTES - 1))
+_TRAILER_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n")
 
-    `ended` once the last byte of the body was seen; only then may the connection be kept.
-    raises  ValueError for a broken chunk head
+
+class Framing:
+    """Takes a body out of its transfer coding, request or response, in any split of bytes. Pure.
+
+        SIZE --n--> DATA --CRLF--> SIZE --0--> TRAILERS --empty line--> ended
+
+    ended   the last byte of the body was seen: only then may the connection be used again
+    rest    what came behind the body
+    left    bytes still to come of the announced length or of the chunk being read
+    raises  ValueError for anything but the exact chunk syntax
     """
 
-    __slots__ = ("_head", "_left", "_trailer", "chunked", "ended", "keep")
+    __slots__ = ("_chunked", "_in_chunk", "_partial", "_trailer_bytes", "ended", "left", "rest")
 
-    def __init__(self, chunked: bool, length: int | None, keep: bool) -> None:
-        self.chunked = chunked
-        self.keep = keep and (chunked or length is not None)
+    def __init__(self, chunked: bool, length: int | None) -> None:
+        self._chunked = chunked
+        self._in_chunk = False
+        self._partial = b""
+        self._trailer_bytes = -1
+        self.left = 0 if chunked else -1 if length is None else length
         self.ended = length == 0 and not chunked
-        self._left = 0 if chunked else (-1 if length is None else length)
-        self._head = b""
-        self._trailer = False
+        self.rest = b""
 
     def feed(self, data: bytes) -> bytes:
-        if self.chunked:
+        if self._chunked:
             return self._dechunk(data)
-        if self._left < 0:
+        if self.left < 0:
             return data
-        taken = data[: self._left]
-        self._left -= len(taken)
-        self.ended = self._left == 0
+        taken, self.rest = (data[: self.left], data[self.left :]) if len(data) > self.left else (data, b"")
+        self.left -= len(taken)
+        self.ended = not self.left
         return taken
 
     def _dechunk(self, data: bytes) -> bytes:
+        data = self._partial + data if self._partial else data
         parts: list[bytes] = []
         at = 0
-        while at < len(data) and not self.ended:
-            if self._left > 2:  # data still to come, counting the CRLF behind it
-                part = data[at : at + self._left - 2]
-                parts.append(part)
-                at += len(part)
-                self._left -= len(part)
-            elif self._left:
-                skipped = min(self._left, len(data) - at)
-                at += skipped
-                self._left -= skipped
-            else:
-                at = self._chunk_head(data, at)
+        while not self.ended:
+            if self.left:
+                parts.append(data[at : at + self.left])
+                at += len(parts[-1])
+                self.left -= len(parts[-1])
+                if self.left:
+                    break
+            line, at = self._line(data, at)
+            if not line:
+                break
+            self._take_line(line)
+        self._partial, self.rest = (b"", data[at:]) if self.ended else (data[at:], b"")
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def _chunk_head(self, data: bytes, at: int) -> int:
-        end = data.find(b"\n", at)
-        if end < 0:
-            self._head += data[at:]
-            if len(self._head) > 4096:
-                raise ValueError("chunk head too long")
-            return len(data)
-        line = (self._head + data[at:end]).strip()
-        self._head = b""
-        if self._trailer:
-            self.ended = not line
-            return end + 1
-        size = line.partition(b";")[0].strip()
-        if not re.fullmatch(rb"[0-9A-Fa-f]{1,15}", size):
-            raise ValueError("broken chunk head")
-        length = int(size, 16)
-        self._trailer = length == 0
-        self._left = length + 2 if length else 0
-        return end + 1
+    def _line(self, data: bytes, at: int) -> tuple[bytes, int]:
+        """The line at `at` and the position behind it; b"" while it is incomplete."""
+        longest = 2 if self._in_chunk else MAX_CHUNK_EXTENSION_BYTES + 14
+        longest = longest if self._trailer_bytes < 0 else MAX_TRAILER_BYTES - self._trailer_bytes
+        end = data.find(b"\n", at, at + longest) + 1
+        if not end and len(data) - at >= longest:
+            raise ValueError("a line of the chunked body is malformed or too long")
+        return (data[at:end], end) if end else (b"", at)
+
+    def _take_line(self, line: bytes) -> None:
+        if self._trailer_bytes >= 0:
+            self._trailer_bytes += len(line)
+            self.ended = line == b"\r\n"
+            if not self.ended and not _TRAILER_LINE.fullmatch(line):
+                raise ValueError("a trailer of the chunked body is malformed")
+        elif self._in_chunk:
+            if line != b"\r\n":
+                raise ValueError("a chunk of the body is longer than it says")
+            self._in_chunk = False
+        else:
+            size = _CHUNK_LINE.fullmatch(line)
+            if size is None:
+                raise ValueError("a chunk size of the body is malformed")
+            self.left = int(size[1], 16)
+            self._in_chunk = self.left > 0
+            self._trailer_bytes = -1 if self.left else 0
 
 
 @blocking
@@ -1163,7 +1164,7 @@ def open_response(pool: ConnectionPool, call: Call, wire: Wire) -> Answer:
     """
     parts = urllib.parse.urlsplit(call.url)
     host = parts.hostname or ""
-    _check_outbound(host, pool.network)
+    _check_outbound(host, pool.egress)
     key = (parts.scheme, host, parts.port or (443 if parts.scheme == "https" else 80))
     started = time.monotonic()
     sock = pool.take(key)
@@ -1193,8 +1194,8 @@ def open_response(pool: ConnectionPool, call: Call, wire: Wire) -> Answer:
     return answer
 
 
-def _check_outbound(host: str, network: Egress) -> None:
-    if host not in OUTBOUND and host not in network.own_hosts:
+def _check_outbound(host: str, egress: Egress) -> None:
+    if host not in OUTBOUND and host not in egress.own_hosts:
         raise UpstreamError(502, "upstream_unreachable", f"azt does not call {host}: it is not in its table of hosts.")
 
 
@@ -1265,14 +1266,15 @@ def _answer(sock: socket.socket, key: _Key, response: _Response) -> Answer:
         if headers.get("content-encoding", "identity") != "identity":
             raise ValueError("a compressed event stream that nobody asked for")
         sock.settimeout(0)
-        answer.framing = Framing(bool(response.chunked), response.length, not response.will_close)
+        answer.framing = Framing(bool(response.chunked), response.length)
+        answer.keep = not response.will_close
         answer.rest = _buffered(response)
         response.close()  # the reader only; the socket goes on
         return answer
     answer.body = response.read(MAX_REPLY_BYTES + 1)
     if len(answer.body) > MAX_REPLY_BYTES:
         raise ValueError("an answer larger than azt accepts")
-    answer.framing = Framing(False, 0, not response.will_close and response.isclosed())
+    answer.keep = not response.will_close and response.isclosed()
     if headers.get("content-encoding"):
         answer.body = decoded(answer.body, headers["content-encoding"], MAX_REPLY_BYTES)
     return answer
@@ -1288,7 +1290,7 @@ def _buffered(response: _Response) -> bytes:
 
 def _settle(pool: ConnectionPool, answer: Answer) -> None:
     """Keep or close the connection of an answer that was read in the thread."""
-    if answer.sock is not None and answer.framing is not None and answer.framing.keep:
+    if answer.sock is not None and answer.keep:
         pool.give(answer.key, answer.sock)
         answer.sock = None
     answer.close()
@@ -1329,7 +1331,7 @@ def _inflate_once(body: bytes | bytearray, window: int, bytes_max: int) -> bytes
 
 def _open_socket(pool: ConnectionPool, key: _Key, wire: Wire) -> socket.socket:
     scheme, host, port = key
-    proxy = _proxy_for(pool.network, host)
+    proxy = _proxy_for(pool.egress, host)
     if proxy is None:
         sock = _dial(host, port, wire)
     else:
@@ -1404,17 +1406,12 @@ def _is_address(host: str) -> bool:
     return True
 
 
-def _proxy_for(network: Egress, host: str) -> urllib.parse.SplitResult | None:
-    if not network.proxy_url:
+def _proxy_for(egress: Egress, host: str) -> urllib.parse.SplitResult | None:
+    from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]  # not in typeshed
+
+    if not egress.proxy_url or proxy_bypass_environment(host, {"no": egress.no_proxy}):
         return None
-    for rule in re.split(r"[,\s]+", network.no_proxy.lower()):
-        rule = rule.removeprefix("*").rpartition(":")[0] if rule.count(":") == 1 else rule.removeprefix("*")
-        if rule and (host == rule.lstrip(".") or host.endswith("." + rule.lstrip("."))):
-            return None
-    if network.no_proxy.strip() == "*":
-        return None
-    url = network.proxy_url if "://" in network.proxy_url else f"http://{network.proxy_url}"
-    return urllib.parse.urlsplit(url)
+    return urllib.parse.urlsplit(egress.proxy_url if "://" in egress.proxy_url else f"http://{egress.proxy_url}")
 
 
 def _dial_proxy(
@@ -2508,32 +2505,6 @@ class Relay:
     then the connection can be kept.
     """
 
-    __slots__ = (
-        "_feed",
-        "_framing",
-        "_held",
-        "_held_bytes",
-        "_last_read_s",
-        "_last_write_s",
-        "_loop",
-        "_out",
-        "_over",
-        "_parser",
-        "_paused",
-        "_pool",
-        "_ready",
-        "_sink",
-        "_streaming",
-        "_timer",
-        "_watching",
-        "answer",
-        "ended",
-        "first_output_s",
-        "on_end",
-        "started_s",
-        "translator",
-    )
-
     def __init__(self, pool: ConnectionPool, answer: Answer, translator: Translator, streaming: bool) -> None:
         self._loop = asyncio.get_running_loop()
         self._pool = pool
@@ -2547,6 +2518,7 @@ class Relay:
         self._over: asyncio.Future[None] = self._loop.create_future()
         self._out = bytearray()
         self._sink: Sink | None = None
+        self._has_content = False
         self._paused = False
         self._watching = False
         self._timer: asyncio.TimerHandle | None = None
@@ -2593,6 +2565,7 @@ class Relay:
         self._sink = sink
         self._flush()
         if self.ended:
+            self._report()
             sink.finish()
         elif self._timer is None:
             self._tick()
@@ -2615,6 +2588,7 @@ class Relay:
         """The client left: end the upstream call now."""
         self._sink = None
         self._end()
+        self._report()
         self._drop()
 
     def stop(self, error: AztError) -> None:
@@ -2666,15 +2640,16 @@ class Relay:
             self._take(events)
             self._flush()
         if self._framing.ended or not data:
-            self._body_over(clean=bool(data) and self._framing.keep)
+            self._body_over(clean=bool(data) and self.answer.keep and not self._framing.rest)
 
     def _take(self, events: list[bytes]) -> None:
         translator, out, feed = self.translator, self._out, self._feed
         for data in events:
             if self._held is not None:
                 self._hold(data)
-            else:
-                out += feed(data)
+            elif piece := feed(data):
+                out += piece
+                self._has_content = True
             if translator.done or translator.stopped or self.ended:
                 self._end()
                 if translator.stopped:
@@ -2690,6 +2665,7 @@ class Relay:
         held.append(data)
         self._held_bytes += len(data)
         if not _is_handshake(kind) or self._held_bytes > MAX_HELD_BYTES:
+            self._has_content = True
             self._open()
 
     def _open(self) -> None:
@@ -2750,13 +2726,18 @@ class Relay:
         self._flush()
         if not self._over.done():
             self._over.set_result(None)
-        if self.on_end is not None:
-            self.on_end(self)
         if self._sink is not None:
+            self._report()
             self._sink.finish()
         if self.answer.sock is not None:
             # The end of the body follows the terminal event at once; who is late is not kept.
             self._loop.call_later(1.0, self._drop)
+
+    def _report(self) -> None:
+        """Tell once that the answer has ended for the client, with what was written by then."""
+        on_end, self.on_end = self.on_end, None
+        if on_end is not None:
+            on_end(self)
 
     def _drop(self) -> None:
         self._unwatch()
@@ -2770,7 +2751,7 @@ class Relay:
         data = bytes(self._out)
         self._out.clear()
         self._last_write_s = self._loop.time()
-        if self.first_output_s is None:
+        if self._has_content and self.first_output_s is None:
             self.first_output_s = self._last_write_s
         self._sink.write(data)
 
@@ -2801,20 +2782,22 @@ def _truncated() -> UpstreamError:
 
 # ==================================================================================================
 # 11. Translators
-#     Client requests <-> Codex requests, upstream events <-> answers: dict to dict, pure. Never opens
-#     a socket, never knows an account. This part is what chat and responses share.
+#     Client requests -> Codex requests, upstream events -> answers: dict to dict. Never opens a
+#     socket, never knows an account. This part is what chat and responses share.
 # ==================================================================================================
 
 REASONING_INCLUDE = "reasoning.encrypted_content"
 
 _TYPE_WORDS: dict[type, str] = {
-    bool: "a boolean",
-    dict: "an object",
-    float: "a number",
-    int: "an integer",
-    list: "an array",
-    str: "a string",
-    type(None): "null",
+    **{bool: "a boolean", dict: "an object", float: "a number", int: "an integer"},
+    **{list: "an array", str: "a string"},
+}
+# The fields that either route looks into; null always counts as absent.
+_FIELD_TYPES: dict[type, str] = {
+    bool: "background parallel_tool_calls store stream",
+    dict: "metadata stream_options text web_search_options",
+    list: "functions include messages modalities tools",
+    str: "instructions previous_response_id prompt_cache_key",
 }
 
 
@@ -2825,37 +2808,39 @@ def _missing(param: str) -> BadRequest:
 
 
 def _expect(value: Any, kind: type[T], param: str) -> T:
-    """`value` itself where it has exactly this JSON type (a boolean is no integer)."""
-    if type(value) is kind:
-        return cast(T, value)
-    raise BadRequest(
-        f"Invalid type for '{param}': expected {_TYPE_WORDS[kind]}, got {_TYPE_WORDS.get(type(value))}.",
-        param,
-        "invalid_type",
-    )
-
-
-def _required(value: Any, kind: type[T], param: str) -> T:
-    """As `_expect`; an absent, null or empty value is missing."""
-    if value is None or value == "":
+    """`value` itself if it is exactly of this type (a boolean is no integer); null is missing."""
+    if value is None:
         raise _missing(param)
-    return _expect(value, kind, param)
+    if type(value) is kind:
+        return value
+    wanted, got = _TYPE_WORDS[kind], _TYPE_WORDS[type(value)]
+    message = f"Invalid type for '{param}': expected {wanted}, got {got}."
+    raise BadRequest(message, param, "invalid_type")
+
+
+def _named(value: Any, param: str) -> str:
+    """A name or an id: a string that is not empty."""
+    return _expect(value or None, str, param)
+
+
+def _object(parent: Json, name: str) -> Json:
+    """A member that is an object, else an empty one."""
+    value = parent.get(name)
+    return value if isinstance(value, dict) else {}
 
 
 def _one_of(value: Any, allowed: Sequence[str], param: str) -> str:
     if isinstance(value, str) and value in allowed:
         return value
-    raise BadRequest(
-        f"Invalid value for '{param}': {str(value)[:60]!r}. Supported values are: {', '.join(allowed)}.",
-        param,
-    )
+    known = ", ".join(allowed)
+    raise BadRequest(f"'{param}' is {str(value)[:60]!r}. Supported values are: {known}.", param)
 
 
-def _check_types(body: Json, types: Mapping[str, type]) -> None:
-    """Absent and null fields are always fine."""
-    for name, kind in types.items():
-        if body.get(name) is not None:
-            _expect(body[name], kind, name)
+def _check_types(body: Json) -> None:
+    for kind, names in _FIELD_TYPES.items():
+        for name in names.split():
+            if body.get(name) is not None:
+                _expect(body[name], kind, name)
 
 
 def _model_names(body: Json, default_model: str) -> tuple[str, str]:
@@ -2879,7 +2864,7 @@ _DETAILS = ("auto", "low", "high", "original")
 
 
 def _is_base64(text: str, start: int = 0) -> bool:
-    """In pieces: images have tens of megabytes, and a copy of one must not stop the other streams."""
+    """In pieces: a copy of an image of tens of megabytes would stop the other streams."""
     if len(text) <= start or (len(text) - start) % 4:
         return False
     rest = b""
@@ -2909,8 +2894,9 @@ def _text_part(part: Json, path: str) -> Json:
 
 
 def _output_text_part(part: Json, path: str) -> Json | None:
-    text = _expect(part.get("text"), str, f"{path}.text")
-    return {"type": "output_text", "text": text} if text else None
+    return (
+        {"type": "output_text", "text": text} if (text := _text_part(part, path)["text"]) else None
+    )
 
 
 def _refusal_part(part: Json, path: str) -> Json:
@@ -2922,51 +2908,44 @@ def _no_part(part: Json, path: str) -> None:
 
 
 def _image_part(part: Json, path: str) -> Json:
-    """Chat `image_url` (object or string), Responses `input_image`, Anthropic `source`, bare `image`."""
-    source = part.get("source")
+    """Chat `image_url` (object, string), Responses `input_image`, Anthropic `source`, `image`."""
     if part.get("file_id") is not None:
         raise _no_files(f"{path}.file_id")
-    if isinstance(source, dict):
+    inline, nested = _object(part, "source"), _object(part, "image_url")
+    if inline:
         path += ".source"
-        url = source.get("url")
-        if url is None:
-            url = f"data:{source.get('media_type') or 'image/png'};base64,{source.get('data')}"
-        source = {"url": url}
+        data = f"data:{inline.get('media_type', 'image/png')};base64,{inline.get('data')}"
+        url = inline.get("url") or data
     else:
-        source = part.get("image_url", part.get("image"))
-        path += ".image_url"
-    if isinstance(source, dict):
-        path += ".url"
-    url = _required(source.get("url") if isinstance(source, dict) else source, str, path)
+        path += ".image_url.url" if nested else ".image_url"
+        url = nested.get("url") if nested else part.get("image_url", part.get("image"))
+    url = _named(url, path)
     if url[:5].lower() == "data:":
         url = _data_url(url, path, "invalid_base64_image")
-    elif not url.lower().startswith(("http://", "https://")):
+    elif not url[:8].lower().startswith(("http://", "https://")):
         raise BadRequest(f"'{path}' must be an http(s) URL or a data URL.", path)
     image: Json = {"type": "input_image", "image_url": url}
-    detail = part.get("detail") or (source.get("detail") if isinstance(source, dict) else None)
+    detail = part.get("detail") or nested.get("detail")
     if detail is not None:
         image["detail"] = _one_of(detail, _DETAILS, path.removesuffix(".url") + ".detail")
     return image
 
 
 def _no_files(param: str) -> BadRequest:
-    return BadRequest(
-        "azt keeps no uploaded files: send the data itself as a data URL.",
-        param,
-        "unsupported_value",
-    )
+    message = "azt keeps no uploaded files: send the data itself as a data URL."
+    return BadRequest(message, param, "unsupported_value")
 
 
 def _file_part(part: Json, path: str) -> Json:
-    """Chat `file` (nested) or `input_file` (flat). A text file goes as text, which needs no file support."""
-    spec = part.get("file")
-    spec, path = (spec, f"{path}.file") if isinstance(spec, dict) else (part, path)
+    """Chat `file` (nested) or `input_file` (flat). A text file goes as text."""
+    nested = _object(part, "file")
+    spec, path = (nested, f"{path}.file") if nested else (part, path)
     if spec.get("file_id") is not None:
         raise _no_files(f"{path}.file_id")
     if spec.get("file_data") is None and isinstance(spec.get("file_url"), str):
         return {"type": "input_file", "file_url": spec["file_url"]}
     path += ".file_data"
-    data = _required(spec.get("file_data"), str, path)
+    data = _named(spec.get("file_data"), path)
     if data[:5].lower() != "data:":
         data = f"data:application/pdf;base64,{data}"
     data = _data_url(data, path, "invalid_value")
@@ -2991,11 +2970,8 @@ _PARTS: dict[str, dict[str, _Convert]] = {
     "developer": _IN_TEXT,
     "user": {
         **_IN_TEXT,
-        "file": _file_part,
-        "image": _image_part,
-        "image_url": _image_part,
-        "input_file": _file_part,
-        "input_image": _image_part,
+        **dict.fromkeys(("file", "input_file"), _file_part),
+        **dict.fromkeys(("image", "image_url", "input_image"), _image_part),
     },
 }
 
@@ -3008,19 +2984,12 @@ def _content_parts(content: Any, role: str, path: str) -> list[Json]:
     for index, part in enumerate(_expect(content, list, path)):
         at = f"{path}[{index}]"
         part = {"type": "text", "text": part} if isinstance(part, str) else _expect(part, dict, at)
-        kind = _required(part.get("type"), str, f"{at}.type")
-        convert = _PARTS[role].get(kind)
-        if convert is None:
-            audio = kind == "input_audio"
-            raise BadRequest(
-                "The Codex models take no audio: send text or images."
-                if audio
-                else f"Content of type {kind[:60]!r} is not possible in a message of role '{role}'.",
-                f"{at}.type",
-                "unsupported_value" if audio else "invalid_value",
-            )
-        converted = convert(part, at)
-        if converted is not None:
+        kind = _named(part.get("type"), f"{at}.type")
+        if kind == "input_audio":
+            message = "The Codex models take no audio: send text or images."
+            raise BadRequest(message, f"{at}.type", "unsupported_value")
+        convert = _PARTS[role][_one_of(kind, tuple(_PARTS[role]), f"{at}.type")]
+        if (converted := convert(part, at)) is not None:
             parts.append(converted)
     if not parts and role != "assistant":
         parts.append({"type": "input_text", "text": ""})
@@ -3029,12 +2998,13 @@ def _content_parts(content: Any, role: str, path: str) -> list[Json]:
 
 # ---- Tools ---------------------------------------------------------------------------------------
 
-_TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+_SAFE_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _TOOL_ALIASES = dict.fromkeys(
     ("web_search_preview", "web_search_preview_2025_03_11", "web_search_2025_08_26"), "web_search"
 )
 _REFUSED_TOOLS = re.compile(r"file_search|code_interpreter|computer.*|mcp")
 _CHOICES = {"any": "required", "auto": "auto", "none": "none", "required": "required"}
+_NAMED_TOOLS = ("custom", "function")
 _NOT_FOR_UPSTREAM = ("cache_control", "prompt_cache_breakpoint")
 
 
@@ -3056,26 +3026,21 @@ def _tool_specs(tools: list[Any]) -> list[_ToolSpec]:
         kind = _expect(tool, dict, path).get("type")
         if kind is None and ("function" in tool or "name" in tool):
             kind = "function"
-        kind = _required(kind, str, f"{path}.type")
+        kind = _named(kind, f"{path}.type")
         if _REFUSED_TOOLS.fullmatch(kind):
-            raise BadRequest(
-                f"The Codex backend has no tool of type {kind!r}: remove it, or declare a function.",
-                f"{path}.type",
-                "unsupported_value",
-            )
-        nested = tool.get(kind) if kind in ("function", "custom") else None
-        if isinstance(nested, dict):
-            specs.append(_ToolSpec(kind, nested, f"{path}.{kind}", nested=True))
-        else:
-            specs.append(_ToolSpec(kind, tool, path))
+            message = f"The Codex backend has no {kind!r} tool: remove it, or declare a function."
+            raise BadRequest(message, f"{path}.type", "unsupported_value")
+        nested = _object(tool, kind) if kind in _NAMED_TOOLS else {}
+        spec, at = (nested, f"{path}.{kind}") if nested else (tool, path)
+        specs.append(_ToolSpec(kind, spec, at, bool(nested)))
     return specs
 
 
 class _Tools:
-    """The tools of one request: what goes upstream, and the client's names on the way there and back.
+    """The tools of one request: what goes upstream, and the client's names there and back.
 
-    Upstream wants names of `_TOOL_NAME`, tool hubs send longer and dotted ones. They are shortened the
-    same way in every request with the same tools, so that prompts stay cacheable.
+    Upstream wants names of `_SAFE_NAME`, tool hubs send longer and dotted ones. They are shortened
+    the same way in every request with the same tools, so that prompts stay cacheable.
 
     raises  BadRequest for a tool without a name or with a wrong schema
     """
@@ -3084,28 +3049,25 @@ class _Tools:
         self.kinds: dict[str, str] = {}
         self.nested: set[str] = set()
         for spec in specs:
-            if spec.kind in ("function", "custom"):
-                name = _required(spec.spec.get("name"), str, f"{spec.path}.name")
+            if spec.kind in _NAMED_TOOLS:
+                name = _named(spec.spec.get("name"), f"{spec.path}.name")
                 self.kinds[name] = spec.kind
                 if spec.nested:
                     self.nested.add(name)
         # Names that are fine keep themselves, whatever another one is shortened to.
-        self._short = {name: name for name in self.kinds if _TOOL_NAME.fullmatch(name)}
+        self._short = {name: name for name in self.kinds if _SAFE_NAME.fullmatch(name)}
         self._taken = set(self._short)
         tools: dict[tuple[str, str], Json] = {}
         for spec in specs:
             tool = self._upstream_tool(spec)
-            kind = "" if spec.kind in ("function", "custom") else str(tool["type"])
+            kind = "" if spec.kind in _NAMED_TOOLS else str(tool["type"])
             tools[kind, str(tool.get("name"))] = tool  # upstream refuses duplicates: the last wins
         self.upstream = list(tools.values())
 
     def custom(self, nested: bool) -> frozenset[str]:
         """The client's names of the custom tools declared in this form."""
-        return frozenset(
-            name
-            for name, kind in self.kinds.items()
-            if kind == "custom" and (name in self.nested) is nested
-        )
+        custom = {name for name, kind in self.kinds.items() if kind == "custom"}
+        return frozenset(custom & self.nested if nested else custom - self.nested)
 
     @property
     def renamed(self) -> dict[str, str]:
@@ -3129,23 +3091,21 @@ class _Tools:
 
     def _upstream_tool(self, spec: _ToolSpec) -> Json:
         source = spec.spec
-        if spec.kind not in ("function", "custom"):
+        if spec.kind not in _NAMED_TOOLS:
             tool = {name: value for name, value in source.items() if name not in _NOT_FOR_UPSTREAM}
             tool["type"] = _TOOL_ALIASES.get(spec.kind, spec.kind)
-            if isinstance(source.get("user_location"), dict):
-                tool["user_location"] = _location(source["user_location"])
+            if place := _object(_object(source, "user_location"), "approximate"):  # chat nests it
+                tool["user_location"] = {"type": "approximate", **place}
             return tool
         tool = {"type": spec.kind, "name": self.short(source["name"])}
         if isinstance(source.get("description"), str):
             tool["description"] = source["description"]
         if spec.kind == "function":
             tool["parameters"] = _parameters(source.get("parameters"), f"{spec.path}.parameters")
-            strict = source.get("strict")
-            tool["strict"] = strict if isinstance(strict, bool) else False
+            tool["strict"] = source.get("strict") is True
         elif source.get("format") is not None:
-            tool["format"] = _expect(source["format"], dict, f"{spec.path}.format")
-            if isinstance(tool["format"].get("grammar"), dict):
-                tool["format"] = {"type": "grammar", **tool["format"]["grammar"]}
+            grammar = _object(_expect(source["format"], dict, f"{spec.path}.format"), "grammar")
+            tool["format"] = {"type": "grammar", **grammar} if grammar else source["format"]
         return tool
 
     def fields(self, choice: Any, parallel: bool, param: str = "tool_choice") -> Json:
@@ -3166,9 +3126,8 @@ class _Tools:
         choice = _expect(choice, dict, param)
         if choice.get("type") != "allowed_tools":
             return self._named(choice, param)
-        nested = choice.get("allowed_tools")
-        allowed = nested if isinstance(nested, dict) else choice
-        tools = _required(allowed.get("tools"), list, param)
+        allowed = _object(choice, "allowed_tools") or choice
+        tools = _expect(allowed.get("tools"), list, param)
         return {
             "type": "allowed_tools",
             "mode": _one_of(allowed.get("mode", "auto"), ("auto", "required"), param),
@@ -3177,29 +3136,23 @@ class _Tools:
 
     def _named(self, choice: Json, param: str) -> Json:
         kind = str(choice.get("type"))
-        nested = choice.get(kind)
-        name = nested.get("name") if isinstance(nested, dict) else choice.get("name")
+        name = (_object(choice, kind) or choice).get("name")
         if isinstance(name, str) and name in self.kinds:
             return {"type": self.kinds[name], "name": self.short(name)}
         kind = _TOOL_ALIASES.get(kind, kind)
-        if kind not in ("function", "custom") and any(t["type"] == kind for t in self.upstream):
+        if kind not in _NAMED_TOOLS and any(tool["type"] == kind for tool in self.upstream):
             return {**choice, "type": kind}
         raise BadRequest(f"'{param}' names a tool that is not in 'tools'. Add it there.", param)
 
 
-def _parameters(schema: Any, param: str) -> Json:
+def _parameters(given: Any, param: str) -> Json:
     """A function's schema as upstream wants it: an object with properties."""
-    schema = {} if schema is None else _expect(schema, dict, param)
-    schema = schema if "type" in schema else {"type": "object", **schema}
+    schema: Json = {} if given is None else _expect(given, dict, param)
+    if schema.get("type") is None:
+        schema = {**schema, "type": "object"}
     if schema["type"] == "object" and schema.get("properties") is None:
         schema = {**schema, "properties": {}}
     return schema
-
-
-def _location(location: Json) -> Json:
-    """Chat nests the place under `approximate`; upstream has it flat."""
-    nested = location.get("approximate")
-    return {"type": "approximate", **nested} if isinstance(nested, dict) else location
 
 
 # ---- Text, reasoning, tier, session --------------------------------------------------------------
@@ -3216,7 +3169,7 @@ def _text_fields(text_format: Json | None, verbosity: Any, param: str) -> Json:
 
 
 def _text_format(value: Any, param: str) -> Json | None:
-    """`response_format` (nested schema) or `text.format` (flat) -> upstream `text.format`; None is text."""
+    """`response_format` (nested schema) or `text.format` (flat) -> the latter; None is text."""
     value = {"type": value} if isinstance(value, str) else value
     if value is None or _expect(value, dict, param).get("type") == "text":
         return None
@@ -3225,13 +3178,12 @@ def _text_format(value: Any, param: str) -> Json | None:
         return {"type": kind}
     if param == "response_format" or "json_schema" in value:
         param += ".json_schema"
-        value = _required(value.get("json_schema"), dict, param)
-    name = value.get("name")
-    name = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:64] if isinstance(name, str) else ""
+        value = _expect(value.get("json_schema"), dict, param)
+    name = value.get("name") or "response"
     text_format: Json = {
         "type": kind,
-        "name": name or "response",
-        "schema": _required(value.get("schema"), dict, f"{param}.schema"),
+        "name": re.sub(r"[^A-Za-z0-9_-]", "_", str(name))[:64],
+        "schema": _expect(value.get("schema"), dict, f"{param}.schema"),
         "strict": value.get("strict") is True,
     }
     if isinstance(value.get("description"), str):
@@ -3252,7 +3204,7 @@ def _reasoning_fields(
 
 
 def _clamp_effort(effort: str, supported: Sequence[str]) -> str:
-    """The nearest effort that the model lists; between two, the cheaper one except for xhigh and max."""
+    """The nearest effort that the model lists; of two, the cheaper one except for xhigh and max."""
     known = [listed for listed in supported if listed in _EFFORTS]
     if not known or effort in known:
         return effort
@@ -3272,7 +3224,7 @@ def _tier_field(tier: Any) -> Json:
 
 
 def _session_key(body: Json, instructions: str, items: list[Json]) -> str:
-    """One key per conversation: the backend routes and caches by it (also as a header, hence the form)."""
+    """One key per conversation: the backend caches and routes by it, also as a header."""
     key = body.get("prompt_cache_key")
     if isinstance(key, str) and re.fullmatch(r"[\x21-\x7e]{1,64}", key):
         return key
@@ -3302,16 +3254,15 @@ _OUTPUT_OF = {
     "function_call": "function_call_output",
 }
 _OUTPUTS = tuple(_OUTPUT_OF.values())
-_CALL_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _NO_RESULT = "No result was recorded for this call."
 _JSON_HINT = "Answer with a JSON object."
 
 _Placed = tuple[Json, str]
-"""An item in Responses shape with the client's own content and names, and its path for error messages."""
+"""An item in Responses shape with the client's own content and names, and its path for errors."""
 
 
 def _client_items(value: Any, find: Callable[[str], Json | None]) -> Iterator[_Placed]:
-    """Responses `input` -> typed items; references are replaced by what `find` knows under their id."""
+    """Responses `input` -> typed items; `find` knows the items that are only referred to."""
     if isinstance(value, str):
         value = [{"role": "user", "content": value}]
     for index, item in enumerate(_expect(value, list, "input")):
@@ -3319,23 +3270,22 @@ def _client_items(value: Any, find: Callable[[str], Json | None]) -> Iterator[_P
         kind = _expect(item, dict, path).get("type")
         if kind is None:
             kind = "message" if "role" in item else "item_reference" if "id" in item else None
-        kind = _required(kind, str, f"{path}.type")
+        kind = _named(kind, f"{path}.type")
         if kind == "item_reference":
-            found = _referenced(_required(item.get("id"), str, f"{path}.id"), f"{path}.id", find)
-            if found is not None:
+            if (found := _referenced(item.get("id"), f"{path}.id", find)) is not None:
                 yield found, path
             continue
         if kind == "message":
-            _one_of(_required(item.get("role"), str, f"{path}.role"), tuple(_ROLES), f"{path}.role")
+            _one_of(_named(item.get("role"), f"{path}.role"), tuple(_ROLES), f"{path}.role")
         yield {**item, "type": kind}, path
 
 
-def _referenced(item_id: str, param: str, find: Callable[[str], Json | None]) -> Json | None:
-    found = find(item_id)
+def _referenced(item_id: Any, param: str, find: Callable[[str], Json | None]) -> Json | None:
+    found = find(_named(item_id, param))
     if found is None and not item_id.startswith("rs_"):  # reasoning can be spared, the rest cannot
         raise BadRequest(
-            f"Item with id '{item_id[:100]}' not found. azt remembers items of stored responses for "
-            "24 hours; send the item itself instead (in the AI SDK: store false).",
+            f"Item with id '{item_id[:100]}' not found. azt remembers stored items for 24 hours at "
+            "most; send the item itself instead (in the AI SDK: store false).",
             param,
         )
     return found
@@ -3358,25 +3308,25 @@ def _upstream_item(item: Json, path: str, tools: _Tools) -> Json | None:
         return _call_item(item, path, tools)
     if kind in _OUTPUTS:
         field = "content" if path.startswith("messages") else "output"
-        output = _call_output(item.get("output"), f"{path}.{field}")
-        call_id = _required(item.get("call_id"), str, f"{path}.call_id")
-        return {"type": kind, "call_id": _call_id(call_id), "output": output}
+        output = item.get("output")
+        if isinstance(output, list):
+            output = _content_parts(output, "user", f"{path}.{field}")
+        else:
+            output = _as_text(output)
+        call_id = _call_id(_named(item.get("call_id"), f"{path}.call_id"))
+        return {"type": kind, "call_id": call_id, "output": output}
     if kind == "reasoning":
-        encrypted = item.get("encrypted_content")
-        if not isinstance(encrypted, str) or not encrypted:
-            return None
-        summary = item.get("summary")
-        summary = summary if isinstance(summary, list) else []
-        return {"type": kind, "summary": summary, "encrypted_content": encrypted}
+        summary, encrypted = item.get("summary") or [], item.get("encrypted_content")
+        sealed = {"type": kind, "summary": summary, "encrypted_content": encrypted}
+        return sealed if encrypted else None
     dropped = _NOT_FOR_UPSTREAM if kind == "image_generation_call" else ("id", *_NOT_FOR_UPSTREAM)
     return {name: value for name, value in item.items() if name not in dropped}
 
 
 def _call_item(item: Json, path: str, tools: _Tools) -> Json:
-    name = _required(item.get("name"), str, f"{path}.name")
-    call_id = _call_id(_required(item.get("call_id"), str, f"{path}.call_id"))
-    raw = item.get("input") if item["type"] == "custom_tool_call" else item.get("arguments")
-    text = raw if isinstance(raw, str) else "" if raw is None else encode_json(raw).decode()
+    name = _named(item.get("name"), f"{path}.name")
+    call_id = _call_id(_named(item.get("call_id"), f"{path}.call_id"))
+    text = _as_text(item.get("input" if item["type"] == "custom_tool_call" else "arguments"))
     # Cursor gets calls of its flat custom tools as functions and sends them back as such.
     if item["type"] == "custom_tool_call" or tools.kinds.get(name) == "custom":
         kind, field = "custom_tool_call", "input"
@@ -3385,17 +3335,14 @@ def _call_item(item: Json, path: str, tools: _Tools) -> Json:
     return {"type": kind, "call_id": call_id, "name": tools.short(name), field: text}
 
 
-def _call_output(output: Any, path: str) -> str | list[Json]:
-    if isinstance(output, list):
-        return _content_parts(output, "user", path)
-    if output is None or isinstance(output, str):
-        return output or ""
-    return encode_json(output).decode()
+def _as_text(value: Any) -> str:
+    """Some clients send objects where strings belong."""
+    return value or "" if value is None or isinstance(value, str) else encode_json(value).decode()
 
 
 def _call_id(call_id: str) -> str:
-    """Upstream takes 64 characters; longer and odd ids become a digest, the same for call and output."""
-    return call_id if _CALL_ID.fullmatch(call_id) else f"call_{_digest(call_id)[:40]}"
+    """Longer and odd ids, which upstream refuses, become a digest: the same for call and output."""
+    return call_id if _SAFE_NAME.fullmatch(call_id) else f"call_{_digest(call_id)[:40]}"
 
 
 @dataclass(slots=True)
@@ -3476,16 +3423,13 @@ def _upstream_input(
     text_format: Json | None,
     param: str,
 ) -> tuple[str, list[Json]]:
-    """(instructions, input) as upstream takes them; `param` is the field that an empty input is named by."""
+    """(instructions, input) as upstream takes them; `param` names the input for the client."""
     converted = (_upstream_item(item, path, tools) for item, path in placed)
     items = _pair_calls([item for item in converted if item is not None])
     if not items and instructions:
         items, instructions = [_developer_item(instructions)], ""
     if not items:
-        raise BadRequest(
-            "The input is empty: send at least one message, and tool outputs only after their calls.",
-            param,
-        )
+        raise BadRequest("Nothing to answer: send a message. Tool outputs need their calls.", param)
     # Quirk: upstream wants the word in the input; the instructions do not count.
     if text_format == {"type": "json_object"} and not _mentions_json(items):
         items.insert(0, _developer_item(_JSON_HINT))
@@ -3513,27 +3457,24 @@ _IMAGE_BYTES = 4096  # an image or a file counts as about 1,000 tokens, whatever
 
 def usage_from(usage: Json | None) -> Json:
     """Upstream `usage` -> chat `usage`. Missing and odd counts are 0, never null or negative."""
-    usage = usage if isinstance(usage, dict) else {}
 
-    def count(value: Any) -> int:
+    def count(source: Json, name: str) -> int:
+        value = source.get(name)
         return max(0, value) if type(value) is int else 0
 
-    def details(name: str) -> Json:
-        value = usage.get(name)
-        return value if isinstance(value, dict) else {}
-
-    inputs, outputs = details("input_tokens_details"), details("output_tokens_details")
-    prompt, completion = count(usage.get("input_tokens")), count(usage.get("output_tokens"))
-    prompt_details = {"cached_tokens": count(inputs.get("cached_tokens")), "audio_tokens": 0}
-    if inputs.get("cache_write_tokens") is not None:
-        prompt_details["cache_write_tokens"] = count(inputs["cache_write_tokens"])
+    usage = usage if isinstance(usage, dict) else {}
+    inputs = _object(usage, "input_tokens_details")
+    prompt, completion = count(usage, "input_tokens"), count(usage, "output_tokens")
+    prompt_details = {"cached_tokens": count(inputs, "cached_tokens"), "audio_tokens": 0}
+    if "cache_write_tokens" in inputs:
+        prompt_details["cache_write_tokens"] = count(inputs, "cache_write_tokens")
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
-        "total_tokens": count(usage.get("total_tokens")) or prompt + completion,
+        "total_tokens": count(usage, "total_tokens") or prompt + completion,
         "prompt_tokens_details": prompt_details,
         "completion_tokens_details": {
-            "reasoning_tokens": count(outputs.get("reasoning_tokens")),
+            "reasoning_tokens": count(_object(usage, "output_tokens_details"), "reasoning_tokens"),
             "audio_tokens": 0,
             "accepted_prediction_tokens": 0,
             "rejected_prediction_tokens": 0,
@@ -3542,7 +3483,7 @@ def usage_from(usage: Json | None) -> Json:
 
 
 def estimate_input_tokens(upstream: Json) -> int:
-    """About one token per 4 bytes of text and tool schemas, and 4 per item. An estimate, never exact."""
+    """About one token per 4 bytes of text and tool schemas, and 4 per item. Never exact."""
     size = _text_bytes(upstream.get("instructions")) + len(encode_json(upstream.get("tools", [])))
     items = upstream.get("input", [])
     return max(1, (size + sum(map(_text_bytes, items))) // 4 + 4 * len(items))
@@ -3558,33 +3499,11 @@ def _text_bytes(value: Any) -> int:
 # 11a. Chat Completions
 # --------------------------------------------------------------------------------------------------
 
-_CHAT_TYPES: dict[str, type] = {
-    "instructions": str,
-    "messages": list,
-    "metadata": dict,
-    "modalities": list,
-    "parallel_tool_calls": bool,
-    "prompt_cache_key": str,
-    "stream": bool,
-    "stream_options": dict,
-    "tools": list,
-    "functions": list,
-    "web_search_options": dict,
-}
 _CHAT_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _CHAT_IGNORED = (
-    "temperature",
-    "top_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "seed",
-    "logit_bias",
-    "logprobs",
-    "top_logprobs",
-    "user",
-    "prediction",
-    "moderation",
-)
+    "temperature top_p presence_penalty frequency_penalty seed logit_bias logprobs top_logprobs"
+    " user prediction moderation"
+).split()
 
 # Thinking budgets of other dialects, in tokens: the first limit that holds names the effort.
 _BUDGETS = ((0, "none"), (512, "minimal"), (1024, "low"), (8192, "medium"), (24576, "high"))
@@ -3621,20 +3540,21 @@ def chat_to_responses(
 ) -> ChatRequest:
     """Chat Completions request -> Responses request.
 
-    body     the client's JSON, never changed. With `input` in place of `messages` it is Responses-shaped
-             (Cursor) and still gets a chat answer.
+    body     the client's JSON, never changed. With `input` in place of `messages` it is
+             Responses-shaped (Cursor) and still gets a chat answer.
     efforts  model id -> reasoning efforts it supports; a model may be missing
     raises   BadRequest naming the first offending field
 
     mapped   model, messages, input, instructions, tools, functions, tool_choice, function_call,
-             parallel_tool_calls, response_format, verbosity, text, reasoning_effort, reasoning, thinking,
-             enable_thinking, web_search_options, prompt_cache_key, service_tier (priority and fast)
-    local    stream, stream_options.include_usage, stop, metadata, include_reasoning, extra_body (merged)
-    dropped  `_CHAT_IGNORED` and `_CHAT_LIMITS` (refused upstream, reported in `ignored`); store (always
-             false), safety_identifier, prompt_cache_retention, cache_control (refused upstream); every
-             other key (the upstream body is built from an allow-list)
-    refused  n other than 1, audio, file ids, unknown roles and parts, file_search, code_interpreter,
-             computer and mcp tools, more than 4 stop strings, previous_response_id (no state on this route)
+             parallel_tool_calls, response_format, verbosity, text, reasoning_effort, reasoning,
+             thinking, enable_thinking, web_search_options, prompt_cache_key, user (as a seed of
+             that key only), service_tier (priority and fast)
+    local    stream, stream_options.include_usage, stop, metadata, include_reasoning, extra_body
+    dropped  `_CHAT_IGNORED`, `_CHAT_LIMITS` (refused upstream, reported in `ignored`); store,
+             safety_identifier, prompt_cache_retention, cache_control (refused upstream);
+             every other key (the upstream body is built from an allow-list)
+    refused  n other than 1, audio, file ids, unknown roles and parts, more than 4 stop strings,
+             file_search, code_interpreter, computer and mcp tools, previous_response_id (no state)
     source   platform.openai.com/docs/api-reference/chat
     """
     extra = body.get("extra_body")
@@ -3671,28 +3591,24 @@ def chat_to_responses(
 
 def _check_chat(body: Json) -> tuple[str, ...]:
     """Types first, then what one text answer cannot be. Returns the token limits that were set."""
-    _check_types(body, _CHAT_TYPES)
+    _check_types(body)
     limits = tuple(name for name in _CHAT_LIMITS if _check_limit(body, name))
     if "audio" in (body.get("modalities") or ()):
-        raise BadRequest(
-            "The Codex models give no audio: ask for text only.", "modalities", "unsupported_value"
-        )
+        message = "The Codex models give no audio: ask for text only."
+        raise BadRequest(message, "modalities", "unsupported_value")
     n = body.get("n")
     if n is not None and (isinstance(n, bool) or n != 1):
-        raise BadRequest(
-            "This gateway returns a single choice; 'n' must be 1.", "n", "unsupported_value"
-        )
+        message = "This gateway returns a single choice; 'n' must be 1."
+        raise BadRequest(message, "n", "unsupported_value")
     return limits
 
 
 def _stop_strings(value: Any) -> tuple[str, ...]:
-    stops = (
-        [value] if isinstance(value, str) else _expect([] if value is None else value, list, "stop")
-    )
-    for index, stop in enumerate(stops):
-        _expect(stop, str, f"stop[{index}]")
+    value = [value] if isinstance(value, str) else value
+    stops = [] if value is None else _expect(value, list, "stop")
     if len(stops) > 4:
         raise BadRequest("'stop' takes at most 4 strings.", "stop")
+    stops = [_expect(stop, str, f"stop[{index}]") for index, stop in enumerate(stops)]
     return tuple(stop for stop in stops if stop)
 
 
@@ -3717,12 +3633,7 @@ def _chat_tools(body: Json) -> list[_ToolSpec]:
 def _chat_format(body: Json) -> Json | None:
     if body.get("response_format") is not None:
         return _text_format(body["response_format"], "response_format")
-    return _text_format(_text_object(body).get("format"), "text.format")
-
-
-def _text_object(body: Json) -> Json:
-    """Responses keys on the chat route."""
-    return body["text"] if isinstance(body.get("text"), dict) else {}
+    return _text_format(_object(body, "text").get("format"), "text.format")
 
 
 def _chat_upstream(
@@ -3736,7 +3647,7 @@ def _chat_upstream(
         tool_fields = tools.fields(body.get("tool_choice"), parallel)
     effort, param = _asked_effort(body)
     summary = _asked_summary(body) if _shows_reasoning(body) else None
-    verbosity = body.get("verbosity") or _text_object(body).get("verbosity")
+    verbosity = body.get("verbosity") or _object(body, "text").get("verbosity")
     return {
         "model": model,
         "instructions": "",
@@ -3751,30 +3662,24 @@ def _chat_upstream(
     }
 
 
-def _reasoning_object(body: Json) -> Json:
-    return body["reasoning"] if isinstance(body.get("reasoning"), dict) else {}
-
-
 def _shows_reasoning(body: Json) -> bool:
-    excluded = _reasoning_object(body).get("exclude") is True
+    excluded = _object(body, "reasoning").get("exclude") is True
     return body.get("include_reasoning") is not False and not excluded
 
 
 def _asked_summary(body: Json) -> str:
-    summary = _reasoning_object(body).get("summary")
+    summary = _object(body, "reasoning").get("summary")
     return summary if isinstance(summary, str) and summary in _SUMMARIES else "auto"
 
 
 def _asked_effort(body: Json) -> tuple[Any, str]:
-    """(effort, its param) in the first dialect that names one: OpenAI, OpenRouter, Anthropic, Qwen."""
+    """(effort, its param) as OpenAI, OpenRouter, Anthropic or Qwen clients write it."""
     if body.get("reasoning_effort") is not None:
         return body["reasoning_effort"], "reasoning_effort"
     if isinstance(body.get("reasoning"), str):
         return body["reasoning"], "reasoning"
-    reasoning, thinking, template = (
-        body[name] if isinstance(body.get(name), dict) else {}
-        for name in ("reasoning", "thinking", "chat_template_kwargs")
-    )
+    reasoning, thinking = _object(body, "reasoning"), _object(body, "thinking")
+    template = _object(body, "chat_template_kwargs")
     if reasoning.get("effort") is not None:
         return reasoning["effort"], "reasoning.effort"
     switches = (
@@ -3794,16 +3699,13 @@ def _asked_effort(body: Json) -> tuple[Any, str]:
 
 
 def _chat_items(body: Json) -> tuple[str, list[_Placed]]:
-    """(instructions, items): the leading system messages become instructions, the rest keeps its place."""
+    """(instructions, items): leading system messages are instructions, others keep their place."""
     given = body.get("instructions") or ""
     messages = body.get("messages")
     if not messages and body.get("input") is not None:
         if body.get("previous_response_id") is not None:
-            raise BadRequest(
-                "azt continues stored responses on /v1/responses only: send the whole input here.",
-                "previous_response_id",
-                "unsupported_parameter",
-            )
+            message = "azt continues stored responses on /v1/responses only: send the whole input."
+            raise BadRequest(message, "previous_response_id", "unsupported_parameter")
         return given, list(_client_items(body["input"], lambda item_id: None))
     if messages is None:
         raise _missing("messages")
@@ -3823,15 +3725,15 @@ def _message_items(messages: list[Any]) -> Iterator[_Placed]:
     unanswered: dict[str, list[str]] = {}
     for index, message in enumerate(messages):
         path = f"messages[{index}]"
-        role = _required(_expect(message, dict, path).get("role"), str, f"{path}.role")
+        role = _named(_expect(message, dict, path).get("role"), f"{path}.role")
         content = message.get("content")
         if role == "tool":
             call_id = (
                 message.get("tool_call_id") or message.get("toolCallId") or message.get("call_id")
             )
-            call_id = _required(call_id, str, f"{path}.tool_call_id")
+            call_id = _named(call_id, f"{path}.tool_call_id")
         elif role == "function":
-            waiting = unanswered.get(_required(message.get("name"), str, f"{path}.name"))
+            waiting = unanswered.get(_named(message.get("name"), f"{path}.name"))
             call_id = waiting.pop(0) if waiting else f"call_fn_{index}"
         elif role == "assistant":
             yield from _assistant_items(message, path, index, unanswered)
@@ -3846,7 +3748,7 @@ def _message_items(messages: list[Any]) -> Iterator[_Placed]:
 def _assistant_items(
     message: Json, path: str, index: int, unanswered: dict[str, list[str]]
 ) -> Iterator[_Placed]:
-    """The text first, then one item per call. `unanswered` collects legacy calls, which have no ids."""
+    """The text, then one item per call. `unanswered` collects legacy calls, which have no id."""
     content = message.get("content")
     parts = [content] if isinstance(content, str) else content or []
     parts = [*_expect(parts, list, f"{path}.content")]
@@ -3858,23 +3760,21 @@ def _assistant_items(
         yield _tool_call(call, f"{path}.tool_calls[{number}]"), path
     legacy = message.get("function_call")
     if legacy is not None:
-        name = _expect(legacy, dict, f"{path}.function_call").get("name")
-        name = _required(name, str, f"{path}.function_call.name")
-        call_id = f"call_fn_{index}"
-        unanswered.setdefault(name, []).append(call_id)
-        arguments = legacy.get("arguments")
-        item = {"type": "function_call", "call_id": call_id, "name": name, "arguments": arguments}
-        yield item, path
+        path += ".function_call"
+        name = _named(_expect(legacy, dict, path).get("name"), f"{path}.name")
+        item = {"type": "function_call", "call_id": f"call_fn_{index}", "name": name}
+        unanswered.setdefault(name, []).append(item["call_id"])
+        yield {**item, "arguments": legacy.get("arguments")}, path
 
 
 def _tool_call(call: Any, path: str) -> Json:
     kind = _expect(call, dict, path).get("type") or "function"
-    kind = _one_of(kind, ("function", "custom"), f"{path}.type")
-    spec = _required(call.get(kind), dict, f"{path}.{kind}")
+    kind = _one_of(kind, _NAMED_TOOLS, f"{path}.type")
+    spec = _expect(call.get(kind), dict, f"{path}.{kind}")
     item = {
         "type": "function_call" if kind == "function" else "custom_tool_call",
-        "call_id": _required(call.get("id"), str, f"{path}.id"),
-        "name": _required(spec.get("name"), str, f"{path}.{kind}.name"),
+        "call_id": _named(call.get("id"), f"{path}.id"),
+        "name": _named(spec.get("name"), f"{path}.{kind}.name"),
     }
     field = "arguments" if kind == "function" else "input"
     return {**item, field: spec.get(field)}
@@ -3885,7 +3785,7 @@ def _tool_call(call: Any, path: str) -> Json:
 
 @dataclass(frozen=True, slots=True)
 class _Channel:
-    """How one kind of growing text travels upstream: `<event>.delta`, `<event>.done`, snapshots.
+    """How one kind of growing text travels upstream: `response.<event>.delta` and `.done`.
 
     text   the field with the whole text, in the done event and in the part or item
     index  the event field that numbers the part; a call has one text only
@@ -3900,23 +3800,15 @@ class _Channel:
 
 
 _CHANNELS = {
-    "arguments": _Channel("response.function_call_arguments", "arguments", "call"),
-    "input": _Channel("response.custom_tool_call_input", "input", "call"),
-    "output_text": _Channel(
-        "response.output_text", "text", "message", "content_index", "response.content_part"
-    ),
+    "arguments": _Channel("function_call_arguments", "arguments", "call"),
+    "input": _Channel("custom_tool_call_input", "input", "call"),
+    "output_text": _Channel("output_text", "text", "message", "content_index", "content_part"),
     "reasoning_text": _Channel(
-        "response.reasoning_text", "text", "reasoning", "content_index", "response.content_part"
+        "reasoning_text", "text", "reasoning", "content_index", "content_part"
     ),
-    "refusal": _Channel(
-        "response.refusal", "refusal", "message", "content_index", "response.content_part"
-    ),
+    "refusal": _Channel("refusal", "refusal", "message", "content_index", "content_part"),
     "summary_text": _Channel(
-        "response.reasoning_summary_text",
-        "text",
-        "reasoning",
-        "summary_index",
-        "response.reasoning_summary_part",
+        "reasoning_summary_text", "text", "reasoning", "summary_index", "reasoning_summary_part"
     ),
 }
 """Every growing text, by the `type` of its part (for calls: by the item's field)."""
@@ -3970,7 +3862,7 @@ class _Part:
         return cast(str, json.loads(b'"' + b"".join(self.pieces) + b'"'))
 
     def rest(self, whole: str) -> str:
-        """What a snapshot adds to the text so far: nothing where it differs, as deltas only append."""
+        """What a snapshot adds to the text; nothing where it differs, as deltas only append."""
         said = self.text()
         return whole[len(said) :] if whole.startswith(said) else ""
 
@@ -4033,7 +3925,7 @@ class _Items:
         return self.find(_group(value), value.get("id"), value.get("call_id"), index)
 
     def of_output(self, output: Any) -> list[tuple[_Item, Json]]:
-        """The items of a terminal `response.output`; one without an id goes by its place in its group."""
+        """The items of a terminal `output`; one without an id goes by its place in its group."""
         found = []
         counts: dict[str, int] = {}
         for index, value in enumerate(_dicts(output)):
@@ -4047,21 +3939,26 @@ class _Items:
         return found
 
 
+def _is_part(part: Json) -> bool:
+    kind = _str(part.get("type"))
+    return kind in _CHANNELS and _CHANNELS[kind].part != ""
+
+
 def _texts_of(value: Json) -> list[tuple[str, int, Json]]:
     """The texts in an item: (channel, index, the object that holds the text)."""
     call_text = _CALL_TEXTS.get(_str(value.get("type")))
     if call_text:
         return [(call_text, 0, value)]
     return [
-        (kind, index, part)
+        (part["type"], index, part)
         for parts in (value.get("summary"), value.get("content"))
         for index, part in enumerate(_dicts(parts))
-        if (kind := _str(part.get("type"))) in _CHANNELS and _CHANNELS[kind].part
+        if _is_part(part)
     ]
 
 
-# The values that a delta event may have for the fast path. Each is canonical JSON: what `json` makes
-# of it and writes again are the same bytes. So no \u and no \/ in the delta, no number that is too long.
+# The values that a delta event may have for the fast path. Each is canonical JSON: `json` reads it
+# and writes the same bytes again. So no \u and no \/ in the delta, and no number that is too long.
 _LITERAL = rb'"([^"\\\x00-\x1f]*+(?:\\["\\bfnrt][^"\\\x00-\x1f]*+)*+)"'
 _DELTA_FIELDS = {
     "content_index": rb"(0|[1-9]\d{0,8})",
@@ -4085,8 +3982,8 @@ def _delta_shape(
 ) -> tuple[re.Pattern[bytes], int, tuple[int, ...]] | None:
     """A pattern for delta events with these members in this order.
 
-    returns  the pattern, the group of the delta, the groups that tell whose delta it is; None when a
-             member is not known
+    returns  the pattern, the group of the delta, the groups that tell whose delta it is; None when
+             a member is not known
     """
     if "type" not in names or "delta" not in names or not _DELTA_FIELDS.keys() >= set(names):
         return None
@@ -4114,9 +4011,11 @@ class _EventStream:
     """One upstream event stream -> one answer: what both protocols share.
 
     An event is parsed, given to the handler of its type, and what that emits is encoded. Fast path:
-    after a delta whose handler did nothing but wrap the text (it sets `_plain`), a delta event with the
-    same members and the same keys is pasted into the same bytes. Any other event ends that.
+    after a delta whose handler did nothing but wrap the text (it sets `_plain`), a delta event with
+    the same members and the same keys is pasted into the same bytes. Any other event ends that.
     """
+
+    _handlers: Mapping[str, Callable[..., None]] = {}
 
     def __init__(self, now: float, fast: bool) -> None:
         self.done = False
@@ -4129,9 +4028,6 @@ class _EventStream:
         self._out: list[Json] = []
         self._plain: tuple[_Part, Json] | None = None
         self._paste: _Paste | None = None
-
-    def _handler(self, kind: str) -> Callable[[Any, Json], None] | None:
-        raise NotImplementedError
 
     def _encode(self, chunk: Json) -> bytes:
         raise NotImplementedError
@@ -4154,7 +4050,7 @@ class _EventStream:
         """One upstream event -> the chunks (chat) or events (Responses) that it causes."""
         self._out = []
         self._plain = self._paste = None
-        handler = None if self.done else self._handler(_kind(event))
+        handler = None if self.done else self._handlers.get(_kind(event))
         if handler is not None:
             handler(self, event)
         return self._out
@@ -4198,18 +4094,21 @@ class _EventStream:
             group, event.get("item_id"), event.get("call_id"), event.get("output_index")
         )
 
-    def _delta(self, event: Json, channel: str) -> None:
+    def _place(self, event: Json, channel: str) -> tuple[_Item, str, int]:
+        """Whose text an event is about: item, channel, index of the part."""
         known = _CHANNELS[channel]
-        item = self._of(event, known.group)
-        self._hear(item, channel, _int(event.get(known.index)), _str(event.get("delta")))
+        return self._of(event, known.group), channel, _int(event.get(known.index))
+
+    def _delta(self, event: Json, channel: str) -> None:
+        self._hear(*self._place(event, channel), _str(event.get("delta")))
 
     def _arm(self, event: Json, data: bytes, part: _Part, sample: Json) -> None:
-        """Prepare the fast path for more deltas like `data`; `sample` is a chunk with _MARK for the text."""
+        """Prepare the fast path for deltas like `data`; `sample`: a chunk with _MARK as its text."""
         space = b" " if data.find(b": ") == data.find(b":") else b""
         shape = _delta_shape(tuple(event), space)
         found = shape and shape[0].fullmatch(data)
         head, mark, tail = self._encode(sample).rpartition(_MARK_BYTES)
-        # Where a name in the chunk is no valid Unicode, encode_json escapes all of it: no paste then.
+        # A name in the chunk that is no valid Unicode makes encode_json escape all of it: no paste.
         if shape and found and mark:
             pattern, delta, keys = shape
             self._paste = _Paste(
@@ -4223,7 +4122,7 @@ def _of_channels(
     """The handlers of all delta and done events; each is told its channel."""
     endings = (("delta", delta), ("done", whole))
     return {
-        f"{known.event}.{ending}": functools.partial(handler, channel=channel)
+        f"response.{known.event}.{ending}": functools.partial(handler, channel=channel)
         for channel, known in _CHANNELS.items()
         for ending, handler in endings
     }
@@ -4257,21 +4156,27 @@ class StopMatcher:
         self._pending = ""
 
     def push(self, text: str) -> str:
-        if not self._stops:
-            return text
         pending = self._pending + text
-        starts = [at for stop in self._stops if (at := pending.find(stop)) >= 0]
-        if starts:
-            self.hit = True
-            self._pending = ""
-            return pending[: min(starts)]
-        keep = max(self._overlap(pending, stop) for stop in self._stops)
+        found = self._find(pending)
+        keep = max((self._overlap(pending, stop) for stop in self._stops), default=0)
+        # A longer stop string that began earlier comes first: wait until it is complete or is not.
+        if 0 <= found <= len(pending) - keep:
+            return self._cut(pending, found)
         self._pending = pending[len(pending) - keep :]
         return pending[: len(pending) - keep]
 
     def flush(self) -> str:
         pending, self._pending = self._pending, ""
-        return pending
+        found = self._find(pending)
+        return pending if found < 0 else self._cut(pending, found)
+
+    def _find(self, text: str) -> int:
+        return min((at for stop in self._stops if (at := text.find(stop)) >= 0), default=-1)
+
+    def _cut(self, pending: str, at: int) -> str:
+        self.hit = True
+        self._pending = ""
+        return pending[:at]
 
     @staticmethod
     def _overlap(text: str, stop: str) -> int:
@@ -4306,8 +4211,8 @@ class ChatStream(_EventStream):
         nothing sent --first delta--> role sent --deltas--> finish, usage, [DONE]
               \\_______________failure_______\\___________> error event, no [DONE]
 
-    Calls go out one at a time in the order in which they got a name: `_queue` holds those not finished,
-    its first one streams, the others keep their text in `held`.
+    Calls go out one at a time in the order in which they got a name: `_queue` holds those not
+    finished, its first one streams, the others keep their text in `held`.
     mapped   text, refusals, reasoning, function and custom calls, citations, images, usage
     dropped  hosted tool progress, partial images, encrypted reasoning, vendor events
     """
@@ -4335,9 +4240,6 @@ class ChatStream(_EventStream):
         self._extras: Json = {}
 
     # What goes out
-
-    def _handler(self, kind: str) -> Callable[[Any, Json], None] | None:
-        return _CHAT_HANDLERS.get(kind)
 
     def _encode(self, chunk: Json) -> bytes:
         """The SSE event of a chunk; the last chunk of a whole answer brings the [DONE] with it."""
@@ -4379,23 +4281,18 @@ class ChatStream(_EventStream):
     # Text
 
     def _whole(self, event: Json, channel: str) -> None:
-        """A snapshot adds what the deltas left out."""
-        known = _CHANNELS[channel]
-        item = self._of(event, known.group)
-        self._catch_up(item, channel, _int(event.get(known.index)), event)
+        """Quirk: deltas may be missing and only the snapshot be there (C08, C17, C18)."""
+        item, _, index = self._place(event, channel)
+        self._catch_up(item, channel, index, event)
         # An empty snapshot does not end a call: the item itself may still bring the arguments.
-        if known.group == "call" and item.part(channel, 0).pieces:
+        if item.group == "call" and item.part(channel, 0).pieces:
             item.done = True
             self._drain()
 
     def _part_done(self, event: Json) -> None:
         part = _dict(event.get("part"))
-        channel = _str(part.get("type"))
-        if channel in _CHANNELS and _CHANNELS[channel].part:
-            known = _CHANNELS[channel]
-            self._catch_up(
-                self._of(event, known.group), channel, _int(event.get(known.index)), part
-            )
+        if _is_part(part):
+            self._catch_up(*self._place(event, part["type"]), part)
 
     def _catch_up(self, item: _Item, channel: str, index: int, holder: Json) -> None:
         part = item.part(channel, index)
@@ -4415,14 +4312,17 @@ class ChatStream(_EventStream):
             return
         if len(part.pieces) == 1:
             text = self._gap_before(item, part) + text
-        allowed = self._stops.push(text)
-        if allowed:
-            self._emit({"content": allowed})
-        if self._stops.hit:
+        self._say_allowed(self._stops.push(text))
+        if not self._request.stop:
+            self._plain = part, self._chunk({"content": _MARK})
+
+    def _say_allowed(self, text: str) -> None:
+        """Content that passed the stop strings; the answer ends with the first of them."""
+        if text:
+            self._emit({"content": text})
+        if self._stops.hit and not self.done:
             self.stopped = True
             self._finish("stop")
-        elif not self._request.stop:
-            self._plain = part, self._chunk({"content": _MARK})
 
     def _is_aside(self, item: _Item) -> bool:
         """Commentary in front of JSON would make the content unreadable (openai-api.md 4.7)."""
@@ -4452,8 +4352,8 @@ class ChatStream(_EventStream):
         self._plain = part, self._chunk({"reasoning_content": _MARK})
 
     def _cite(self, event: Json) -> None:
-        part = self._of(event, "message").part("output_text", _int(event.get("content_index")))
-        part.annotations += _dicts([event.get("annotation")])
+        item, channel, index = self._place(event, "output_text")
+        item.part(channel, index).annotations += _dicts([event.get("annotation")])
 
     # Items and calls
 
@@ -4483,7 +4383,10 @@ class ChatStream(_EventStream):
                 self._catch_up(item, channel, index, holder)
 
     def _name(self, item: _Item, value: Json) -> None:
-        """A call can start once its name is known."""
+        """A call can start once its name is known.
+
+        Quirk: arguments may come before the item that names it (C13_arguments_before_item).
+        """
         name = _str(value.get("name"))
         if item.name or not name:
             return
@@ -4503,7 +4406,7 @@ class ChatStream(_EventStream):
             self._plain = part, self._chunk(self._call_delta(item, _MARK))
 
     def _end_call(self, item: _Item, value: Json, is_whole: bool) -> None:
-        """Arguments that only the item has; `{}` where a whole call has none, as clients parse them."""
+        """Arguments that only the item has; `{}` where a whole call has none: clients parse it."""
         if item.done or not item.name:
             return
         channel = (
@@ -4519,7 +4422,10 @@ class ChatStream(_EventStream):
         self._drain()
 
     def _drain(self) -> None:
-        """Send what the first unfinished call holds; start the next one when it is finished."""
+        """Send what the first unfinished call holds; start the next one when it is finished.
+
+        Quirk: parallel calls may come interleaved (C11_interleaved_calls).
+        """
         while self._queue and not self.done:
             call = self._queue[0]
             if call.index < 0:
@@ -4532,7 +4438,7 @@ class ChatStream(_EventStream):
             self._queue.pop(0)
 
     def _start(self, call: _Item) -> None:
-        self._flush()
+        self._say_allowed(self._stops.flush())
         call.index = self._calls
         self._calls += 1
         delta = self._call_delta(call, "")
@@ -4548,7 +4454,7 @@ class ChatStream(_EventStream):
     def _call_delta(self, call: _Item, text: str) -> Json:
         if self._request.legacy_functions:
             return {"function_call": {"arguments": text}}
-        # A flat custom tool is a function to its client: no SDK reads custom chunks (openai-api.md 3.3).
+        # A flat custom tool is a function to its client, as no SDK reads custom chunks.
         inner = {"custom": {"input": text}} if call.custom else {"function": {"arguments": text}}
         return {"tool_calls": [{"index": call.index, **inner}]}
 
@@ -4583,7 +4489,7 @@ class ChatStream(_EventStream):
             self._end_call(call, {}, event["type"] == "response.completed" and not reason)
         if self._content is None and not self._calls:
             self._say_asides()
-        self._flush()
+        self._say_allowed(self._stops.flush())
         self._emit_extras()
         normal = "stop" if not self._calls else "tool_calls"
         if self._calls and self._request.legacy_functions:
@@ -4596,11 +4502,6 @@ class ChatStream(_EventStream):
         texts = [part.text() for item in asides for part in item.parts.values()]
         if texts:
             self._emit({"content": "\n\n".join(texts)})
-
-    def _flush(self) -> None:
-        pending = self._stops.flush()
-        if pending:
-            self._emit({"content": pending})
 
     def _emit_extras(self) -> None:
         """All citations in one chunk, all images in one: SDK helpers cannot merge several."""
@@ -4697,7 +4598,7 @@ def _citation(annotation: Json, start: int) -> Json:
     }
 
 
-_CHAT_SPEAKERS: dict[str, Callable[[ChatStream, _Item, _Part, str], None]] = {
+_CHAT_SPEAKERS = {
     "arguments": ChatStream._say_call,
     "input": ChatStream._say_call,
     "output_text": ChatStream._say_content,
@@ -4706,7 +4607,7 @@ _CHAT_SPEAKERS: dict[str, Callable[[ChatStream, _Item, _Part, str], None]] = {
     "summary_text": ChatStream._say_reasoning,
 }
 
-_CHAT_HANDLERS: dict[str, Callable[[ChatStream, Json], None]] = {
+ChatStream._handlers = {
     "error": ChatStream._failed,
     "response.completed": ChatStream._end,
     "response.content_part.done": ChatStream._part_done,
@@ -4725,71 +4626,31 @@ _CHAT_HANDLERS: dict[str, Callable[[ChatStream, Json], None]] = {
 # 11b. Responses
 # --------------------------------------------------------------------------------------------------
 
-_RESPONSES_TYPES: dict[str, type] = {
-    "background": bool,
-    "include": list,
-    "instructions": str,
-    "metadata": dict,
-    "parallel_tool_calls": bool,
-    "previous_response_id": str,
-    "prompt_cache_key": str,
-    "reasoning": dict,
-    "store": bool,
-    "stream": bool,
-    "stream_options": dict,
-    "text": dict,
-    "tools": list,
-}
-_RESPONSES_IGNORED = (
-    "temperature",
-    "top_p",
-    "top_logprobs",
-    "truncation",
-    "max_tool_calls",
-)
+_RESPONSES_IGNORED = ("temperature", "top_p", "top_logprobs", "truncation", "max_tool_calls")
 _RESPONSES_REFUSED = {
     "background": "azt runs no background jobs: leave 'background' out and stream the answer.",
-    "conversation": "azt keeps no conversations: use 'previous_response_id' or send the whole input.",
+    "conversation": "azt keeps no conversations: use 'previous_response_id' or send all of it.",
     "prompt": "azt keeps no prompt templates: send 'instructions' and 'input'.",
 }
 _INCLUDES = (
-    "code_interpreter_call.outputs",
-    "computer_call_output.output.image_url",
-    "file_search_call.results",
-    "message.input_image.image_url",
-    REASONING_INCLUDE,
-    "web_search_call.action.sources",
-)
+    "code_interpreter_call.outputs computer_call_output.output.image_url file_search_call.results"
+    f" message.input_image.image_url web_search_call.action.sources {REASONING_INCLUDE}"
+).split()
 # What a Response object repeats of its request, and what it says where the request said nothing.
+_ECHO_NULLS = (
+    "instructions max_output_tokens max_tool_calls previous_response_id prompt_cache_key"
+    " safety_identifier user"
+).split()
 _ECHO_DEFAULTS: Json = {
-    "background": False,
-    "instructions": None,
-    "max_output_tokens": None,
-    "max_tool_calls": None,
-    "metadata": {},
-    "parallel_tool_calls": True,
-    "previous_response_id": None,
-    "prompt_cache_key": None,
-    "safety_identifier": None,
-    "service_tier": "default",
-    "store": True,
-    "temperature": 1.0,
-    "tool_choice": "auto",
-    "tools": [],
-    "top_logprobs": 0,
-    "top_p": 1.0,
-    "truncation": "disabled",
-    "user": None,
+    **dict.fromkeys(_ECHO_NULLS),
+    **{"background": False, "metadata": {}, "parallel_tool_calls": True, "service_tier": "default"},
+    **{"store": True, "temperature": 1.0, "tool_choice": "auto", "tools": [], "top_logprobs": 0},
+    **{"top_p": 1.0, "truncation": "disabled"},
 }
 _ID_PREFIXES = {
-    "custom_tool_call": "ctc",
-    "custom_tool_call_output": "ctco",
-    "function_call": "fc",
-    "function_call_output": "fco",
-    "image_generation_call": "ig",
-    "message": "msg",
-    "reasoning": "rs",
-    "web_search_call": "ws",
+    **{"custom_tool_call": "ctc", "custom_tool_call_output": "ctco", "function_call": "fc"},
+    **{"function_call_output": "fco", "image_generation_call": "ig", "message": "msg"},
+    **{"reasoning": "rs", "web_search_call": "ws"},
 }
 
 
@@ -4827,7 +4688,7 @@ class StoredResponse:
 class ResponseStore:
     """Finished responses in memory, for `previous_response_id` and `item_reference`.
 
-    Bounded by count, bytes and age; the oldest goes first. Never on disk: prompts are nobody's business.
+    Bounded by count, bytes and age; the oldest goes first. Never on disk: prompts are private.
     """
 
     def __init__(self) -> None:
@@ -4938,20 +4799,20 @@ def responses_to_upstream(
     raises   BadRequest naming the first offending field
 
     mapped   model, input, messages (where input is missing), instructions, tools, tool_choice,
-             parallel_tool_calls, reasoning (effort, summary, generate_summary), text, include (known
-             values, always with encrypted reasoning), prompt_cache_key, service_tier (priority, fast).
-             `strict` of a function: the client's, else true only where the schema allows it.
-    local    stream, store, previous_response_id and item_reference (expanded from `store`), metadata
-    dropped  `_RESPONSES_IGNORED`, max_output_tokens (refused upstream, reported in `ignored`, echoed);
+             parallel_tool_calls, reasoning (effort, summary, generate_summary), text, include
+             (known values, always with encrypted reasoning), prompt_cache_key, service_tier
+             (priority, fast), strict of a function (absent: true where the schema allows it)
+    local    stream, store, metadata, previous_response_id and item_reference (out of `store`)
+    dropped  `_RESPONSES_IGNORED`, max_output_tokens (refused upstream; in `ignored` and echoed);
              user, safety_identifier, prompt_cache_retention, context_management, moderation,
-             stream_options (refused upstream); reasoning items without encrypted content (nothing to look
-             up upstream); item ids; every other key (the upstream body is built from an allow-list)
-    refused  background, conversation, prompt, unknown previous_response_id and item ids, file ids, audio,
-             file_search, code_interpreter, computer and mcp tools
+             stream_options (refused upstream); reasoning items without encrypted content and item
+             ids (upstream stores nothing); every other key (the body is built from an allow-list)
+    refused  background, conversation, prompt, unknown previous_response_id and item ids, file ids,
+             audio, file_search, code_interpreter, computer and mcp tools
     source   platform.openai.com/docs/api-reference/responses
     """
     named, model = _model_names(body, default_model)
-    _check_types(body, _RESPONSES_TYPES)
+    _check_types(body)
     limits = ("max_output_tokens",) if _check_limit(body, "max_output_tokens") else ()
     for name, reason in _RESPONSES_REFUSED.items():
         if body.get(name) not in (None, False):
@@ -4964,15 +4825,13 @@ def responses_to_upstream(
     text_format = _text_format(text.get("format"), "text.format")
     chain = [*((item, "previous_response_id") for item in earlier), *placed]
     instructions, items = _upstream_input(chain, instructions, tools, text_format, "input")
-    reasoning = body.get("reasoning") or {}
+    reasoning = _expect(body.get("reasoning") or {}, dict, "reasoning")
     upstream: Json = {
         "model": model,
         "instructions": instructions,
         "input": items,
         **tools.fields(body.get("tool_choice"), body.get("parallel_tool_calls") is not False),
-        **_reasoning_fields(
-            reasoning.get("effort"), "reasoning.effort", _summary(reasoning), efforts.get(model, ())
-        ),
+        **_asked_reasoning(reasoning, efforts.get(model, ())),
         **_text_fields(text_format, text.get("verbosity"), "text.verbosity"),
         "include": [*include, *(() if REASONING_INCLUDE in include else (REASONING_INCLUDE,))],
         "stream": True,
@@ -4999,10 +4858,12 @@ def _includes(body: Json) -> list[str]:
     return [value for value in dict.fromkeys(asked) if value in _INCLUDES]
 
 
-def _summary(reasoning: Json) -> str | None:
-    """Only what the client asks for; `generate_summary` is the old name."""
+def _asked_reasoning(reasoning: Json, supported: Sequence[str]) -> Json:
+    """A summary only where the client asks for one; `generate_summary` is the old name."""
     summary = reasoning.get("summary") or reasoning.get("generate_summary")
-    return None if summary is None else _one_of(summary, _SUMMARIES, "reasoning.summary")
+    if summary is not None:
+        summary = _one_of(summary, _SUMMARIES, "reasoning.summary")
+    return _reasoning_fields(reasoning.get("effort"), "reasoning.effort", summary, supported)
 
 
 def _earlier_items(body: Json, store: ResponseStore, now: float) -> list[Json]:
@@ -5013,8 +4874,8 @@ def _earlier_items(body: Json, store: ResponseStore, now: float) -> list[Json]:
     stored = store.get(previous, now)
     if stored is None:
         raise BadRequest(
-            f"Previous response with id '{previous[:100]}' not found. azt remembers responses for 24 "
-            "hours while it runs; send the whole input instead.",
+            f"Previous response with id '{previous[:100]}' not found. azt remembers responses for "
+            "24 hours at most; send the whole input instead.",
             "previous_response_id",
             "previous_response_not_found",
         )
@@ -5029,7 +4890,6 @@ def _new_items(
     if body.get("input") is not None:
         new = list(_client_items(body["input"], lambda item_id: store.item(item_id, now)))
     elif body.get("messages") is not None:
-        _check_types(body, {"messages": list})
         instructions, new = _chat_items(body)
     elif body.get("previous_response_id") is not None:
         new = []
@@ -5057,44 +4917,37 @@ def _strict_by_default(specs: list[_ToolSpec]) -> list[_ToolSpec]:
     """Responses functions are strict unless they say otherwise, where their schema can be."""
     for spec in specs:
         if spec.kind == "function" and spec.spec.get("strict") is None:
-            spec.spec = {**spec.spec, "strict": _is_closed(spec.spec.get("parameters"))}
+            schema = _object(spec.spec, "parameters")
+            spec.spec = {**spec.spec, "strict": "properties" in schema and _is_closed(schema)}
     return specs
 
 
 def _is_closed(schema: Any) -> bool:
-    """Whether a schema and every object in it forbids extra properties and requires all it has."""
-    return isinstance(schema, dict) and schema.get("type") == "object" and _has_closed(schema)
-
-
-def _has_closed(value: Any) -> bool:
-    if isinstance(value, list):
-        return all(map(_has_closed, value))
-    if not isinstance(value, dict):
+    """Whether every object in a schema forbids extra properties and requires all that it has."""
+    if isinstance(schema, list):
+        return all(map(_is_closed, schema))
+    if not isinstance(schema, dict):
         return True
-    if value.get("type") == "object" or "properties" in value:
-        properties, required = value.get("properties"), value.get("required")
-        if value.get("additionalProperties") is not False or not isinstance(properties, dict):
+    if schema.get("type") == "object" or "properties" in schema:
+        properties, required = schema.get("properties"), schema.get("required")
+        if schema.get("additionalProperties") is not False or not isinstance(required, list):
             return False
-        if not isinstance(required, list) or any(name not in required for name in properties):
+        if not isinstance(properties, dict) or any(name not in required for name in properties):
             return False
-    return all(map(_has_closed, value.values()))
+    return all(map(_is_closed, schema.values()))
 
 
 def _echo(body: Json, model: str) -> Json:
     given = {name: body[name] for name in _ECHO_DEFAULTS if body.get(name) is not None}
-    reasoning, text = body.get("reasoning") or {}, body.get("text") or {}
+    reasoning, text = _object(body, "reasoning"), _object(body, "text")
+    summary = reasoning.get("summary") or reasoning.get("generate_summary")
+    text_format = text.get("format") or {"type": "text"}
     return {
         **_ECHO_DEFAULTS,
         **given,
         "model": model,
-        "reasoning": {
-            "effort": reasoning.get("effort"),
-            "summary": reasoning.get("summary") or reasoning.get("generate_summary"),
-        },
-        "text": {
-            "format": text.get("format") or {"type": "text"},
-            "verbosity": text.get("verbosity") or "medium",
-        },
+        "reasoning": {"effort": reasoning.get("effort"), "summary": summary},
+        "text": {"format": text_format, "verbosity": text.get("verbosity") or "medium"},
     }
 _BLANK_ITEMS: dict[str, Json] = {
     "custom_tool_call": {"status": "in_progress", "input": ""},
@@ -5122,17 +4975,17 @@ _HOSTED_EVENTS = {
     "shell_call_output_content": ("shell_call_output", "delta done"),
     "web_search_call": ("web_search_call", "in_progress searching completed"),
 }
-"""Official events that are passed on: `response.<name>.<ending>` -> the type of the item they are about."""
+"""Official events that are passed on: `response.<name>.<ending>` -> the type of their item."""
 
 
 class ResponsesStream(_EventStream):
     """Upstream events -> Responses events as the SDK helpers demand them (openai-api.md 4.3 - 4.5).
 
-        nothing sent --> created --> per item: added, parts and deltas, done --> completed | incomplete
-                            \\______________________failure____________________> failed
+        nothing sent --> created --> per item: added, deltas, done --> completed | incomplete
+                            \\_________________failure______________> failed
 
-    What upstream leaves out is made up for: `created`, `added` and `done` of items and parts, deltas that
-    only a snapshot has, ids, the `output` of the terminal response. Items are numbered as they appear.
+    What upstream leaves out is made up for: `created`, `added` and `done` of items and parts, deltas
+    that only a snapshot has, ids, the final `output`. Items are numbered as they appear.
     mapped   every official event, renumbered; items with the client's tool names
     dropped  vendor events and obfuscation; encrypted reasoning, unless the client asked for it
     """
@@ -5154,9 +5007,6 @@ class ResponsesStream(_EventStream):
 
     # What goes out
 
-    def _handler(self, kind: str) -> Callable[[Any, Json], None] | None:
-        return _RESPONSES_HANDLERS.get(kind)
-
     def _encode(self, chunk: Json) -> bytes:
         return encode_event(chunk)
 
@@ -5170,10 +5020,13 @@ class ResponsesStream(_EventStream):
         self._sequence += 1
         return self._ahead + number + self._between + literal + paste.tail
 
-    def _send(self, kind: str, fields: Json) -> None:
+    def _begin(self) -> None:
         if not self._begun:
             self._begun = True
             self._send("response.created", {"response": self._response("in_progress", [])})
+
+    def _send(self, kind: str, fields: Json) -> None:
+        self._begin()
         self._out.append({"type": kind, "sequence_number": self._sequence, **fields})
         self._sequence += 1
 
@@ -5240,7 +5093,7 @@ class ResponsesStream(_EventStream):
             part.opened = True
             blank = _part_value(channel, _Part())
             self._send(
-                f"{_CHANNELS[channel].part}.added",
+                f"response.{_CHANNELS[channel].part}.added",
                 {**self._at(item, channel, index), "part": blank},
             )
 
@@ -5257,7 +5110,7 @@ class ResponsesStream(_EventStream):
         fields = {**self._at(item, channel, index), "delta": text}
         if channel == "output_text":
             fields["logprobs"] = []
-        kind = f"{_CHANNELS[channel].event}.delta"
+        kind = f"response.{_CHANNELS[channel].event}.delta"
         self._send(kind, fields)
         sample = {"type": kind, "sequence_number": 0, **fields, "delta": _MARK}
         self._plain = item.part(channel, index), sample
@@ -5278,7 +5131,7 @@ class ResponsesStream(_EventStream):
                 fields["logprobs"] = []
             if channel == "arguments":
                 fields["name"] = self._shown(item, item.value)["name"]
-            self._send(f"{known.event}.done", fields)
+            self._send(f"response.{known.event}.done", fields)
         return True
 
     def _settle(self, item: _Item, channel: str, index: int, holder: Json) -> None:
@@ -5290,7 +5143,9 @@ class ResponsesStream(_EventStream):
         if not part.closed:
             part.closed = True
             value = {**_part_value(channel, part), **holder}
-            self._send(f"{known.part}.done", {**self._at(item, channel, index), "part": value})
+            self._send(
+                f"response.{known.part}.done", {**self._at(item, channel, index), "part": value}
+            )
 
     def _close(self, item: _Item, status: str) -> None:
         """An item is complete: its texts, then its done event, once."""
@@ -5306,7 +5161,7 @@ class ResponsesStream(_EventStream):
     def _complete(self, item: _Item, status: str) -> Json:
         """The item with everything that its type must have; gaps are filled from the deltas."""
         kind = item.value["type"]
-        value = {**_BLANK_ITEMS.get(kind, {}), **item.value}
+        value: Json = {"id": item.id, "type": kind, **_BLANK_ITEMS.get(kind, {}), **item.value}
         built: dict[str, list[Json]] = {}
         for (channel, _), part in sorted(item.parts.items(), key=lambda entry: entry[0][1]):
             if not _CHANNELS[channel].part:
@@ -5333,9 +5188,8 @@ class ResponsesStream(_EventStream):
         self._remember(event)
         if event["type"] != "response.created":
             self._send(event["type"], {"response": self._response("in_progress", [])})
-        elif not self._begun:
-            self._begun = True
-            self._send("response.created", {"response": self._response("in_progress", [])})
+        else:
+            self._begin()
 
     def _remember(self, event: Json) -> None:
         self._upstream = {**self._upstream, **_dict(event.get("response"))}
@@ -5365,34 +5219,30 @@ class ResponsesStream(_EventStream):
         return item
 
     def _part_added(self, event: Json) -> None:
-        channel = _str(_dict(event.get("part")).get("type"))
-        if channel in _CHANNELS and _CHANNELS[channel].part:
-            item = self._of(event, _CHANNELS[channel].group)
+        part = _dict(event.get("part"))
+        if _is_part(part):
+            item, channel, index = self._place(event, part["type"])
             if not item.done and self._open(item):
-                self._open_part(item, channel, _int(event.get(_CHANNELS[channel].index)))
+                self._open_part(item, channel, index)
 
     def _part_done(self, event: Json) -> None:
         part = _dict(event.get("part"))
-        channel = _str(part.get("type"))
-        if channel in _CHANNELS and _CHANNELS[channel].part:
-            item = self._of(event, _CHANNELS[channel].group)
-            self._settle(item, channel, _int(event.get(_CHANNELS[channel].index)), part)
+        if _is_part(part):
+            self._settle(*self._place(event, part["type"]), part)
 
     def _whole(self, event: Json, channel: str) -> None:
-        item = self._of(event, _CHANNELS[channel].group)
-        self._tell(item, channel, _int(event.get(_CHANNELS[channel].index)), event)
+        self._tell(*self._place(event, channel), event)
 
     def _cite(self, event: Json) -> None:
-        item = self._of(event, "message")
+        item, channel, index = self._place(event, "output_text")
         if item.done:
             return
-        index = _int(event.get("content_index"))
-        part = item.part("output_text", index)
         self._open(item)
-        self._open_part(item, "output_text", index)
+        self._open_part(item, channel, index)
+        cited = item.part(channel, index).annotations
         annotation = _dict(event.get("annotation"))
-        at = {**self._at(item, "output_text", index), "annotation_index": len(part.annotations)}
-        part.annotations.append(annotation)
+        at = {**self._at(item, channel, index), "annotation_index": len(cited)}
+        cited.append(annotation)
         self._send("response.output_text.annotation.added", {**at, "annotation": annotation})
 
     def _pass_on(self, event: Json, item_type: str) -> None:
@@ -5412,7 +5262,7 @@ class ResponsesStream(_EventStream):
         self.usage = _dict(self._upstream.get("usage")) or None
         status = event["type"].removeprefix("response.")
         for item, value in self._items.of_output(self._upstream.get("output")):
-            # Quirk: the terminal output is often empty or partial (tests/cases/responses/R02_output_empty).
+            # Quirk: the terminal output is often empty or partial (R02_output_empty).
             told = {name: field for name, field in value.items() if field not in (None, "", [], {})}
             item.value = {**item.value, **told}
             self._close(item, status)
@@ -5431,7 +5281,7 @@ class ResponsesStream(_EventStream):
             status, [self._visible(item, value) for item, value in values]
         )
         if self.failure is not None:
-            code = self.failure.code or "server_error"
+            code = _SDK_CODES.get(self.failure.code, self.failure.code)
             self.response["error"] = {"code": code, "message": mask(self.failure.message)}
         else:
             usage = self.usage or _estimated_usage(self._request.upstream, self._items.all)
@@ -5446,6 +5296,9 @@ class ResponsesStream(_EventStream):
     def result(self) -> Json:
         return self.response
 
+
+_SDK_CODES = {None: "server_error", "upstream_error": "server_error"}
+"""Our error code -> the one in the SDKs' type, where that says the same."""
 
 _FROM_UPSTREAM = ("completed_at", "incomplete_details", "service_tier", "tool_usage")
 """Fields of the upstream's response object that the client's request does not decide."""
@@ -5467,7 +5320,11 @@ def _whole_usage(usage: Json) -> Json:
     return {
         **usage,
         "input_tokens": counts["prompt_tokens"],
-        "input_tokens_details": {"cached_tokens": 0, **_dict(usage.get("input_tokens_details"))},
+        "input_tokens_details": {
+            "cached_tokens": 0,
+            "cache_write_tokens": 0,
+            **_dict(usage.get("input_tokens_details")),
+        },
         "output_tokens": counts["completion_tokens"],
         "output_tokens_details": {
             "reasoning_tokens": 0,
@@ -5477,7 +5334,7 @@ def _whole_usage(usage: Json) -> Json:
     }
 
 
-_RESPONSES_HANDLERS: dict[str, Callable[[ResponsesStream, Json], None]] = {
+ResponsesStream._handlers = {
     "error": ResponsesStream._failed,
     "response.completed": ResponsesStream._end,
     "response.content_part.added": ResponsesStream._part_added,
@@ -5599,7 +5456,7 @@ class Rotation:
                 raise
 
     async def _attempt(self, account: Account, turn: Turn, hold_s: float) -> Relay:
-        wire = Wire()
+        wire, translator = Wire(), turn.translator()
         credentials = Credentials(account.access_token, account.account_id)
         base_url = self._environment.codex_base_url
         try:
@@ -5609,7 +5466,10 @@ class Rotation:
         except asyncio.CancelledError:
             wire.end()
             raise
-        relay = Relay(self._pool, answer, turn.translator(), turn.streaming)
+        except UpstreamError as error:
+            translator.fail(error)  # puts the client's own field name into `param`
+            raise
+        relay = Relay(self._pool, answer, translator, turn.streaming)
         await relay.ready(hold_s)
         return relay
 
@@ -5755,8 +5615,8 @@ class Gateway:
         self.admin_token = ""
         self.pages: dict[str, Page] = {}
         self.responses = ResponseStore()
-        self.pool = ConnectionPool(_network(environment, self.settings))
-        self.calls = WorkerPool("call", MAX_CALL_THREADS)
+        self.pool = ConnectionPool(_egress(environment, self.settings))
+        self.calls = WorkerPool("call", MAX_CALL_THREADS, waiting_max=0)
         self.short = WorkerPool("short", 16)
         self.files = WorkerPool("file", 1)
         self.rotation = Rotation(self.store, self.pool, self.calls, environment, self.save_accounts)
@@ -5779,9 +5639,9 @@ class Gateway:
 
     def _apply_settings(self, saved: Json | None) -> None:
         self.settings = load_settings(saved, self.environment, self.flags)
-        network = _network(self.environment, self.settings)
-        if network != self.pool.network:
-            self.pool.network = network
+        egress = _egress(self.environment, self.settings)
+        if egress != self.pool.egress:
+            self.pool.egress = egress
             self.pool.close()
 
     async def save_accounts(self) -> None:
@@ -5820,7 +5680,7 @@ class Gateway:
         return self.catalogue.default(self.settings.text("defaultModel"))
 
 
-def _network(environment: Environment, settings: Settings) -> Egress:
+def _egress(environment: Environment, settings: Settings) -> Egress:
     """The proxy of the settings when it is on, else that of the environment."""
     bases = (environment.codex_base_url, environment.chatgpt_base_url, environment.auth_base_url)
     own = frozenset(urllib.parse.urlsplit(base).hostname or "" for base in bases)
@@ -6543,7 +6403,7 @@ def _key_fault(caller: Caller) -> AztError | None:
         return None
     advice = "`azt keys add NAME` on the machine that azt runs on makes one."
     if caller.key == "none":
-        code, message = None, f"An API key is needed, sent as a bearer token. {advice}"
+        code, message = None, f"An API key is needed in the authorization header. {advice}"
     else:
         code, message = "invalid_api_key", f"This API key is not known. {advice}"
     return AztError(401, code, message, headers={"www-authenticate": "Bearer"})
@@ -6562,7 +6422,7 @@ def _admin_place(caller: Caller, access: Access, method: str, policy: Policy) ->
         return AztError(
             401,
             "admin_proof_needed",
-            "This needs proof that you are the owner: send the content of .state/admin-token as a bearer token.",
+            "This needs proof that you are the owner: send the content of .state/admin-token in the authorization header.",
             headers={"www-authenticate": "Bearer"},
         )
     return None
@@ -6658,7 +6518,9 @@ class _RouteTable:
         return self._fitting(path) or self._fitting(twin)
 
     def _fitting(self, path: str) -> list[tuple[dict[str, Route], dict[str, str]]]:
-        fitting = [(self._exact[path], {})] if path in self._exact else []
+        fitting: list[tuple[dict[str, Route], dict[str, str]]] = []
+        if path in self._exact:
+            fitting.append((self._exact[path], {}))
         for pattern, routes in self._patterns:
             if found := pattern.fullmatch(path):
                 fitting.append((routes, found.groupdict()))
@@ -6941,7 +6803,7 @@ class _Exchange:
             self.pump = True
             self.connection.write(head)
         else:
-            self._start(cast(StreamBody, body), head)
+            self._start(body, head)
 
     def _render(self, reply: Reply, size: int | None) -> bytes | None:
         """The response head; None when a handler gave headers that cannot be sent."""
@@ -7040,7 +6902,7 @@ class _Exchange:
     def _discard(body: bytes | StreamBody | AsyncIterator[bytes]) -> None:
         """Nobody reads this body: a stream is told so; an iterator has not begun."""
         if not isinstance(body, (bytes, bytearray)) and not hasattr(body, "__anext__"):
-            cast(StreamBody, body).cancel()
+            body.cancel()
 
     # -- its end
 
@@ -7074,11 +6936,11 @@ class _Exchange:
         record.status = record.status or 499
         record.result = "cancelled"
         record.error_code = "client_closed_request"
+        if stream is not None:
+            stream.cancel()  # before the record closes: the stream knows what was delivered
         self.end()
         if self.task is not None:
             self.task.cancel()
-        if stream is not None:
-            stream.cancel()
 
     def stop(self, error: AztError) -> None:
         """The server ends: a stream says so in its own words, a waiting handler is answered for."""
@@ -7475,7 +7337,7 @@ class HttpServer:
             ((routes[method], params) for routes, params in fitting if method in routes), (None, {})
         )
         # A path that is not there follows the rows of the API: strangers learn nothing from a 404.
-        access = (
+        access: Access = (
             route.access
             if route
             else next((r.access for routes, _ in fitting for r in routes.values()), "api")
@@ -7730,7 +7592,8 @@ async def _start_turn(
     session = str(upstream.get("prompt_cache_key") or uuid.uuid4())
     is_large = request.record.request_bytes > MIB
     body = await in_thread(gw.short, encode_json, upstream) if is_large else encode_json(upstream)
-    upstream.clear()  # the bytes are what is sent, also on another try; two copies would be one too many
+    if is_large:
+        upstream.clear()  # the bytes are what is sent, also on another try: one copy is enough
     turn = Turn(body, session, streaming, translator)
     del body
     record = request.record
@@ -7782,8 +7645,8 @@ async def post_chat_completions(gw: Gateway, request: Request) -> Reply:
     fast = gw.environment.fast
     relay = await _start_turn(gw, request, chat.upstream, chat.stream, lambda: ChatStream(chat, now, fast=fast))
     headers = _turn_headers(request, chat.ignored)
-    relay.on_end = functools.partial(_note_end, record)
     if chat.stream:
+        relay.on_end = functools.partial(_note_end, record)
         return Reply(200, relay, _STREAM_HEADERS + headers)
     await relay.whole()
     _note_end(record, relay)
@@ -7811,8 +7674,6 @@ async def post_responses(gw: Gateway, request: Request) -> Reply:
     headers = _turn_headers(request, asked.ignored)
     if asked.stream:
         relay.on_end = finish
-        if relay.ended:
-            finish(relay)
         return Reply(200, relay, _STREAM_HEADERS + headers)
     await relay.whole()
     finish(relay)
@@ -8189,12 +8050,6 @@ _DEMO_HELP = (
     "demo:slow or demo:refuse to see how your program takes it."
 )
 
-# slug, name, reasoning efforts. The first one is the default of azt.
-_DEMO_MODELS = (
-    ("gpt-5.4", "GPT-5.4", ("low", "medium", "high", "xhigh")),
-    ("gpt-5.4-mini", "GPT-5.4 mini", ("low", "medium", "high")),
-    ("gpt-5.5", "GPT-5.5", ("low", "medium", "high", "xhigh")),
-)
 _DEMO_ETAG = 'W/"azt-demo-1"'
 
 # What the real backend refuses: codex-upstream.md 3.6.
@@ -8265,7 +8120,7 @@ class DemoUpstream:
             with contextlib.suppress(OSError, EOFError):
                 while True:
                     await self._answer(await _read_demo_request(reader), writer)
-        except Exception:  # noqa: BLE001 - ends this connection, not the demo
+        except Exception:
             log.exception("the demo backend cannot answer this request")
         finally:
             self._tasks.discard(task)
@@ -8352,7 +8207,7 @@ def _demo_body(request: _DemoRequest) -> Json:
         return parse_event(zlib.decompress(request.body, 47)) or {}
     if coding == "identity":
         return parse_event(request.body) or {}
-    return {"model": _DEMO_MODELS[0][0], "input": [], "stream": True, "store": False}
+    return {"model": _BUILT_IN_MODELS[0][0], "input": [], "stream": True, "store": False}
 
 
 def _demo_refusal(body: Json, word: str, now: float) -> tuple[int, Json] | None:
@@ -8368,7 +8223,7 @@ def _demo_refusal(body: Json, word: str, now: float) -> tuple[int, Json] | None:
         return 400, {"detail": f"Unsupported parameter: {refused[0]}"}
     if any(item.get("role") == "system" for item in items):
         return 400, {"detail": "System messages are not allowed"}
-    if body.get("model") not in [slug for slug, *_more in _DEMO_MODELS]:
+    if body.get("model") not in [slug for slug, *_more in _BUILT_IN_MODELS]:
         return 400, {"detail": f"The '{body.get('model')}' model is {_NOT_FOR_CHATGPT}."}
     calls = {item.get("call_id") for item in items if str(item.get("type")).endswith("_call")}
     for item in items:
@@ -8653,7 +8508,7 @@ def _demo_models() -> list[Json]:
             "context_window": 272000,
             "input_modalities": ["text", "image"],
         }
-        for number, (slug, name, efforts) in enumerate(_DEMO_MODELS, start=1)
+        for number, (slug, name, efforts) in enumerate(_BUILT_IN_MODELS, start=1)
     ]
 
 
@@ -8879,9 +8734,9 @@ def _answered(status: int, value: Json) -> AztError:
     return AztError(status, inner.get("code"), str(inner.get("message") or f"The gateway answered {status}."))
 
 
-@contextlib.contextmanager
-def _gateway(environment: Environment, must_run: bool = False) -> Iterator[_Client]:
-    """A client of the running gateway, else of a private one for as long as the block lasts."""
+def _on_gateway(function: Callable[[_Client], T], must_run: bool = False) -> T:
+    """Run `function` with a client of the running gateway, else of a private one that ends with it."""
+    environment = read_environment()
     prepare_home(environment.paths)
     lock = HomeLock(environment.paths.lock)
     for _ in range(50):
@@ -8893,49 +8748,26 @@ def _gateway(environment: Environment, must_run: bool = False) -> Iterator[_Clie
         raise StateError(f"Another azt (pid {holder['pid'] if holder else '?'}) is using this home. Try again.")
     try:
         if holder is not None:
-            yield _Client(str(holder["url"]), read_or_make_secret(environment.paths.admin_token))
-        elif must_run:
+            return function(_Client(str(holder["url"]), read_or_make_secret(environment.paths.admin_token)))
+        if must_run:
             raise AztError(503, "not_running", "azt is not running. Start it with `azt start`.")
-        else:
-            with _private_gateway(environment) as client:
-                yield client
+        return asyncio.run(_privately(environment, function))
     finally:
         lock.release()
 
 
-@contextlib.contextmanager
-def _private_gateway(environment: Environment) -> Iterator[_Client]:
-    """A gateway on a free loopback port in a thread of this process."""
+async def _privately(environment: Environment, function: Callable[[_Client], T]) -> T:
+    """A gateway on a free loopback port for as long as `function` runs, which does so in a thread."""
     gw = Gateway(environment, {"log.level": "warning"})
     start_logging("warning")
-    gw.load()
-    started: queue.SimpleQueue[tuple[asyncio.AbstractEventLoop, asyncio.Event] | BaseException] = queue.SimpleQueue()
-
-    async def serve() -> None:
-        over = asyncio.Event()
-        async with _serving(gw, "127.0.0.1", 0) as server:
-            started.put((asyncio.get_running_loop(), over))
-            await over.wait()
-            await server.drain(1.0)
-
-    def run() -> None:
+    await in_thread(gw.files, gw.load)
+    async with _serving(gw, "127.0.0.1", 0) as server:
+        client = _Client(_local_url(gw.listening), gw.admin_token)
         try:
-            asyncio.run(serve())
-        except BaseException as error:  # noqa: BLE001 - handed to the command that waits
-            started.put(error)
-
-    thread = threading.Thread(target=run, name="azt-private", daemon=True)
-    thread.start()
-    ready = started.get()
-    if isinstance(ready, BaseException):
-        raise ready
-    loop, over = ready
-    try:
-        yield _Client(_local_url(gw.listening), gw.admin_token)
-    finally:
-        loop.call_soon_threadsafe(over.set)
-        thread.join()
-        gw.pool.close()
+            return await in_thread(gw.short, function, client)
+        finally:
+            await server.drain(1.0)
+            gw.pool.close()
 
 
 # -- Commands ----------------------------------------------------------------------------------------
@@ -8978,8 +8810,7 @@ def _admin(
     def run(args: argparse.Namespace) -> int:
         texts = {name: _quoted(value) for name, value in vars(args).items() if isinstance(value, str)}
         sent = body(args) if body else None if method == "GET" else {}
-        with _gateway(read_environment()) as client:
-            result = client.call(method, ADMIN + path.format(**texts), sent)
+        result = _on_gateway(lambda client: client.call(method, ADMIN + path.format(**texts), sent))
         return _show(args, result, lines(result))
 
     return run
@@ -8987,8 +8818,7 @@ def _admin(
 
 def _status(args: argparse.Namespace) -> int:
     try:
-        with _gateway(read_environment(), must_run=True) as client:
-            state = client.call("GET", f"{ADMIN}/state")
+        state = _on_gateway(lambda client: client.call("GET", f"{ADMIN}/state"), must_run=True)
     except AztError as error:
         if error.code != "not_running":
             raise
@@ -9017,7 +8847,8 @@ def _ask(args: argparse.Namespace) -> int:
     if args.model:
         body["model"] = args.model
     parts: list[str] = []
-    with _gateway(read_environment()) as client:
+
+    def converse(client: _Client) -> None:
         for chunk in client.events("/v1/chat/completions", body):
             if "error" in chunk:
                 raise _answered(502, chunk)
@@ -9025,6 +8856,8 @@ def _ask(args: argparse.Namespace) -> int:
                 parts.append(choice["delta"].get("content") or choice["delta"].get("refusal") or "")
                 if not args.json:
                     say(parts[-1], end="")
+
+    _on_gateway(converse)
     return _show(args, {"text": "".join(parts)}, [""])
 
 
@@ -9064,8 +8897,7 @@ def _import_lines(result: Json) -> list[str]:
 
 
 def _settings_get(args: argparse.Namespace) -> int:
-    with _gateway(read_environment()) as client:
-        values = flattened(client.call("GET", f"{ADMIN}/settings")["values"])
+    values = flattened(_on_gateway(lambda client: client.call("GET", f"{ADMIN}/settings"))["values"])
     key = args.key or ""
     if key in values:
         return _show(args, values[key], [json.dumps(values[key], ensure_ascii=False)])

@@ -1,0 +1,152 @@
+"""`python3 tests`: prepare a private environment, then check format, lint, types and run the tests.
+
+Arguments go to pytest, and then only pytest runs: `python3 tests -k stream`.
+
+The environment lies in `.azt-test-env` in the checkout (ignored by git) and is made anew when
+`pyproject.toml`, this file or the Python version changes. Needs Python 3.11 with venv; with npm the
+official Node libraries are installed too and their tests run. Nothing outside the checkout changes,
+but for Debian packages that are missing when this runs as root (a fresh container).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = ROOT / ".azt-test-env"
+BIN = ENVIRONMENT / "bin"
+NODE = ENVIRONMENT / "node"
+
+NODE_PACKAGES = {
+    "@ai-sdk/openai": "^4",
+    "@ai-sdk/openai-compatible": "^3",
+    "ai": "^7",
+    "openai": "^7",
+    "zod": "^4",
+}
+
+CHECKS = {
+    "format": ["ruff", "format", "--check", "."],
+    "lint": ["ruff", "check", "."],
+    "types": ["mypy", "--strict", "azt.py"],
+}
+
+
+def main(arguments: list[str]) -> int:
+    if sys.version_info < (3, 11):  # noqa: UP036 - whatever `python3` is here runs this file
+        say(f"azt needs Python 3.11 or newer; this is {sys.version.split()[0]}.")
+        return 2
+    try:
+        prepare()
+    except subprocess.CalledProcessError as error:
+        say(f"The test environment cannot be prepared: {' '.join(map(str, error.cmd))} failed.")
+        return 2
+    failed = [] if arguments else run_checks()
+    tests = subprocess.run([BIN / "pytest", *pytest_options(arguments)], cwd=ROOT, env=variables())
+    return tests.returncode or (1 if failed else 0)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+# -- The environment -------------------------------------------------------------------------------
+
+
+def prepare() -> None:
+    stamp = ENVIRONMENT / "made-for"
+    wanted = fingerprint()
+    if stamp.exists() and stamp.read_text() == wanted:
+        return
+    install_debian_packages()
+    say("Preparing the test environment in .azt-test-env (once).")
+    shutil.rmtree(ENVIRONMENT, ignore_errors=True)
+    venv.create(ENVIRONMENT, with_pip=True)
+    quiet_pip = [BIN / "python", "-m", "pip", "--disable-pip-version-check", "install", "-qq"]
+    subprocess.run([*quiet_pip, "--editable", ".[dev]"], cwd=ROOT, check=True)
+    install_node_packages()
+    stamp.write_text(wanted)
+
+
+def fingerprint() -> str:
+    """Changes with everything that the environment is made from."""
+    parts = [sys.version, sys.prefix, str(ROOT), str(shutil.which("npm"))]
+    parts += [path.read_text() for path in (ROOT / "pyproject.toml", Path(__file__))]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def install_debian_packages() -> None:
+    """In a fresh container: what the tests need and is not there."""
+    needed = {
+        "curl": shutil.which("curl") is not None,
+        "python3-venv": importlib.util.find_spec("ensurepip") is not None,
+    }
+    missing = [package for package, is_there in needed.items() if not is_there]
+    if not missing:
+        return
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        say(f"Missing on this machine: {', '.join(missing)}. Install it first.")
+        return
+    quietly = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    subprocess.run(["apt-get", "update", "-qq"], env=quietly, check=True)
+    subprocess.run(["apt-get", "install", "-y", "-qq", *missing], env=quietly, check=True)
+
+
+def install_node_packages() -> None:
+    npm = shutil.which("npm")
+    if npm is None:
+        say("No npm here: the tests of the Node libraries are skipped.")
+        return
+    NODE.mkdir()
+    (NODE / "package.json").write_text(json.dumps({"private": True, "dependencies": NODE_PACKAGES}))
+    quietly = ["--no-audit", "--no-fund", "--ignore-scripts", "--loglevel=error"]
+    subprocess.run([npm, "install", *quietly], cwd=NODE, check=True)
+
+
+def variables() -> dict[str, str]:
+    """The caller's environment, with the private one in front."""
+    own = {"PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
+    if (NODE / "node_modules").is_dir():
+        own["AZT_TEST_NODE_MODULES"] = str(NODE / "node_modules")
+    return {**os.environ, **own}
+
+
+# -- The checks ------------------------------------------------------------------------------------
+
+
+def run_checks() -> list[str]:
+    """The names of those that failed, said before the tests: pytest has the last line."""
+    failed = []
+    for name, (program, *arguments) in CHECKS.items():
+        done = subprocess.run(
+            [BIN / program, *arguments],
+            cwd=ROOT,
+            env=variables(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        say(f"{name:<8}{'ok' if done.returncode == 0 else 'FAILED'}")
+        if done.returncode != 0:
+            say(done.stdout.rstrip())
+            failed.append(name)
+    if failed:
+        say(f"These checks failed: {', '.join(failed)}. The tests run all the same.")
+    return failed
+
+
+def pytest_options(arguments: list[str]) -> list[str]:
+    workers = min(4, os.cpu_count() or 1)
+    return ["--quiet", "--numprocesses", str(workers), *arguments]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

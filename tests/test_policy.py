@@ -1,0 +1,364 @@
+"""The decision table of who may call what, row by row, and what a request's head says about its caller."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+from dataclasses import replace
+from typing import get_args
+
+import pytest
+
+import azt
+from azt import Access, Caller, PeerClass, Policy
+
+KEY = "azt_0123456789abcdef"
+TOKEN = "the-admin-token"
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+OPEN = Policy(
+    own_names=frozenset({"box", "box.local"}),
+    allowed_hosts=frozenset({"azt.example.com"}),
+    cors_origins=frozenset(),
+    lan_api=True,
+    loopback_exempt=False,
+    own_networks=(),
+    key_hashes=frozenset(),
+    admin_token_hash=sha256(TOKEN),
+    body_max_bytes=1000,
+)
+KEYED = replace(OPEN, key_hashes=frozenset({sha256(KEY), sha256("another")}))
+EXEMPT = replace(KEYED, loopback_exempt=True)
+NO_LAN = replace(OPEN, lan_api=False)
+POLICIES = {"open": OPEN, "keyed": KEYED, "exempt": EXEMPT, "no lan": NO_LAN}
+
+OWN = Caller("own", "localhost")
+RELAYED = Caller("relayed", "localhost")
+LAN = Caller("lan", "192.168.1.20")
+PUBLIC = Caller("public", "azt.example.com")
+CALLERS: dict[str, Caller] = {"own": OWN, "relayed": RELAYED, "lan": LAN, "public": PUBLIC}
+
+
+def status(caller: Caller, access: Access, method: str = "GET", policy: Policy = OPEN) -> int:
+    fault = azt.may(caller, access, method, policy)
+    return 200 if fault is None else fault.status
+
+
+# -- rows 1 to 3, 6 to 8, 10, 12 to 14: who x what, in each policy; columns own, relayed, lan, public
+
+PLACES = {
+    ("api", "none", "open"): (200, 403, 200, 403),
+    ("api", "wrong", "open"): (200, 403, 200, 403),
+    ("api", "none", "keyed"): (401, 401, 401, 401),
+    ("api", "wrong", "keyed"): (401, 401, 401, 401),
+    ("api", "good", "keyed"): (200, 200, 200, 200),
+    ("api", "none", "exempt"): (200, 401, 401, 401),
+    ("api", "good", "exempt"): (200, 200, 200, 200),
+    ("api", "none", "no lan"): (200, 403, 403, 403),
+    ("codex", "none", "open"): (200, 403, 200, 403),
+    ("codex", "wrong", "open"): (200, 403, 200, 403),
+    ("codex", "none", "keyed"): (401, 401, 401, 401),
+    ("codex", "wrong", "keyed"): (401, 401, 401, 401),
+    ("codex", "good", "keyed"): (200, 200, 200, 200),
+    ("codex", "none", "exempt"): (200, 401, 401, 401),
+    ("codex", "good", "exempt"): (200, 200, 200, 200),
+    ("codex", "none", "no lan"): (200, 403, 403, 403),
+    ("metrics", "none", "open"): (200, 403, 403, 403),
+    ("metrics", "none", "keyed"): (200, 401, 401, 401),
+    ("metrics", "wrong", "keyed"): (200, 401, 401, 401),
+    ("metrics", "good", "keyed"): (200, 200, 200, 200),
+    **{("health", key, policy): (200, 200, 200, 200) for key in ("none", "good") for policy in POLICIES},
+    **{("page", key, policy): (200, 403, 200, 403) for key in ("none", "good") for policy in POLICIES},
+    **{("admin_read", key, policy): (200, 403, 403, 403) for key in ("none", "good") for policy in POLICIES},
+    **{("admin_write", key, policy): (200, 403, 403, 403) for key in ("none", "good") for policy in POLICIES},
+    **{("admin_proof", key, policy): (401, 403, 403, 403) for key in ("none", "good") for policy in POLICIES},
+}
+
+
+@pytest.mark.parametrize(("row", "statuses"), PLACES.items(), ids=lambda value: " ".join(map(str, value)))
+def test_place_and_key_decide(row: tuple[Access, str, str], statuses: tuple[int, ...]) -> None:
+    access, key, policy = row
+    seen = tuple(
+        status(replace(caller, key=key, marked=True), access, "POST", POLICIES[policy])  # type: ignore[arg-type]
+        for caller in CALLERS.values()
+    )
+    assert seen == statuses
+
+
+def test_every_access_stands_in_the_table() -> None:
+    assert {access for access, _, _ in PLACES} == set(get_args(Access))
+
+
+def test_every_peer_class_is_a_column() -> None:
+    assert {caller.peer for caller in CALLERS.values()} == set(get_args(PeerClass))
+
+
+@pytest.mark.parametrize("access", [access for access in get_args(Access) if access != "admin_proof"])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_plain_call_on_loopback_is_never_refused(access: Access, method: str) -> None:
+    assert status(replace(OWN, marked=True), access, method) == 200
+
+
+# -- rows 7 to 9 and 16: changes and proof
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE"])
+@pytest.mark.parametrize("access", ["admin_write", "admin_proof"])
+def test_admin_change_without_its_header_is_refused(access: Access, method: str) -> None:
+    assert status(replace(OWN, proof=True), access, method) == 400
+    assert status(replace(OWN, proof=True, marked=True), access, method) == 200
+
+
+def test_secrets_need_the_admin_token_for_reading_too() -> None:
+    assert status(OWN, "admin_proof") == 401
+    assert status(replace(OWN, proof=True), "admin_proof") == 200
+
+
+@pytest.mark.parametrize("caller", [RELAYED, LAN, PUBLIC])
+@pytest.mark.parametrize("access", ["admin_read", "admin_write", "admin_proof"])
+def test_no_token_opens_the_administration_elsewhere(caller: Caller, access: Access) -> None:
+    assert status(replace(caller, proof=True, key="good", marked=True), access, "POST", KEYED) == 403
+
+
+def test_administration_says_the_same_to_everybody_elsewhere() -> None:
+    faults = [azt.may(caller, "admin_read", "GET", OPEN) for caller in (RELAYED, LAN, PUBLIC)]
+    assert len({str(fault) for fault in faults}) == 1
+
+
+def test_admin_token_serves_as_a_key_on_this_machine_only() -> None:
+    assert status(replace(OWN, proof=True, key="wrong"), "api", "POST", KEYED) == 200
+    assert status(replace(LAN, proof=True, key="wrong"), "api", "POST", KEYED) == 401
+
+
+@pytest.mark.parametrize("host", ["box", "box.local", "azt.example.com", "192.168.1.20", "0.0.0.0"])
+def test_administration_answers_to_loopback_names_only(host: str) -> None:
+    assert status(replace(OWN, host=host), "admin_read") == 403
+
+
+# -- the Host rule, all rows
+
+
+@pytest.mark.parametrize("access", get_args(Access))
+@pytest.mark.parametrize("caller", CALLERS.values(), ids=CALLERS)
+@pytest.mark.parametrize("host", ["", "evil.com", "localhost.evil.com", "box.evil.com", "azt.example.com.evil.com"])
+def test_foreign_host_is_refused_everywhere(access: Access, caller: Caller, host: str) -> None:
+    assert status(replace(caller, host=host, key="good", proof=True, marked=True), access, "GET", KEYED) == 403
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "a.localhost", "10.1.2.3", "fe80::1", "box", "box.local"])
+@pytest.mark.parametrize("access", ["api", "codex", "health", "page"])
+def test_own_names_and_addresses_are_answered(access: Access, host: str) -> None:
+    assert status(replace(OWN, host=host), access) == 200
+
+
+@pytest.mark.parametrize(
+    ("access", "expected"),
+    [("api", 200), ("codex", 200), ("health", 200), ("page", 403), ("admin_read", 403), ("metrics", 403)],
+)
+def test_internal_names_reach_the_api_only(access: Access, expected: int) -> None:
+    assert status(replace(OWN, host="host.docker.internal"), access) == expected
+
+
+def test_refused_host_is_told_the_setting() -> None:
+    fault = azt.may(replace(OWN, host="evil.com"), "api", "GET", OPEN)
+    assert fault is not None
+    assert "server.allowedHosts" in fault.message
+
+
+# -- rows 4, 5, 11: pages
+
+FOREIGN = ["https://evil.com", "http://192.168.1.99:8787", "chrome-extension://abc", "file://", "null", "", "http://localhost.evil.com"]
+
+
+@pytest.mark.parametrize("access", get_args(Access))
+@pytest.mark.parametrize("origin", FOREIGN)
+def test_foreign_page_is_refused_everywhere(access: Access, origin: str) -> None:
+    caller = replace(OWN, origin=origin, key="good", proof=True, marked=True)
+    assert status(caller, access, "POST") == 403
+
+
+@pytest.mark.parametrize("access", get_args(Access))
+def test_cross_site_request_without_origin_is_refused_everywhere(access: Access) -> None:
+    caller = replace(OWN, fetch_site="cross-site", key="good", proof=True, marked=True)
+    assert status(caller, access) == 403
+
+
+@pytest.mark.parametrize(
+    "origin", ["http://localhost:3000", "https://localhost", "http://127.0.0.1:5173", "http://[::1]:80", "http://localhost"]
+)
+@pytest.mark.parametrize("site", ["", "same-site", "cross-site"])
+def test_page_of_this_machine_may_use_the_api_and_nothing_else(origin: str, site: str) -> None:
+    caller = replace(OWN, origin=origin, fetch_site=site, proof=True, marked=True)
+    seen = {access: status(caller, access, "POST") for access in get_args(Access)}
+    assert seen.pop("api") == 200
+    assert set(seen.values()) == {403}
+
+
+@pytest.mark.parametrize("origin", ["http://localhost:x", "http://localhost:3000/", "http://127.0.0.1.evil.com", "http://127.0.0.2:1"])
+def test_what_only_looks_like_loopback_is_foreign(origin: str) -> None:
+    assert status(replace(OWN, origin=origin), "api", "POST") == 403
+
+
+def test_listed_origin_may_use_the_api_and_nothing_else() -> None:
+    listed = replace(OPEN, cors_origins=frozenset({"https://app.example.com"}))
+    caller = replace(OWN, origin="https://app.example.com", fetch_site="cross-site", proof=True, marked=True)
+    seen = {access: status(caller, access, "POST", listed) for access in get_args(Access)}
+    assert seen.pop("api") == 200
+    assert set(seen.values()) == {403}
+
+
+def test_star_counts_only_while_a_key_exists_and_never_for_null() -> None:
+    star = frozenset({"*", "null"})
+    page = replace(OWN, origin="https://app.example.com", key="good")
+    assert status(page, "api", "POST", replace(OPEN, cors_origins=star)) == 403
+    assert status(page, "api", "POST", replace(KEYED, cors_origins=star)) == 200
+    assert status(replace(page, origin="null"), "api", "POST", replace(KEYED, cors_origins=star)) == 403
+
+
+def test_page_of_this_machine_is_not_exempt_from_keys() -> None:
+    assert status(replace(OWN, origin="http://localhost:3000"), "api", "POST", EXEMPT) == 401
+
+
+@pytest.mark.parametrize("access", ["admin_read", "admin_write", "api", "page", "metrics", "health"])
+@pytest.mark.parametrize("site", ["", "none", "same-origin"])
+def test_own_page_may_call(access: Access, site: str) -> None:
+    caller = replace(OWN, origin="http://localhost:8787", own_origin=True, fetch_site=site, marked=True)
+    assert status(caller, access, "POST") == 200
+
+
+@pytest.mark.parametrize("site", ["same-site", "cross-site"])
+@pytest.mark.parametrize("access", ["admin_read", "metrics", "page", "codex"])
+def test_neighbour_site_is_refused_outside_the_api(access: Access, site: str) -> None:
+    assert status(replace(OWN, fetch_site=site), access) == 403
+
+
+@pytest.mark.parametrize("site", ["same-origin", "same-site", "cross-site"])
+def test_no_page_at_all_may_use_the_codex_routes(site: str) -> None:
+    assert status(replace(OWN, fetch_site=site), "codex") == 403
+    assert status(replace(OWN, origin="http://localhost:8787", own_origin=True), "codex", "POST") == 403
+
+
+def test_link_from_another_page_opens_the_page_but_no_frame_and_no_form_does() -> None:
+    link = replace(OWN, fetch_site="cross-site", navigates=True)
+    assert status(link, "page", "GET") == 200
+    assert status(link, "page", "POST") == 403
+    assert status(replace(link, navigates=False), "page", "GET") == 403
+    assert status(link, "admin_read", "GET") == 403
+    assert status(link, "api", "GET") == 403
+
+
+# -- who the caller is
+
+ADDRESSES = {
+    "own": ["127.0.0.1", "127.8.9.10", "::1", "::ffff:127.0.0.1"],
+    "lan": ["10.0.0.1", "172.16.0.1", "172.31.255.255", "192.168.9.9", "169.254.1.1", "100.64.0.1", "fd00::1", "fe80::1%eth0", "::ffff:10.0.0.1", "203.0.113.7"],
+    "public": ["8.8.8.8", "172.32.0.1", "100.128.0.1", "192.169.0.1", "2001:db8::1", "::ffff:8.8.8.8", "0.0.0.0"],
+}
+
+
+@pytest.mark.parametrize(("place", "address"), [(p, a) for p, addresses in ADDRESSES.items() for a in addresses])
+def test_address_of_the_peer_tells_the_place(place: str, address: str) -> None:
+    assert azt.peer_place(address, (ipaddress.ip_network("203.0.113.0/24"),)) == place
+
+
+@pytest.mark.parametrize(
+    "header", ["forwarded", "via", "x-real-ip", "x-forwarded-for", "x-forwarded-proto", "cf-connecting-ip", "x-client-ip"]
+)
+def test_relay_headers_are_seen(header: str) -> None:
+    assert azt.is_relayed({"host": "localhost", header: "127.0.0.1"})
+
+
+def test_ordinary_headers_are_no_relay() -> None:
+    assert not azt.is_relayed({"host": "localhost", "user-agent": "curl", "x-request-id": "1", "x-stainless-os": "Linux"})
+
+
+@pytest.mark.parametrize(
+    ("host", "name"),
+    [
+        ("localhost", "localhost"),
+        ("LocalHost:8787", "localhost"),
+        ("localhost.:8787", "localhost"),
+        ("[::1]:8787", "::1"),
+        ("127.0.0.1:80", "127.0.0.1"),
+        ("", ""),
+    ],
+)
+def test_host_is_read_without_port_and_brackets(host: str, name: str) -> None:
+    assert azt.read_caller("own", {"host": host}, OPEN, "api").host == name
+
+
+@pytest.mark.parametrize(
+    ("origin", "own"),
+    [
+        ("http://localhost:8787", True),
+        ("HTTP://LOCALHOST:8787", True),
+        ("https://localhost:8787", True),
+        ("http://localhost", False),
+        ("http://localhost:3000", False),
+        ("ws://localhost:8787", False),
+        ("null", False),
+    ],
+)
+def test_own_origin_is_that_of_the_host_header(origin: str, own: bool) -> None:
+    caller = azt.read_caller("own", {"host": "localhost:8787", "origin": origin}, OPEN, "api")
+    assert caller.own_origin is own
+
+
+@pytest.mark.parametrize(
+    ("headers", "key", "proof"),
+    [
+        ({}, "none", False),
+        ({"authorization": f"Bearer {KEY}"}, "good", False),
+        ({"authorization": f"bearer  {KEY} "}, "good", False),
+        ({"x-api-key": KEY}, "good", False),
+        ({"api-key": KEY}, "good", False),
+        ({"authorization": "Bearer sk-placeholder", "api-key": KEY}, "good", False),
+        ({"authorization": "Bearer sk-placeholder"}, "wrong", False),
+        ({"authorization": f"Basic {KEY}"}, "none", False),
+        ({"authorization": KEY}, "none", False),
+        ({"authorization": "Bearer "}, "none", False),
+        ({"authorization": f"Bearer {KEY}x"}, "wrong", False),
+        ({"authorization": f"Bearer {sha256(KEY)}"}, "wrong", False),
+        ({"authorization": f"Bearer {TOKEN}"}, "wrong", True),
+        ({"x-api-key": TOKEN}, "wrong", False),
+        ({"authorization": "Bearer caf\xe9"}, "wrong", False),
+    ],
+)
+def test_key_and_proof_are_read_from_the_headers(headers: dict[str, str], key: str, proof: bool) -> None:
+    caller = azt.read_caller("own", {"host": "localhost", **headers}, KEYED, "api")
+    assert (caller.key, caller.proof) == (key, proof)
+
+
+def test_empty_admin_token_proves_nothing() -> None:
+    without = replace(OPEN, admin_token_hash="")
+    caller = azt.read_caller("own", {"host": "localhost", "authorization": "Bearer "}, without, "admin_proof")
+    assert not caller.proof
+
+
+def test_browser_marks_are_read() -> None:
+    headers = {
+        "host": "localhost",
+        "sec-fetch-site": "cross-site",
+        "sec-fetch-mode": "navigate",
+        "sec-fetch-dest": "document",
+        "x-azt-admin": "1",
+    }
+    caller = azt.read_caller("own", headers, OPEN, "page")
+    framed = azt.read_caller("own", {**headers, "sec-fetch-dest": "iframe"}, OPEN, "page")
+    assert (caller.fetch_site, caller.navigates, caller.marked) == ("cross-site", True, True)
+    assert not framed.navigates
+
+
+@pytest.mark.parametrize("access", get_args(Access))
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_every_refusal_says_what_to_do_and_names_no_secret(access: Access, policy: Policy) -> None:
+    for caller in CALLERS.values():
+        for key in ("none", "wrong"):
+            fault = azt.may(replace(caller, key=key), access, "POST", policy)  # type: ignore[arg-type]
+            text = azt.error_body(fault)["error"]["message"] if fault else "Nothing is wrong."
+            assert text.endswith(".")
+            assert "***" not in text

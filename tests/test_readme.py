@@ -1,0 +1,74 @@
+"""The README's examples run word for word; only host and port are those of the test."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import ROOT, Gateway
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+NODE_MODULES = os.environ.get("AZT_TEST_NODE_MODULES", "")
+
+
+def examples(language: str) -> list[str]:
+    return [text for name, text in BLOCKS if name == language]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    home = tmp_path_factory.mktemp("readme")
+    gateway = Gateway(home, {}, ["--demo", "--host", "127.0.0.1", "--port", "0"]).start()
+    yield gateway
+    gateway.stop()
+
+
+def run(command: list[str], folder: Path) -> str:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def here(text: str, demo: Gateway) -> str:
+    assert "http://127.0.0.1:8787" in text
+    return text.replace("http://127.0.0.1:8787", demo.url)
+
+
+@pytest.mark.parametrize("text", examples("sh"))
+def test_shell_examples_answer(text: str, demo: Gateway, tmp_path: Path) -> None:
+    printed = run(["bash", "-euc", here(text, demo)], tmp_path)
+
+    assert '"gpt-5.4"' in printed
+    assert '"error"' not in printed
+
+
+@pytest.mark.parametrize("text", examples("python"))
+def test_python_examples_answer(text: str, demo: Gateway, tmp_path: Path) -> None:
+    (tmp_path / "example.py").write_text(here(text, demo))
+
+    printed = run([sys.executable, "example.py"], tmp_path)
+
+    assert "demo" in printed
+
+
+@pytest.mark.skipif(not NODE_MODULES, reason="the Node libraries are not installed")
+@pytest.mark.parametrize("text", examples("js"))
+def test_node_examples_answer(text: str, demo: Gateway, tmp_path: Path) -> None:
+    (tmp_path / "example.mjs").write_text(here(text, demo))
+    (tmp_path / "node_modules").symlink_to(NODE_MODULES)
+
+    printed = run(["node", "example.mjs"], tmp_path)
+
+    assert "Hello from Node" in printed
+
+
+def test_every_kind_of_example_is_there() -> None:
+    assert len(examples("sh")) >= 2
+    assert len(examples("python")) >= 2
+    assert len(examples("js")) >= 1
