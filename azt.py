@@ -26,7 +26,7 @@ The file reads from top to bottom in rooms. A room uses only names from rooms ab
     10  Upstream             speak to the Codex backend for one given account
     11  Translators          dict to dict, pure: 11a chat, 11b responses
     12  Rotation             choose an account, try it, move to the next
-    13  Usage and log        one line per request
+    13  Usage and request log  one line per request
     14  Gateway              the one owner of mutable state
     15  HTTP server          h11 and asyncio; the route table is passed in
     16  Routes               16a OpenAI, 16c admin, 16d pages, then the table
@@ -75,13 +75,16 @@ import uuid
 import webbrowser
 import zipfile
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast
 
-import h11
+try:
+    import h11
+except ModuleNotFoundError:
+    sys.exit("azt needs three packages: python3 -m pip install h11 certifi truststore")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -175,7 +178,6 @@ OWN_HEADERS = {
     "user-agent": f"azt/{VERSION} (Python {platform.python_version()}; {platform.system()} {platform.machine()})",
 }
 """How azt names itself to the upstream: honestly (design.md 4)."""
-
 # ==================================================================================================
 # 2. Errors and logging
 #    One error tree, one log, one redaction. Never prints, never knows a route.
@@ -210,7 +212,9 @@ class AztError(Exception):
         self.status = status
         self.code = code
         self.message = message
-        self.type = type or _ERROR_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+        self.type = type or _ERROR_TYPES.get(
+            status, "server_error" if status >= 500 else "invalid_request_error"
+        )
         self.param = param
         self.headers = headers or {}
         self.extra = extra or {}
@@ -260,7 +264,9 @@ class UpstreamError(AztError):
         headers: dict[str, str] | None = None,
         extra: Json | None = None,
     ) -> None:
-        super().__init__(status, code, message, type=type, param=param, headers=headers, extra=extra)
+        super().__init__(
+            status, code, message, type=type, param=param, headers=headers, extra=extra
+        )
         self.fault: Fault = fault
 
 
@@ -288,18 +294,20 @@ def error_body(error: AztError) -> Json:
 
 # What must never leave in a message or a log line. Order matters: the first rule eats the value.
 _SECRETS = [
+    (re.compile(r"(?i)(cookie[\"']?\s*[=:]\s*).+"), r"\1***"),
     (re.compile(r"(?i)\b(bearer)\s+[^\s\"',;]+"), r"\1 ***"),
-    (re.compile(r"\beyJ[\w-]{8,}\.[\w-]{4,}\.[\w-]*"), "***jwt***"),
+    (re.compile(r"\beyJ[\w-]{8,}\.[\w-]{4,}\.[\w.-]*"), "***jwt***"),
     (re.compile(r"\b(sk-|rt_|azt_)[\w.-]{6,}"), r"\1***"),
     (
+        # The backslashes: JSON inside a JSON string.
         re.compile(
-            r"(?i)([\"']?\b(?:access_token|refresh_token|id_token|code_verifier|client_secret|password"
-            r"|api[_-]?key|set-cookie|cookie|authorization)[\"']?\s*[=:]\s*[\"']?)[^\s\"'&,;}]+"
+            r"(?i)((?:access_?token|refresh_?token|id_?token|code_?verifier|client_?secret|password"
+            r"|api[_-]?key|authorization)\\*[\"']?\s*[=:]\s*\\*[\"']?(?:basic\s+)?)[^\s\"'&,;}\\]+"
         ),
         r"\1***",
     ),
-    (re.compile(r"(?i)([?&#](?:code|state|token|key)=)[^\s&#\"']+"), r"\1***"),
-    (re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^\s/@\"']+@"), r"\1***@"),
+    (re.compile(r"(?i)\b((?:code|state|token|key)=)[^\s&#\"']+"), r"\1***"),
+    (re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^\s/\"']+@"), r"\1***@"),
 ]
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -313,10 +321,13 @@ def mask(text: str) -> str:
 
 
 class _MaskingFormatter(logging.Formatter):
-    """Scrubs whole lines, tracebacks included; keeps the line structure of a traceback."""
+    """Scrubs every line. Those of a traceback are indented, so that none can pass for a log line."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        return "\n".join(mask(line) for line in super().format(record).splitlines())
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return mask(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        return "\n".join(f"  {mask(line)}" for line in super().formatException(ei).splitlines())
 
 
 def start_logging(level: str) -> None:
@@ -327,8 +338,6 @@ def start_logging(level: str) -> None:
     log.propagate = False
     log.setLevel(level.upper())
     logging.raiseExceptions = False
-
-
 # ==================================================================================================
 # 3. Threads
 #    The only bridge between the event loop and worker threads. Knows nothing of HTTP or accounts.
@@ -378,10 +387,14 @@ class WorkerPool:
                 inbox = self._idle.pop()
             elif self.threads < self._threads_max:
                 inbox = queue.SimpleQueue()
-                self.threads += 1
-                threading.Thread(
+                worker = threading.Thread(
                     target=self._work, args=(inbox,), name=f"azt-{self._name}", daemon=True
-                ).start()
+                )
+                try:
+                    worker.start()
+                except RuntimeError:  # the system gives no more threads
+                    return False
+                self.threads += 1
             elif len(self._waiting) < self._waiting_max:
                 self._waiting.append(job)
                 return True
@@ -414,14 +427,17 @@ async def in_thread(pool: WorkerPool, function: Callable[..., T], *args: Any) ->
     """Run a `@blocking` function on a worker and await its value or its exception.
 
     Cancelling the await does not stop the worker: whoever may cancel passes a `Wire` (room 6) along and
-    shuts its socket, which makes the worker's read raise. The late result is then dropped.
+    shuts its socket, which makes the worker's read raise. A late result is closed, where it can be.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 
     def fulfil(value: T | None, error: BaseException | None) -> None:
         if future.cancelled():
+            getattr(value, "close", lambda: None)()  # it may hold a connection
             return
+        if isinstance(error, StopIteration):  # a future does not take it: the await would hang
+            error = RuntimeError("the call raised StopIteration")
         if error is not None:
             future.set_exception(error)
         else:
@@ -445,8 +461,6 @@ async def in_thread(pool: WorkerPool, function: Callable[..., T], *args: Any) ->
             headers={"retry-after": "5"},
         )
     return await future
-
-
 # ==================================================================================================
 # 4. State files
 #    The only code that writes to disk: whole files, atomic, mode 0600. Knows no file's meaning.
@@ -477,9 +491,13 @@ def prepare_home(paths: Paths) -> None:
     try:
         for folder in (paths.home, paths.state):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = paths.state.stat()
+        status = paths.state.lstat()
+        if stat.S_ISLNK(status.st_mode):
+            raise StateError(f"{paths.state} is a symbolic link. Put a folder in its place.")
         if status.st_uid != os.getuid():
-            raise StateError(f"{paths.state} belongs to another user. Set AI_ZERO_TOKEN_HOME to a folder of your own.")
+            raise StateError(
+                f"{paths.state} belongs to another user. Set AI_ZERO_TOKEN_HOME to a folder of your own."
+            )
         if status.st_mode & 0o077:
             paths.state.chmod(0o700)
             log.warning("%s was open to other users; its mode is 0700 now", paths.state)
@@ -500,18 +518,20 @@ def read_json(path: Path, version: int) -> Json | None:
     raises  StateError when neither can be used, or the file is from a newer azt
     """
     value = _read_object(path)
-    if isinstance(value, str):
-        backup = _read_object(_backup(path))
-        if not isinstance(backup, dict):
-            raise StateError(f"{path} is damaged ({value}) and so is its copy. Move it away, then import again.")
-        kept = path.with_name(f"{path.name}.corrupt-{time.strftime('%Y%m%d-%H%M%S')}")
-        os.replace(path, kept)
-        log.error("%s was damaged (%s): kept as %s, using the last good copy", path, value, kept.name)
-        value = backup
-        write_json(path, value)
-    if value is not None and value.get("version", version) > version:
+    damage = value if isinstance(value, str) else ""
+    if damage:
+        value = _read_object(_backup(path))
+        if not isinstance(value, dict):
+            raise StateError(f"{path} is damaged ({damage}) and so is its copy. Move it away, then import again.")
+    if isinstance(value, dict) and value["version"] > version:
         raise StateError(f"{path} was written by a newer azt. Update azt, or set AI_ZERO_TOKEN_HOME to another folder.")
-    return value
+    if damage:
+        # A copy, not a rename: dying in between must not leave a missing file, which reads as a new home.
+        kept = path.with_name(f"{path.name}.corrupt-{time.strftime('%Y%m%d-%H%M%S')}")
+        write_bytes(kept, _read_own_file(path))
+        write_json(path, cast(Json, value))
+        log.error("%s was damaged (%s): kept as %s, using the last good copy", path, damage, kept.name)
+    return cast(Json | None, value)
 
 
 def _backup(path: Path) -> Path:
@@ -524,22 +544,36 @@ def _read_object(path: Path) -> Json | str | None:
         raw = _read_own_file(path)
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise StateError(f"{path} cannot be read ({error.strerror}). Mend its owner and mode (0600).") from None
     try:
         value = json.loads(raw.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         return "no valid JSON"
-    return value if isinstance(value, dict) and "version" in value else "not the expected object"
+    is_ours = isinstance(value, dict) and isinstance(value.get("version"), int)
+    return value if is_ours else "not the expected object"
+
+
+def _open_own(path: str, flags: int) -> int:
+    # O_NONBLOCK: a pipe in place of a state file would hold the start for ever.
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 def _read_own_file(path: Path) -> bytes:
-    """Bytes of a regular file; a symlink or a device in place of a state file is refused."""
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    with open(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise OSError(0, "not a regular file")
-        return file.read()
+    """Bytes of a regular file of this user, mended to 0600. Raises FileNotFoundError and StateError."""
+    try:
+        with open(path, "rb", opener=_open_own) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(0, "not a regular file")
+            if status.st_uid != os.getuid():
+                raise OSError(0, "it belongs to another user")
+            if status.st_mode & 0o077:
+                os.fchmod(file.fileno(), 0o600)
+                log.warning("%s was open to other users; its mode is 0600 now", path)
+            return file.read()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StateError(f"{path} cannot be read ({error.strerror}). Mend its owner and mode (0600).") from None
 
 
 @blocking
@@ -557,7 +591,10 @@ def write_json(path: Path, value: Json) -> None:
     """Replace a state file so that a crash leaves the old or the new content whole, then its copy."""
     raw = json.dumps(value, indent=1, ensure_ascii=True).encode() + b"\n"
     write_bytes(path, raw)
-    write_bytes(_backup(path), raw)
+    try:
+        write_bytes(_backup(path), raw)
+    except AztError as error:  # saved all the same: only the copy for the day of damage is an older one
+        log.error("%s", error.message)
 
 
 @blocking
@@ -623,7 +660,12 @@ class HomeLock:
     @blocking
     def acquire(self) -> Json | None:
         """None when the lock is ours now, else what its holder wrote."""
-        handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise StateError(
+                f"{self._path} cannot be opened ({error.strerror}). Set AI_ZERO_TOKEN_HOME to a writable folder."
+            ) from None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -683,7 +725,11 @@ _NO_PAGES = b"""<!doctype html><meta charset="utf-8"><title>azt</title>
 def read_pages() -> dict[str, Page]:
     """Request path -> page, for every file in `azt_web` of a known type."""
     folder = Path(__file__).resolve().parent / "azt_web"
-    files = {f"/{path.relative_to(folder).as_posix()}": path for path in folder.rglob("*") if path.is_file()}
+    files = {
+        f"/{path.relative_to(folder).as_posix()}": path
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
     pages = {
         name: _page(path.read_bytes(), _PAGE_TYPES[path.suffix])
         for name, path in files.items()
@@ -695,8 +741,6 @@ def read_pages() -> dict[str, Page]:
 
 def _page(body: bytes, content_type: str) -> Page:
     return Page(body, content_type, f'"{hashlib.sha256(body).hexdigest()[:24]}"')
-
-
 # ==================================================================================================
 # 5. Settings
 #    Defaults < file < environment < flags. The only reader of the environment. Never writes.
@@ -724,12 +768,18 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_words(value: Any) -> bool:
-    return isinstance(value, list) and len(value) <= 256 and all(_is_text(word) and word for word in value)
+    return (
+        isinstance(value, list)
+        and len(value) <= 256
+        and all(_is_text(word) and word for word in value)
+    )
 
 
 def _is_origins(value: Any) -> bool:
     return _is_words(value) and all(
-        word == "*" or re.fullmatch(r"https?://[^/\s*]+", word) or re.fullmatch(r"[a-z-]+-extension://[a-zA-Z0-9-]+", word)
+        word == "*"
+        or re.fullmatch(r"https?://[^/\s*]+", word)
+        or re.fullmatch(r"[a-z-]+-extension://[a-zA-Z0-9-]+", word)
         for word in value
     )
 
@@ -739,7 +789,9 @@ def _is_proxy(value: Any) -> bool:
 
 
 def _in_range(low: int, high: int) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    return lambda value: (
+        isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    )
 
 
 _YES_NO = "true or false"
@@ -758,10 +810,16 @@ SETTINGS: dict[str, Setting] = {
     ),
     "networkProxy.enabled": Setting(False, _is_bool, _YES_NO, widens=True),
     "networkProxy.noProxy": Setting("localhost,127.0.0.1,::1", _is_text, _TEXT, widens=True),
-    "networkProxy.url": Setting("", _is_proxy, "http://host:port or https://host:port", widens=True),
+    "networkProxy.url": Setting(
+        "", _is_proxy, "http://host:port or https://host:port", widens=True
+    ),
     "server.allowedHosts": Setting([], _is_words, _WORDS, widens=True),
     "server.corsOrigins": Setting(
-        [], _is_origins, "a list of origins such as https://app.example", "AZT_CORS_ORIGIN", widens=True
+        [],
+        _is_origins,
+        "a list of origins such as https://app.example",
+        "AZT_CORS_ORIGIN",
+        widens=True,
     ),
     "server.host": Setting("0.0.0.0", _is_text, "an address to listen on", "AZT_HOST", widens=True),
     "server.lanApi": Setting(True, _is_bool, _YES_NO, widens=True),
@@ -798,7 +856,11 @@ def read_environment(environ: Mapping[str, str] | None = None) -> Environment:
         chatgpt_base_url=_base_url(env, "AZT_CHATGPT_BASE_URL", CHATGPT_BASE_URL),
         auth_base_url=_base_url(env, "AZT_AUTH_BASE_URL", AUTH_BASE_URL),
         ca_file=env.get("AZT_CA_FILE", ""),
-        proxy_url=env.get("HTTPS_PROXY") or env.get("https_proxy") or env.get("ALL_PROXY") or env.get("all_proxy") or "",
+        proxy_url=env.get("HTTPS_PROXY")
+        or env.get("https_proxy")
+        or env.get("ALL_PROXY")
+        or env.get("all_proxy")
+        or "",
         no_proxy=env.get("NO_PROXY") or env.get("no_proxy") or "",
         fast=env.get("AZT_SLOW_PATHS") != "1",
         pinned={
@@ -823,7 +885,7 @@ def parse_setting(key: str, text: str, source: str = "") -> Any:
     """
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = text
     default = SETTINGS[key].default if key in SETTINGS else None
     if isinstance(default, list) and not isinstance(value, list):
@@ -867,16 +929,20 @@ class Settings:
         return frozenset(self.values[key])
 
 
-def load_settings(saved: Json | None, environment: Environment, flags: Mapping[str, Any]) -> Settings:
+def load_settings(
+    saved: Json | None, environment: Environment, flags: Mapping[str, Any]
+) -> Settings:
     """Merge the four layers. A saved value that no longer fits is named in the log and left out."""
     values = {key: setting.default for key, setting in SETTINGS.items()}
     stored = (saved or {}).get("values")
-    for key, value in (stored.items() if isinstance(stored, dict) else ()):
+    for key, value in stored.items() if isinstance(stored, dict) else ():
         setting = SETTINGS.get(key)
         if setting is not None and setting.check(value):
             values[key] = value
         else:
-            log.warning("settings.json: %s is not usable and is left out; the default is in force", key)
+            log.warning(
+                "settings.json: %s is not usable and is left out; the default is in force", key
+            )
     values.update(environment.pinned)
     values.update(flags)
     fixed = {key: SETTINGS[key].env for key in environment.pinned}
@@ -906,8 +972,6 @@ def flattened(tree: Mapping[str, Any], prefix: str = "") -> Json:
         else:
             flat[prefix + name] = value
     return flat
-
-
 # ==================================================================================================
 # 6. Outbound HTTP
 #    TLS trust, proxy, connection pool: the only sockets out. Knows no account and no translator.
@@ -1005,9 +1069,13 @@ class ConnectionPool:
             sock.close()
 
     def give(self, key: _Key, sock: socket.socket) -> None:
-        """Keep a connection whose last answer was read to its very end."""
+        """Keep a connection whose last answer was read to its very end; close those kept for too long."""
+        now = time.monotonic()
         with self._lock:
-            self._idle.setdefault(key, []).append((time.monotonic(), sock))
+            kept = self._idle.setdefault(key, [])
+            while kept and now - kept[0][0] >= POOL_IDLE_S:
+                kept.pop(0)[1].close()
+            kept.append((now, sock))
 
     def close(self) -> None:
         with self._lock:
@@ -1026,7 +1094,13 @@ def _tls_context(ca_file: str) -> ssl.SSLContext:
         # truststore asks the system alone on some systems, so a company root joins certifi's list instead.
         context = ssl.create_default_context(cafile=certifi.where())
         context.load_default_certs()
-        context.load_verify_locations(ca_file)
+        try:
+            context.load_verify_locations(ca_file)
+        except OSError as error:
+            reason = getattr(error, "reason", "") or error.strerror
+            raise UpstreamError(
+                502, "upstream_tls", f"AZT_CA_FILE {ca_file} holds no usable certificate ({reason}).", fault="network"
+            ) from None
     elif sys.platform == "linux" and not _has_system_roots():
         context = ssl.create_default_context(cafile=certifi.where())
     else:
@@ -1072,7 +1146,9 @@ class Answer:
 
 
 # RFC 9112 7.1, read strictly: what is lenient here is how requests are smuggled (trust.md 1.5).
-_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,12})(?:;[\t\x20-\x7e]{0,%d})?\r\n" % (MAX_CHUNK_EXTENSION_BYTES - 1))
+_CHUNK_HEAD = re.compile(
+    rb"([0-9A-Fa-f]{1,12})(?:;[\t\x20-\x7e]{0,%d})?\r\n" % (MAX_CHUNK_EXTENSION_BYTES - 1)
+)
 _TRAILER_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n")
 
 
@@ -1103,7 +1179,9 @@ class Framing:
             return self._dechunk(data)
         if self.left < 0:
             return data
-        taken, self.rest = (data[: self.left], data[self.left :]) if len(data) > self.left else (data, b"")
+        taken, self.rest = (
+            (data[: self.left], data[self.left :]) if len(data) > self.left else (data, b"")
+        )
         self.left -= len(taken)
         self.ended = not self.left
         return taken
@@ -1146,7 +1224,7 @@ class Framing:
                 raise ValueError("a chunk of the body is longer than it says")
             self._in_chunk = False
         else:
-            size = _CHUNK_LINE.fullmatch(line)
+            size = _CHUNK_HEAD.fullmatch(line)
             if size is None:
                 raise ValueError("a chunk size of the body is malformed")
             self.left = int(size[1], 16)
@@ -1196,63 +1274,86 @@ def open_response(pool: ConnectionPool, call: Call, wire: Wire) -> Answer:
 
 def _check_outbound(host: str, egress: Egress) -> None:
     if host not in OUTBOUND and host not in egress.own_hosts:
-        raise UpstreamError(502, "upstream_unreachable", f"azt does not call {host}: it is not in its table of hosts.")
+        raise UpstreamError(
+            502,
+            "upstream_unreachable",
+            f"azt does not call {host}: it is not in its table of hosts.",
+        )
 
 
 class _NoAnswer(Exception):
     """The connection broke before the first response byte: the request was not answered at all."""
 
 
+class _HeadReader(io.BufferedReader):
+    """http.client takes the end of the connection for the end of the head."""
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        line = super().readline(size)
+        if not line.endswith(b"\n") and len(line) != size:
+            raise http.client.IncompleteRead(line)
+        return line
+
+
 class _Response(http.client.HTTPResponse):
     """http.client takes 102 and 103 for the final answer and hides whether any byte had come."""
 
+    _heard = False
+
     def _read_status(self) -> tuple[str, int, str]:
-        while True:
+        if not self._heard:
+            self.fp = _HeadReader(self.fp.detach())  # type: ignore[arg-type]  # a SocketIO
             try:
-                version, status, reason = super()._read_status()  # type: ignore[misc]  # not in typeshed
+                self._heard = bool(self.fp.peek(1))
             except (ConnectionError, ssl.SSLEOFError) as error:
-                if self._has_bytes():
-                    raise
                 raise _NoAnswer(str(error)) from None
+            if not self._heard:
+                raise _NoAnswer("the connection was closed")
+        while True:
+            version, status, reason = super()._read_status()  # type: ignore[misc]  # not in typeshed
             if not 102 <= status < 200:
                 return version, status, reason
             http.client.parse_headers(self.fp)
-
-    def _has_bytes(self) -> bool:
-        try:
-            return bool(self.fp.peek(1))
-        except (OSError, ValueError):
-            return False
 
 
 class _Connection(http.client.HTTPConnection):
     """One exchange over a socket that azt opened. The socket stays ours: closing is room 6's business."""
 
     response_class = _Response
+    body: bytes | bytearray = b""
 
     def close(self) -> None:
         # http.client would close the socket under a stream whose head said `Connection: close`.
         pass
 
+    def send(self, data: Any) -> None:
+        """The head, which http.client sends alone: with a small body it is one packet, one call."""
+        if len(self.body) > READ_BYTES:
+            self.sock.sendall(data)
+            data = b""
+        self.sock.sendall(data + self.body if data else self.body)
 
-def _exchange(sock: socket.socket, key: _Key, call: Call, parts: urllib.parse.SplitResult) -> Answer:
+
+def _exchange(
+    sock: socket.socket, key: _Key, call: Call, parts: urllib.parse.SplitResult
+) -> Answer:
     """One request and its response head over an open socket."""
     sock.settimeout(call.head_timeout_s)
     connection = _Connection(key[1], key[2])
-    connection.sock = sock
+    connection.sock, connection.body = sock, call.body
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    try:
-        connection.putrequest(call.method, target, skip_host=True, skip_accept_encoding=True)
-        connection.putheader("host", parts.netloc.rpartition("@")[2])
-        for name, value in call.headers.items():
-            connection.putheader(name, value)
-        if call.body or call.method in ("POST", "PUT"):
-            connection.putheader("content-length", str(len(call.body)))
-        connection.endheaders(call.body or None)
-    except ConnectionError as error:
-        raise _NoAnswer(str(error)) from None
-    response = cast(_Response, connection.getresponse())
-    return _answer(sock, key, response)
+    connection.putrequest(call.method, target, skip_host=True, skip_accept_encoding=True)
+    connection.putheader("host", parts.netloc.rpartition("@")[2])
+    for name, value in call.headers.items():
+        connection.putheader(name, value)
+    if call.body or call.method in ("POST", "PUT"):
+        connection.putheader("content-length", str(len(call.body)))
+    # Refused in mid-upload the answer may be there all the same, a 413 say: the reader finds out.
+    with contextlib.suppress(ConnectionError):
+        connection.endheaders()
+    # Closes the reader only; the socket goes on.
+    with contextlib.closing(cast(_Response, connection.getresponse())) as response:
+        return _answer(sock, key, response)
 
 
 def _answer(sock: socket.socket, key: _Key, response: _Response) -> Answer:
@@ -1260,31 +1361,46 @@ def _answer(sock: socket.socket, key: _Key, response: _Response) -> Answer:
     for name, value in response.getheaders():
         name = name.lower()
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    is_stream = response.status == 200 and headers.get("content-type", "").lower().startswith("text/event-stream")
-    answer = Answer(response.status, headers, sock=sock, key=key, is_stream=is_stream)
+    is_stream = response.status == 200 and headers.get("content-type", "").lower().startswith(
+        "text/event-stream"
+    )
+    length = response.length
+    framing = Framing(bool(response.chunked) and length is None, length)
+    answer = Answer(response.status, headers, b"", is_stream, sock, key, b"", framing, not response.will_close)
     if is_stream:
         if headers.get("content-encoding", "identity") != "identity":
             raise ValueError("a compressed event stream that nobody asked for")
         sock.settimeout(0)
-        answer.framing = Framing(bool(response.chunked), response.length)
-        answer.keep = not response.will_close
         answer.rest = _buffered(response)
-        response.close()  # the reader only; the socket goes on
         return answer
-    answer.body = response.read(MAX_REPLY_BYTES + 1)
-    if len(answer.body) > MAX_REPLY_BYTES:
-        raise ValueError("an answer larger than azt accepts")
-    answer.keep = not response.will_close and response.isclosed()
+    answer.body = _read_body(response, framing)
+    sock.settimeout(0)
+    answer.keep = answer.keep and framing.ended and not (framing.rest or _buffered(response))
     if headers.get("content-encoding"):
         answer.body = decoded(answer.body, headers["content-encoding"], MAX_REPLY_BYTES)
     return answer
 
 
+def _read_body(response: _Response, framing: Framing) -> bytes:
+    """The body to its end. http.client would take a cut one for whole and malformed chunks for good ones."""
+    body = bytearray()
+    while not framing.ended:
+        data = response.fp.read1(READ_BYTES)
+        if not data and framing.left < 0:
+            break  # the connection's end is the body's end
+        if not data:
+            raise http.client.IncompleteRead(b"")
+        body += framing.feed(data)
+        if len(body) > MAX_REPLY_BYTES:
+            raise ValueError("an answer larger than azt accepts")
+    return bytes(body)
+
+
 def _buffered(response: _Response) -> bytes:
-    """What the head's reader holds beyond the head. The socket is non-blocking by now."""
+    """What the reader holds beyond what was taken. The socket is non-blocking by now."""
     try:
         return bytes(response.fp.peek())
-    except ssl.SSLWantReadError:
+    except OSError:  # a TLS socket without a record, or a connection that has just died
         return b""
 
 
@@ -1336,17 +1452,20 @@ def _open_socket(pool: ConnectionPool, key: _Key, wire: Wire) -> socket.socket:
         sock = _dial(host, port, wire)
     else:
         sock = _dial_proxy(pool, proxy, host, port, wire)
-    if scheme == "https":
-        sock = _wrap(pool, sock, host)
-        wire.attach(sock)
-    return sock
+    return _wrap(pool, sock, host, wire) if scheme == "https" else sock
 
 
-def _wrap(pool: ConnectionPool, sock: socket.socket, host: str) -> ssl.SSLSocket:
+def _wrap(pool: ConnectionPool, sock: socket.socket, host: str, wire: Wire) -> ssl.SSLSocket:
+    secure: ssl.SSLSocket | None = None
     try:
-        return pool.tls().wrap_socket(sock, server_hostname=host)
+        # The handshake takes the descriptor out of `sock`; a second one lets the loop end it meanwhile.
+        with sock.dup() as twin:
+            wire.attach(twin)
+            secure = pool.tls().wrap_socket(sock, server_hostname=host)
+            wire.attach(secure)
+        return secure
     except BaseException:
-        sock.close()
+        (secure or sock).close()
         raise
 
 
@@ -1411,7 +1530,9 @@ def _proxy_for(egress: Egress, host: str) -> urllib.parse.SplitResult | None:
 
     if not egress.proxy_url or proxy_bypass_environment(host, {"no": egress.no_proxy}):
         return None
-    return urllib.parse.urlsplit(egress.proxy_url if "://" in egress.proxy_url else f"http://{egress.proxy_url}")
+    return urllib.parse.urlsplit(
+        egress.proxy_url if "://" in egress.proxy_url else f"http://{egress.proxy_url}"
+    )
 
 
 def _dial_proxy(
@@ -1419,13 +1540,19 @@ def _dial_proxy(
 ) -> socket.socket:
     """A tunnel through the proxy: CONNECT, also for plain http, so that the rest never notices it."""
     name = f"{proxy.hostname}:{proxy.port or (443 if proxy.scheme == 'https' else 80)}"
+    sock: socket.socket | None = None
     try:
-        sock = _dial(proxy.hostname or "", proxy.port or (443 if proxy.scheme == "https" else 80), wire)
+        sock = _dial(
+            proxy.hostname or "", proxy.port or (443 if proxy.scheme == "https" else 80), wire
+        )
         if proxy.scheme == "https":
-            sock = _wrap(pool, sock, proxy.hostname or "")
-            wire.attach(sock)
-        status = _connect_request(sock, proxy, f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+            sock = _wrap(pool, sock, proxy.hostname or "", wire)
+        status = _connect_request(
+            sock, proxy, f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        )
     except (OSError, http.client.HTTPException) as error:
+        if sock is not None:
+            sock.close()
         raise _proxy_failed(name, str(error)) from None
     if status != 200:
         sock.close()
@@ -1446,12 +1573,14 @@ def _proxy_failed(name: str, why: str) -> UpstreamError:
 def _connect_request(sock: socket.socket, proxy: urllib.parse.SplitResult, authority: str) -> int:
     head = f"CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\n"
     if proxy.username:
-        pair = f"{urllib.parse.unquote(proxy.username)}:{urllib.parse.unquote(proxy.password or '')}"
+        pair = (
+            f"{urllib.parse.unquote(proxy.username)}:{urllib.parse.unquote(proxy.password or '')}"
+        )
         head += f"Proxy-Authorization: Basic {base64.b64encode(pair.encode()).decode()}\r\n"
     sock.sendall(head.encode("latin-1") + b"\r\n")
-    response = http.client.HTTPResponse(sock, method="CONNECT")
-    response.begin()
-    return response.status
+    with contextlib.closing(http.client.HTTPResponse(sock, method="CONNECT")) as response:
+        response.begin()
+        return response.status
 
 
 def _pumped(outer: ssl.SSLSocket) -> socket.socket:
@@ -1504,14 +1633,16 @@ def _outbound_error(host: str, error: BaseException) -> UpstreamError:
             fault="network",
         )
     if isinstance(error, TimeoutError):
-        return UpstreamError(504, "upstream_timeout", f"{host} did not answer in time. Try again.", fault="network")
+        return UpstreamError(
+            504, "upstream_timeout", f"{host} did not answer in time. Try again.", fault="network"
+        )
     if isinstance(error, (http.client.HTTPException, ValueError)):
         return UpstreamError(
-            502, "upstream_error", f"{host} answered with something that is no valid HTTP ({type(error).__name__})."
+            502,
+            "upstream_error",
+            f"{host} answered with something that is no valid HTTP ({type(error).__name__}).",
         )
     return _unreachable(host, error)
-
-
 # ==================================================================================================
 # 7. Event streams
 #    JSON and SSE bytes <-> dicts. Pure: no I/O, no clock.
@@ -1524,6 +1655,29 @@ def encode_json(value: Any) -> bytes:
         return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError:
         return json.dumps(value, separators=(",", ":")).encode()
+
+
+def encode_large_json(value: Any) -> bytes:
+    """The same bytes, made in pieces: one call of the encoder for all of it would stop every stream."""
+    parts: list[bytes] = []
+    _encode_pieces(value, parts)
+    return b"".join(parts)
+
+
+def _encode_pieces(value: Any, parts: list[bytes]) -> None:
+    if isinstance(value, str):
+        pieces = (encode_json(value[at : at + MIB])[1:-1] for at in range(0, len(value), MIB))
+        parts += [b'"', *pieces, b'"']
+    elif isinstance(value, (dict, list)) and value:
+        is_object = isinstance(value, dict)
+        for at, key in enumerate(value):
+            parts.append(b"," if at else b"{" if is_object else b"[")
+            if is_object:
+                parts.append(encode_json(key) + b":")
+            _encode_pieces(value[key] if is_object else key, parts)
+        parts.append(b"}" if is_object else b"]")
+    else:
+        parts.append(encode_json(value))
 
 
 def encode_data(value: Any) -> bytes:
@@ -1663,7 +1817,10 @@ class SSEParser:
         if end < 0:
             if len(buffer) > MAX_EVENT_BYTES:
                 raise UpstreamError(
-                    502, "upstream_error", "The upstream sent an event larger than azt accepts.", fault="transient"
+                    502,
+                    "upstream_error",
+                    "The upstream sent an event larger than azt accepts.",
+                    fault="transient",
                 )
             return []
         blocks = bytes(buffer[:end])
@@ -1715,12 +1872,10 @@ def event_type(data: bytes) -> str:
 def parse_event(data: bytes) -> Json | None:
     """The event as a dict, or None for what is no JSON object: a broken event is skipped, not fatal."""
     try:
-        event = json.loads(data.decode("utf-8", "replace"))
+        event = _DECODER.decode(data.decode("utf-8", "replace"))
     except (ValueError, RecursionError):
         return None
     return event if isinstance(event, dict) else None
-
-
 # ==================================================================================================
 # 8. Accounts
 #    Who is signed in, and the reading of account files. Pure: loading and saving are done by room 14.
@@ -1800,19 +1955,23 @@ class AccountStore:
     def find(self, name: str) -> Account:
         """An account by label, e-mail or the beginning of its id. Raises AztError."""
         wanted = name.casefold()
+        start = wanted.removeprefix("acc_")
+        everyone = list(self.accounts.values()) if start else []
         found = [
-            account
-            for account in self.accounts.values()
-            if wanted in (account.label.casefold(), account.email.casefold(), account.id)
-            or account.id.removeprefix("acc_").startswith(wanted.removeprefix("acc_"))
-        ]
+            one for one in everyone if wanted in (one.label.casefold(), one.email.casefold(), one.id)
+        ] or [one for one in everyone if one.id.removeprefix("acc_").startswith(start)]
         if len(found) == 1:
             return found[0]
         what = "Several accounts match" if found else "No account matches"
-        raise AztError(404, "account_not_found", f"{what} {name!r}. `azt accounts list` shows their ids.")
+        raise AztError(
+            404, "account_not_found", f"{what} {name!r}. `azt accounts list` shows their ids."
+        )
 
     def to_json(self) -> Json:
-        entries = [{slot: getattr(one, slot) for slot in Account.__slots__} for one in self.accounts.values()]
+        entries = [
+            {slot: getattr(one, slot) for slot in Account.__slots__}
+            for one in self.accounts.values()
+        ]
         return {"version": ACCOUNTS_VERSION, "active_id": self.active_id, "accounts": entries}
 
     @classmethod
@@ -1825,10 +1984,15 @@ class AccountStore:
             known = set(Account.__slots__)
             for entry in saved["accounts"]:
                 account = Account(**{name: value for name, value in entry.items() if name in known})
+                for name, kind in Account.__annotations__.items():
+                    if type(getattr(account, name)).__name__ != kind:
+                        raise TypeError(f"{name} is no {kind}")
                 store.accounts[account.id] = account
             store.active_id = saved["active_id"] if saved["active_id"] in store.accounts else None
         except (KeyError, TypeError, AttributeError) as error:
-            raise StateError(f"accounts.json has an unknown shape ({error}). Move it away and import again.") from None
+            raise StateError(
+                f"accounts.json has an unknown shape ({error}). Move it away and import again."
+            ) from None
         store.active_id = store.active_id or next(iter(store.accounts), None)
         return store
 
@@ -1851,7 +2015,9 @@ def read_entries(raw: bytes) -> list[Json]:
     """
     entries = [entry for name, text in _import_files(raw) for entry in import_entries(text, name)]
     if len(entries) > IMPORT_MAX_ENTRIES:
-        raise BadRequest(f"More than {IMPORT_MAX_ENTRIES} accounts in one file.", "file", "too_large")
+        raise BadRequest(
+            f"More than {IMPORT_MAX_ENTRIES} accounts in one file.", "file", "too_large"
+        )
     return entries
 
 
@@ -1871,8 +2037,17 @@ def _import_files(raw: bytes) -> list[tuple[str, bytes]]:
     try:
         with zipfile.ZipFile(io.BytesIO(raw)) as archive:
             return _zip_members(archive)
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, ValueError, OSError) as error:
-        raise BadRequest(f"The ZIP file cannot be read ({error}).", "file", "unreadable_zip") from None
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        NotImplementedError,
+        EOFError,
+        ValueError,
+        OSError,
+    ) as error:
+        raise BadRequest(
+            f"The ZIP file cannot be read ({mask(str(error))[:120]}).", "file", "unreadable_zip"
+        ) from None
 
 
 def _zip_members(archive: zipfile.ZipFile) -> list[tuple[str, bytes]]:
@@ -1889,14 +2064,23 @@ def _zip_members(archive: zipfile.ZipFile) -> list[tuple[str, bytes]]:
         base = member.filename.rsplit("/", 1)[-1]
         if member.is_dir() or base.startswith("._") or member.filename.startswith("__MACOSX"):
             continue
-        if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        if member.flag_bits & 1 or member.compress_type not in (
+            zipfile.ZIP_STORED,
+            zipfile.ZIP_DEFLATED,
+        ):
             raise ValueError("encrypted, or an unusual compression")
-        if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG) or not base.endswith(".json"):
+        if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG) or not base.endswith(
+            ".json"
+        ):
             raise ValueError("members other than .json files")
         with archive.open(member) as file:
             text = file.read(IMPORT_MEMBER_MAX_BYTES + 1)
         total += len(text)
-        if len(text) > IMPORT_MEMBER_MAX_BYTES or total > IMPORT_MAX_BYTES or time.monotonic() > deadline:
+        if (
+            len(text) > IMPORT_MEMBER_MAX_BYTES
+            or total > IMPORT_MAX_BYTES
+            or time.monotonic() > deadline
+        ):
             raise ValueError("too large once unpacked")
         found.append((f"{mask(member.filename)[:80]}: ", text))
     return found
@@ -1909,7 +2093,9 @@ def import_entries(document: bytes | Any, name: str = "") -> list[Json]:
         try:
             value = parse_json(document)
         except ValueError as error:
-            raise BadRequest(f"{name}this is not valid JSON ({error}).", "file", "not_json") from None
+            raise BadRequest(
+                f"{name}this is not valid JSON ({error}).", "file", "not_json"
+            ) from None
     if isinstance(value, dict) and isinstance(value.get("profiles"), list):
         value = value["profiles"]
     entries: list[Any] = value if isinstance(value, list) else [value]
@@ -1931,6 +2117,7 @@ _IMPORT_NAMES = {
 }
 _SECRET_TEXT = re.compile(r"[\x21-\x7e]{1,16384}")
 _ACCOUNT_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_YEAR_2200_S = 7_258_118_400
 _AUTH_CLAIM = "https://api.openai.com/auth"
 _PROFILE_CLAIM = "https://api.openai.com/profile"
 
@@ -1950,7 +2137,9 @@ def _to_account(where: str, entry: Json, now: float) -> Account:
         value = fields[secret]
         if value and not (isinstance(value, str) and _SECRET_TEXT.fullmatch(value)):
             raise BadRequest(f"{where}: {secret} is no token.", "file", "unknown_format")
-    account = account_from_tokens(fields["access_token"], fields["refresh_token"], fields["id_token"] or "", now)
+    account = account_from_tokens(
+        fields["access_token"], fields["refresh_token"], fields["id_token"] or "", now
+    )
     if isinstance(fields["account_id"], str) and not account.account_id:
         account.account_id = fields["account_id"]
         account.id = account_id_of(account.account_id, account.user_id)
@@ -1959,22 +2148,31 @@ def _to_account(where: str, entry: Json, now: float) -> Account:
     account.expires_at = account.expires_at or _expiry(where, fields["expires"])
     for text in ("email", "label"):
         if isinstance(fields[text], str) and not getattr(account, text):
-            setattr(account, text, "".join(one for one in fields[text] if one.isprintable())[:256])
+            setattr(account, text, _shown(fields[text], 256))
     return account
 
 
-def account_from_tokens(access_token: str, refresh_token: str, id_token: str, now: float) -> Account:
+def account_from_tokens(
+    access_token: str, refresh_token: str, id_token: str, now: float
+) -> Account:
     """Identity, plan and expiry as the token claims tell them (codex-upstream.md 1.9)."""
     access, identity = token_claims(access_token), token_claims(id_token)
     auth: Json = {}
     for claims in (identity, access):
         part = claims.get(_AUTH_CLAIM)
-        auth.update({name: value for name, value in part.items() if value} if isinstance(part, dict) else {})
+        auth.update(
+            {name: value for name, value in part.items() if value} if isinstance(part, dict) else {}
+        )
     profile = access.get(_PROFILE_CLAIM)
-    email = identity.get("email") or access.get("email") or (profile.get("email") if isinstance(profile, dict) else "")
+    email = (
+        identity.get("email")
+        or access.get("email")
+        or (profile.get("email") if isinstance(profile, dict) else "")
+    )
     account_id = str(auth.get("chatgpt_account_id") or "")
-    user_id = str(auth.get("chatgpt_user_id") or auth.get("user_id") or "")
-    expires_at = access.get("exp")
+    user_id = str(auth.get("chatgpt_user_id") or auth.get("user_id") or "")[:256]
+    exp = access.get("exp")
+    is_time = type(exp) in (int, float) and 0 <= exp < _YEAR_2200_S
     return Account(
         id=account_id_of(account_id, user_id),
         account_id=account_id,
@@ -1982,11 +2180,16 @@ def account_from_tokens(access_token: str, refresh_token: str, id_token: str, no
         access_token=access_token,
         refresh_token=refresh_token,
         id_token=id_token,
-        email=str(email or "")[:256],
-        plan=str(auth.get("chatgpt_plan_type") or "unknown")[:64],
-        expires_at=int(expires_at) if isinstance(expires_at, (int, float)) else 0,
+        email=_shown(email or "", 256),
+        plan=_shown(auth.get("chatgpt_plan_type") or "unknown", 64),
+        expires_at=int(exp) if is_time else 0,
         created_at=int(now),
     )
+
+
+def _shown(value: Any, length: int) -> str:
+    """Foreign text as terminals, logs and pages may show it."""
+    return "".join(one for one in str(value) if one.isprintable())[:length]
 
 
 def _expiry(where: str, value: Any) -> int:
@@ -1995,18 +2198,17 @@ def _expiry(where: str, value: Any) -> int:
         return 0
     try:
         seconds = float(value)
-    except (TypeError, ValueError):
+        seconds = seconds / 1000 if seconds > 1e11 else seconds
+    except (TypeError, ValueError, OverflowError):
         try:
             seconds = datetime.fromisoformat(str(value)).timestamp()
         except (ValueError, OverflowError):
             seconds = -1.0
-    if seconds > 1e11:
-        seconds /= 1000
-    if not 0 <= seconds < 7_258_118_400:  # the year 2200
-        raise BadRequest(f"{where}: the expiry is no time between 1970 and 2200.", "file", "bad_expiry")
+    if not 0 <= seconds < _YEAR_2200_S:
+        raise BadRequest(
+            f"{where}: the expiry is no time between 1970 and 2200.", "file", "bad_expiry"
+        )
     return int(seconds)
-
-
 # ==================================================================================================
 # 9. OAuth
 #    The token endpoint. Knows no store: tokens in, tokens out.
@@ -2053,18 +2255,27 @@ class SignInRejected(AztError):
 
 
 @blocking
-def refresh_tokens(pool: ConnectionPool, auth_base_url: str, refresh_token: str, wire: Wire) -> Tokens:
+def refresh_tokens(
+    pool: ConnectionPool, auth_base_url: str, refresh_token: str, wire: Wire
+) -> Tokens:
     """One round trip. The refresh token is single use: never call this twice with the same one at once.
 
     raises  SignInRejected when it is dead, UpstreamError for everything that may pass
     """
-    body: Json = {"client_id": OAUTH_CLIENT_ID, "grant_type": "refresh_token", "refresh_token": refresh_token}
+    body: Json = {
+        "client_id": OAUTH_CLIENT_ID,
+        "grant_type": "refresh_token",
+        "refresh_token": refresh_token,
+    }
     headers = {"content-type": "application/json", "accept": "application/json"}
-    call = Call("POST", f"{auth_base_url}/oauth/token", headers | OWN_HEADERS, encode_json(body), 30.0)
+    call = Call(
+        "POST", f"{auth_base_url}/oauth/token", headers | OWN_HEADERS, encode_json(body), 30.0
+    )
     answer = open_response(pool, call, wire)
     value = parse_event(answer.body)
-    if answer.status == 200 and value is not None and isinstance(value.get("access_token"), str):
-        return _tokens(value)
+    tokens = _tokens(value or {})
+    if answer.status == 200 and (tokens.access_token or tokens.refresh_token):
+        return tokens
     code = _refresh_code(value)
     if code in REFRESH_DEAD or (answer.status == 401 and code):
         raise SignInRejected(code)
@@ -2078,19 +2289,20 @@ def refresh_tokens(pool: ConnectionPool, auth_base_url: str, refresh_token: str,
 
 def _tokens(value: Json) -> Tokens:
     texts = {
-        name: value[name] if isinstance(value.get(name), str) and _SECRET_TEXT.fullmatch(value[name]) else None
+        name: value[name]
+        if isinstance(value.get(name), str) and _SECRET_TEXT.fullmatch(value[name])
+        else None
         for name in ("access_token", "refresh_token", "id_token")
     }
-    expires_in = value.get("expires_in")
-    return Tokens(**texts, expires_in_s=int(expires_in) if isinstance(expires_in, (int, float)) else None)
+    life_s = value.get("expires_in")
+    is_life = type(life_s) in (int, float) and 0 < life_s < _YEAR_2200_S
+    return Tokens(**texts, expires_in_s=int(life_s) if is_life else None)
 
 
 def _refresh_code(value: Json | None) -> str:
     error = (value or {}).get("error")
     code = error.get("code") if isinstance(error, dict) else error
-    return str(code or (value or {}).get("code") or "").lower()
-
-
+    return _shown(code or (value or {}).get("code") or "", 64).lower()
 # ==================================================================================================
 # 10. Upstream
 #     Speaks to the Codex backend for one given account. Never chooses an account.
@@ -2126,22 +2338,28 @@ _UPSTREAM_CODES: dict[str, tuple[int, str, Fault]] = {
 }
 
 _NOT_FOR_CHATGPT = "not supported when using Codex with a ChatGPT account"
-_WAIT_IN_TEXT = re.compile(r"try again in (\d+(?:\.\d+)?)\s*(ms|s|seconds?|m|minutes?)\b", re.IGNORECASE)
+_WAIT_IN_TEXT = re.compile(r"try again in (\d+(?:\.\d+)?)\s*(ms|mi?|s)", re.IGNORECASE)
+_UNIT_S = {"m": 60, "mi": 60, "ms": 0.001, "s": 1}
 
 
-def upstream_error(status: int, headers: Mapping[str, str], body: bytes, now: float) -> UpstreamError:
+def upstream_error(
+    status: int, headers: Mapping[str, str], body: bytes, now: float
+) -> UpstreamError:
     """A backend answer that is no event stream -> the error for the client.
 
     headers  lower-case names
     body     parsed as `{"error": {...}}`, `{"detail": "..."}` or `{"detail": {"code"}}`; HTML is dropped
     """
-    kind, message, inner = _read_error(body)
+    inner = _error_object(body)
     retry_after = _retry_after(headers.get("retry-after"), now)
     if 200 <= status < 400:
         return UpstreamError(
-            502, "upstream_error", f"The upstream answered {status} without an event stream.", fault="transient"
+            502,
+            "upstream_error",
+            f"The upstream answered {status} without an event stream.",
+            fault="transient",
         )
-    if status == 403 and not kind and not message:
+    if status == 403 and not any(inner.values()):
         reason = "a browser check" if "cf-mitigated" in headers else "an HTML page"
         return UpstreamError(
             403,
@@ -2149,7 +2367,7 @@ def upstream_error(status: int, headers: Mapping[str, str], body: bytes, now: fl
             f"The upstream refused the connection with {reason}. This is about the network or the "
             "region, not about your account: try another network or set a proxy.",
         )
-    return _classify(status, kind, message, inner, retry_after, now)
+    return _classify(status, inner, retry_after, now)
 
 
 def event_error(event: Json, now: float) -> UpstreamError:
@@ -2159,33 +2377,24 @@ def event_error(event: Json, now: float) -> UpstreamError:
     if not isinstance(inner, dict):
         inner = {name: event.get(name) for name in ("code", "message", "param")}
     status = event.get("status", event.get("status_code"))
-    kind = str(inner.get("code") or inner.get("type") or "")
-    if kind not in _UPSTREAM_CODES and str(inner.get("type")) in _UPSTREAM_CODES:
-        kind = str(inner.get("type"))
-    message = str(inner.get("message") or "")
-    return _classify(status if isinstance(status, int) else 0, kind, message, inner, None, now)
+    return _classify(status if isinstance(status, int) else 0, inner, None, now)
 
 
-def _read_error(body: bytes) -> tuple[str, str, Json]:
-    """(code, message, error object) out of the shapes in use; empty strings for HTML and the like."""
-    value = parse_event(body)
-    if value is None:
-        return "", "", {}
+def _error_object(body: bytes) -> Json:
+    """The error out of the shapes in use, as {"code"?, "type"?, "message"?, ...}; {} for HTML."""
+    value = parse_event(body) or {}
     inner = value.get("error", value.get("detail", value))
-    if isinstance(inner, str):
-        described = value.get("error_description") or value.get("message")
-        return (inner, str(described), {}) if described else ("", inner, {})
-    if not isinstance(inner, dict):
-        return "", "", {}
-    kind = str(inner.get("code") or inner.get("type") or "")
-    if kind not in _UPSTREAM_CODES and str(inner.get("type")) in _UPSTREAM_CODES:
-        kind = str(inner.get("type"))
-    return kind, str(inner.get("message") or inner.get("detail") or ""), inner
+    if isinstance(inner, dict):
+        return inner
+    described = value.get("error_description") or value.get("message")
+    text = inner if isinstance(inner, str) else ""
+    return {"code": text, "message": described} if described else {"message": text}
 
 
-def _classify(
-    status: int, kind: str, message: str, inner: Json, retry_after: int | None, now: float
-) -> UpstreamError:
+def _classify(status: int, inner: Json, retry_after: int | None, now: float) -> UpstreamError:
+    kinds = [str(inner[name]) for name in ("code", "type") if inner.get(name)]
+    kind = next((one for one in kinds if one in _UPSTREAM_CODES), kinds[0] if kinds else "")
+    message = str(inner.get("message") or inner.get("detail") or "")
     param = inner.get("param")
     param = param if isinstance(param, str) else None
     if _NOT_FOR_CHATGPT in message or (status == 404 and "model" in message):
@@ -2215,57 +2424,52 @@ def _classify(
     )
 
 
+_BY_STATUS: dict[int, tuple[int, str, Fault]] = {
+    401: (401, "account_auth_expired", "token"),
+    402: (403, "upstream_forbidden", "account"),
+    403: (403, "upstream_forbidden", "account"),
+    413: (413, "request_too_large", "request"),
+    429: (429, "rate_limit_exceeded", "account"),
+    503: (503, "overloaded", "transient"),
+    529: (503, "overloaded", "transient"),
+}
+
+
 def _by_status(status: int, kind: str) -> tuple[int, str, Fault]:
-    if status == 401:
-        return 401, "account_auth_expired", "token"
-    if status in (402, 403):
-        return 403, "upstream_forbidden", "account"
-    if status == 413:
-        return 413, "request_too_large", "request"
-    if status == 429:
-        return 429, "rate_limit_exceeded", "account"
-    if status in (503, 529):
-        return 503, "overloaded", "transient"
-    # Inside a stream there is no status: image and input faults name themselves, the rest is the server's.
-    if status in (400, 409, 422) or (status == 0 and ("image" in kind or kind.startswith("invalid_"))):
+    # Inside a stream there is no status: faults of the input name themselves, the rest is the server's.
+    named = status == 0 and ("image" in kind or kind.startswith("invalid_"))
+    if named or status in (400, 409, 422):
         return 400, kind or "invalid_request_error", "request"
-    return 502, "upstream_error", "transient"
+    return _BY_STATUS.get(status, (502, "upstream_error", "transient"))
 
 
-def _limit_error(code: str, message: str, inner: Json, retry_after: int | None, now: float) -> UpstreamError:
-    """A 429 with the wait in every form that clients read. A long wait forbids the SDKs to sleep it out."""
-    resets_at = inner.get("resets_at")
-    resets_in = inner.get("resets_in_seconds")
+def _limit_error(
+    code: str, message: str, inner: Json, retry_after: int | None, now: float
+) -> UpstreamError:
+    """A 429 with the wait in every form clients read. A long one forbids the SDKs to sleep it out."""
+    resets_at, resets_in = inner.get("resets_at"), inner.get("resets_in_seconds")
     said = _WAIT_IN_TEXT.search(message)
-    if isinstance(resets_at, (int, float)) and resets_at > 0:
-        wait_s = resets_at - now
-    elif isinstance(resets_in, (int, float)):
-        wait_s = float(resets_in)
-    elif retry_after is not None:
-        wait_s = retry_after
-    elif said:
-        unit = {"ms": 0.001, "m": 60}.get(said[2].lower(), 60 if said[2].lower().startswith("min") else 1)
-        wait_s = float(said[1]) * unit
-    else:
-        wait_s = 300 if code == "usage_limit_reached" else 5
+    known = [
+        resets_at - now if isinstance(resets_at, (int, float)) and resets_at > 0 else None,
+        resets_in if isinstance(resets_in, (int, float)) else None,
+        retry_after,
+        float(said[1]) * _UNIT_S[said[2].lower()] if said else None,
+        300 if code == "usage_limit_reached" else 5,
+    ]
+    wait_s = next(one for one in known if one is not None)
     wait = max(1, min(math.ceil(wait_s), RETRY_AFTER_MAX_S))
-    headers = {"retry-after": str(wait)}
-    if wait > 60:
-        headers["x-should-retry"] = "false"
+    headers = {"retry-after": str(wait), **({"x-should-retry": "false"} if wait > 60 else {})}
     extra: Json = {"resets_at": int(now) + wait, "resets_in_seconds": wait}
     if isinstance(inner.get("plan_type"), str):
         extra["plan_type"] = inner["plan_type"]
+    error_type = "rate_limit_error"
+    message = message or f"Too many requests: try again in {wait} s."
     if code == "usage_limit_reached":
+        error_type = code
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now + wait))
-        message = f"{(message or 'The usage limit of this account is reached').rstrip('.')}. It resets at {when}."
+        message = f"{message.rstrip('.')}. It resets at {when}."
     return UpstreamError(
-        429,
-        code,
-        message or f"Too many requests: try again in {wait} s.",
-        fault="account",
-        type="usage_limit_reached" if code == "usage_limit_reached" else "rate_limit_error",
-        headers=headers,
-        extra=extra,
+        429, code, message, fault="account", type=error_type, headers=headers, extra=extra
     )
 
 
@@ -2326,8 +2530,6 @@ class Translator(Protocol):
 
     def result(self) -> Json:
         """The whole answer of a call that was absorbed."""
-
-
 # What stands in when neither azt nor Codex has fetched a list: (id, name, reasoning efforts). The backend
 # decides what an account may use; `azt models --refresh` asks it.
 _BUILT_IN_EFFORTS = ("low", "medium", "high", "xhigh")
@@ -2340,7 +2542,7 @@ _BUILT_IN_MODELS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Catalogue:
     """The models as the backend describes them (codex-upstream.md 6.2), and where the list is from."""
 
@@ -2352,46 +2554,74 @@ class Catalogue:
     @classmethod
     def read(cls, own: Json | None, codex: Json | None) -> Catalogue:
         """azt's own cache, else Codex's, else the built-in list. A broken one is passed over."""
-        caches: tuple[tuple[Literal["azt", "codex"], Json | None], ...] = (("azt", own), ("codex", codex))
+        caches: tuple[tuple[Literal["azt", "codex"], Json | None], ...] = (
+            ("azt", own),
+            ("codex", codex),
+        )
         for source, cache in caches:
             models = (cache or {}).get("models")
-            entries = tuple(one for one in models if _is_model(one)) if isinstance(models, list) else ()
+            entries = (
+                tuple(one for one in models if _is_model(one)) if isinstance(models, list) else ()
+            )
             if entries:
                 fetched_at = (cache or {}).get("fetched_at")
                 fetched = fetched_at if isinstance(fetched_at, int) else 0
                 return cls(entries, source, str((cache or {}).get("etag") or ""), fetched)
         built_in = [
-            {"slug": slug, "display_name": name, "supported_reasoning_levels": [{"effort": one} for one in efforts]}
+            {
+                "slug": slug,
+                "display_name": name,
+                "supported_reasoning_levels": [{"effort": one} for one in efforts],
+            }
             for slug, name, efforts in _BUILT_IN_MODELS
         ]
         return cls(tuple(built_in), "built-in")
 
     def to_json(self) -> Json:
-        return {"version": 1, "etag": self.etag, "fetched_at": self.fetched_at, "models": list(self.entries)}
+        return {
+            "version": 1,
+            "etag": self.etag,
+            "fetched_at": self.fetched_at,
+            "models": list(self.entries),
+        }
 
+    @functools.cached_property
     def listed(self) -> list[Json]:
         """The entries a person may pick, in the backend's order."""
         shown = [one for one in self.entries if one.get("visibility", "list") == "list"]
-        return sorted(shown, key=lambda one: priority if isinstance(priority := one.get("priority"), int) else 1_000)
+        return sorted(
+            shown,
+            key=lambda one: priority if isinstance(priority := one.get("priority"), int) else 1_000,
+        )
 
+    @functools.cached_property
     def efforts(self) -> dict[str, tuple[str, ...]]:
         """Model id -> the reasoning efforts it supports."""
         table: dict[str, tuple[str, ...]] = {}
         for entry in self.entries:
             levels = entry.get("supported_reasoning_levels")
-            named = [one.get("effort") for one in levels if isinstance(one, dict)] if isinstance(levels, list) else []
+            named = (
+                [one.get("effort") for one in levels if isinstance(one, dict)]
+                if isinstance(levels, list)
+                else []
+            )
             table[entry["slug"]] = tuple(one for one in named if isinstance(one, str))
         return table
 
     def default(self, wanted: str) -> str:
         """The configured model when it is listed, else the first listed one."""
-        names = [entry["slug"] for entry in self.listed() or self.entries]
+        names = [entry["slug"] for entry in self.listed or self.entries]
         return wanted if wanted in names else names[0]
 
     def openai_model(self, entry: Json) -> Json:
         """One entry of `/v1/models`: the four official keys, then what pickers look for."""
         window = entry.get("context_window")
-        model: Json = {"id": entry["slug"], "object": "model", "created": 1686935002, "owned_by": "openai"}
+        model: Json = {
+            "id": entry["slug"],
+            "object": "model",
+            "created": 1686935002,
+            "owned_by": "openai",
+        }
         extras = {
             "name": entry.get("display_name"),
             "description": entry.get("description"),
@@ -2404,21 +2634,27 @@ class Catalogue:
         return model
 
     def openai_models(self) -> Json:
-        return {"object": "list", "data": [self.openai_model(entry) for entry in self.listed() or self.entries]}
+        return {
+            "object": "list",
+            "data": [self.openai_model(entry) for entry in self.listed or self.entries],
+        }
 
     def find(self, model_id: str) -> Json:
         """raises  AztError 404 naming what there is"""
         for entry in self.entries:
             if entry["slug"] == model_id:
                 return self.openai_model(entry)
-        known = ", ".join(entry["slug"] for entry in self.listed()[:8])
-        raise AztError(404, "model_not_found", f"The model {model_id[:80]!r} is not in the list: {known}.", param="model")
+        known = ", ".join(entry["slug"] for entry in self.listed[:8])
+        raise AztError(
+            404,
+            "model_not_found",
+            f"The model {model_id[:80]!r} is not in the list: {known}.",
+            param="model",
+        )
 
 
 def _is_model(entry: Any) -> bool:
     return isinstance(entry, dict) and isinstance(entry.get("slug"), str) and bool(entry["slug"])
-
-
 @dataclass(frozen=True, slots=True)
 class Credentials:
     """What one model call needs of an account. A value: it crosses threads."""
@@ -2427,12 +2663,20 @@ class Credentials:
     account_id: str
 
     def headers(self) -> dict[str, str]:
-        return {"authorization": f"Bearer {self.access_token}", "chatgpt-account-id": self.account_id}
+        return {
+            "authorization": f"Bearer {self.access_token}",
+            "chatgpt-account-id": self.account_id,
+        }
 
 
 @blocking
 def open_stream(
-    pool: ConnectionPool, base_url: str, credentials: Credentials, body: bytes, session: str, wire: Wire
+    pool: ConnectionPool,
+    base_url: str,
+    credentials: Credentials,
+    body: bytes,
+    session: str,
+    wire: Wire,
 ) -> Answer:
     """POST one turn and read the head of its answer.
 
@@ -2471,7 +2715,9 @@ def fetch_models(
     value = parse_event(answer.body)
     models = (value or {}).get("models")
     if not isinstance(models, list):
-        raise UpstreamError(502, "upstream_error", "The upstream's model list has an unknown shape.")
+        raise UpstreamError(
+            502, "upstream_error", "The upstream's model list has an unknown shape."
+        )
     return [model for model in models if isinstance(model, dict)], answer.headers.get("etag", "")
 
 
@@ -2505,7 +2751,9 @@ class Relay:
     then the connection can be kept.
     """
 
-    def __init__(self, pool: ConnectionPool, answer: Answer, translator: Translator, streaming: bool) -> None:
+    def __init__(
+        self, pool: ConnectionPool, answer: Answer, translator: Translator, streaming: bool
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._pool = pool
         self._framing = cast(Framing, answer.framing)
@@ -2537,9 +2785,10 @@ class Relay:
         hold_s  how long handshake events may be held; then the answer opens without content
         """
         rest, self.answer.rest = self.answer.rest, b""
-        self._watch()
         if rest:
             self._receive(rest)
+        if self.answer.sock is not None:
+            self._watch()
         opening = self._loop.call_later(hold_s, self._open_late)
         try:
             await self._ready
@@ -2761,7 +3010,12 @@ class Relay:
         if not self._paused and now - self._last_read_s >= UPSTREAM_IDLE_TIMEOUT_S:
             self._timer = None
             self._fail(
-                UpstreamError(504, "upstream_timeout", "The upstream fell silent in mid-answer.", fault="transient")
+                UpstreamError(
+                    504,
+                    "upstream_timeout",
+                    "The upstream fell silent in mid-answer.",
+                    fault="transient",
+                )
             )
             return
         if self._sink is not None and now - self._last_write_s >= HEARTBEAT_S:
@@ -2778,8 +3032,6 @@ def _truncated() -> UpstreamError:
         "The upstream closed the connection before the answer was complete. Send the request again.",
         fault="transient",
     )
-
-
 # ==================================================================================================
 # 11. Translators
 #     Client requests -> Codex requests, upstream events -> answers: dict to dict. Never opens a
@@ -2788,91 +3040,126 @@ def _truncated() -> UpstreamError:
 
 REASONING_INCLUDE = "reasoning.encrypted_content"
 
-_TYPE_WORDS: dict[type, str] = {
-    **{bool: "a boolean", dict: "an object", float: "a number", int: "an integer"},
-    **{list: "an array", str: "a string"},
-}
-# The fields that either route looks into; null always counts as absent.
+_TYPE_WORDS = {bool: "boolean", dict: "object", float: "number", int: "integer", list: "array"}
+# The fields that have one type wherever they are given; null always counts as absent.
 _FIELD_TYPES: dict[type, str] = {
     bool: "background parallel_tool_calls store stream",
     dict: "metadata stream_options text web_search_options",
+    int: "max_completion_tokens max_output_tokens max_tokens",
     list: "functions include messages modalities tools",
     str: "instructions previous_response_id prompt_cache_key",
 }
+_LIMITS = _FIELD_TYPES[int].split()
+
+_Asked = tuple[Any, str]
+"""What the client gave, or None, and the parameter that it came from."""
+_Placed = tuple[Json, str]
+"""A tool or an input item in Responses shape, with the client's own names; its path for errors."""
+_Said = tuple[str, list[_Placed]]
+"""Instructions and input items."""
+_Efforts = Mapping[str, Sequence[str]]
+"""Model id -> the reasoning efforts that it supports; a model may be missing."""
 
 
-def _missing(param: str) -> BadRequest:
-    return BadRequest(
-        f"Missing required parameter: '{param}'.", param, "missing_required_parameter"
-    )
+def _unsupported(param: str, message: str) -> BadRequest:
+    return BadRequest(message, param, "unsupported_value")
 
 
 def _expect(value: Any, kind: type[T], param: str) -> T:
     """`value` itself if it is exactly of this type (a boolean is no integer); null is missing."""
     if value is None:
-        raise _missing(param)
+        message = f"Missing required parameter: '{param}'."
+        raise BadRequest(message, param, "missing_required_parameter")
     if type(value) is kind:
         return value
-    wanted, got = _TYPE_WORDS[kind], _TYPE_WORDS[type(value)]
+    wanted, got = (_TYPE_WORDS.get(given, "string") for given in (kind, type(value)))
     message = f"Invalid type for '{param}': expected {wanted}, got {got}."
     raise BadRequest(message, param, "invalid_type")
 
 
 def _named(value: Any, param: str) -> str:
-    """A name or an id: a string that is not empty."""
+    """A name, an id or the like: a string that is not empty."""
     return _expect(value or None, str, param)
 
 
-def _object(parent: Json, name: str) -> Json:
+def _one_of(allowed: Iterable[str], value: Any, param: str) -> Any:
+    """`value` itself if it is allowed; null is."""
+    known = tuple(allowed)
+    if value is None or value in known:
+        return value
+    listed = ", ".join(known)
+    raise BadRequest(f"'{param}' is {str(value)[:60]!r}. Supported values are: {listed}.", param)
+
+
+def _first(parent: Json, places: str, path: str = "") -> _Asked:
+    """What stands at the first of these places that has anything; `a.b` is the member b of a."""
+    for place in places.split():
+        value: Any = parent
+        for name in place.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        if value is not None:
+            return value, path + place
+    return None, path + places.split()[0]
+
+
+def _object(parent: Any, name: str) -> Json:
     """A member that is an object, else an empty one."""
     value = parent.get(name)
     return value if isinstance(value, dict) else {}
 
 
-def _one_of(value: Any, allowed: Sequence[str], param: str) -> str:
-    if isinstance(value, str) and value in allowed:
-        return value
-    known = ", ".join(allowed)
-    raise BadRequest(f"'{param}' is {str(value)[:60]!r}. Supported values are: {known}.", param)
+def _flat(value: Json, path: str = "") -> _Placed:
+    """Chat's `{"type": K, K: {...}}` as `{"type": K, ...}`, fresh; both are taken everywhere."""
+    kind = value.get("type")
+    inner = _object(value, kind) if isinstance(kind, str) else {}
+    return ({**inner, "type": kind}, f"{path}.{kind}") if inner else ({**value}, path)
 
 
-def _check_types(body: Json) -> None:
-    for kind, names in _FIELD_TYPES.items():
-        for name in names.split():
-            if body.get(name) is not None:
-                _expect(body[name], kind, name)
+def _given(fields: Json) -> Json:
+    """The members that say something."""
+    return {name: value for name, value in fields.items() if value is not None}
 
 
-def _model_names(body: Json, default_model: str) -> tuple[str, str]:
-    """(as the client named it, as upstream knows it)."""
-    named = body.get("model")
-    named = default_model if named is None else _expect(named, str, "model")
-    model = named.strip().removeprefix("openai/").removeprefix("azt/")
-    if not model:
-        raise _missing("model")
-    return named, model
+def _without(fields: Json, names: Iterable[str]) -> Json:
+    return {name: value for name, value in fields.items() if name not in names}
+
+
+def _walk(value: Any) -> Iterator[Any]:
+    """A JSON value and all values inside it, in no order to rely on."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        yield value
+        waiting += value.values() if isinstance(value, dict) else ()
+        waiting += value if isinstance(value, list) else ()
 
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(encode_json(value)).hexdigest()
 
 
+def _check_fields(body: Json, default_model: str) -> tuple[str, str]:
+    """What both routes check first. Returns the model as the client and as upstream call it."""
+    named = body.get("model")
+    named = default_model if named is None else _expect(named, str, "model")
+    model = _named(named.strip().removeprefix("openai/").removeprefix("azt/"), "model")
+    for kind, names in _FIELD_TYPES.items():
+        for name in names.split():
+            if body.get(name) is not None:
+                _expect(body[name], kind, name)
+    return named, model
+
+
+def _ignored(body: Json, names: Iterable[str]) -> tuple[str, ...]:
+    """The parameters of these that were really set; a limit of -1 or 0 means "unlimited"."""
+    given = [name for name in names if body.get(name) is not None and body[name] is not False]
+    return tuple(name for name in given if name not in _LIMITS or body[name] > 0)
+
+
 # ---- Content parts -------------------------------------------------------------------------------
 
-_BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+_BASE64 = re.compile(r"[A-Za-z0-9+/]++={0,2}+")
 _DETAILS = ("auto", "low", "high", "original")
-
-
-def _is_base64(text: str, start: int = 0) -> bool:
-    """In pieces: a copy of an image of tens of megabytes would stop the other streams."""
-    if len(text) <= start or (len(text) - start) % 4:
-        return False
-    rest = b""
-    for at in range(start, len(text), MIB):
-        rest += text[at : at + MIB].encode("ascii", "replace").translate(None, _BASE64)
-        if len(rest) > 2:
-            return False
-    return rest.strip(b"=") == b"" and text.endswith(rest.decode())
 
 
 def _data_url(url: str, param: str, code: str) -> str:
@@ -2880,120 +3167,83 @@ def _data_url(url: str, param: str, code: str) -> str:
     start = url.find(",") + 1
     if not start:
         raise BadRequest(f"'{param}' is no complete data URL: the ',' is missing.", param, code)
-    if not url[:start].lower().endswith(";base64,") or _is_base64(url, start):
+    is_base64 = url[:start].lower().endswith(";base64,")
+    if not is_base64 or (_BASE64.fullmatch(url, start) and (len(url) - start) % 4 == 0):
         return url
     payload = re.sub(r"\s+", "", url[start:]).replace("-", "+").replace("_", "/").rstrip("=")
-    payload += "=" * (-len(payload) % 4)
-    if not _is_base64(payload):
+    if not _BASE64.fullmatch(payload) or len(payload) % 4 == 1:
         raise BadRequest(f"'{param}' is not valid base64 data.", param, code)
-    return url[:start] + payload
-
-
-def _text_part(part: Json, path: str) -> Json:
-    return {"type": "input_text", "text": _expect(part.get("text"), str, f"{path}.text")}
-
-
-def _output_text_part(part: Json, path: str) -> Json | None:
-    return (
-        {"type": "output_text", "text": text} if (text := _text_part(part, path)["text"]) else None
-    )
-
-
-def _refusal_part(part: Json, path: str) -> Json:
-    return {"type": "refusal", "refusal": _expect(part.get("refusal"), str, f"{path}.refusal")}
-
-
-def _no_part(part: Json, path: str) -> None:
-    """Thinking in the history: upstream takes it only encrypted."""
+    return url[:start] + payload + "=" * (-len(payload) % 4)
 
 
 def _image_part(part: Json, path: str) -> Json:
     """Chat `image_url` (object, string), Responses `input_image`, Anthropic `source`, `image`."""
-    if part.get("file_id") is not None:
-        raise _no_files(f"{path}.file_id")
-    inline, nested = _object(part, "source"), _object(part, "image_url")
-    if inline:
-        path += ".source"
-        data = f"data:{inline.get('media_type', 'image/png')};base64,{inline.get('data')}"
-        url = inline.get("url") or data
-    else:
-        path += ".image_url.url" if nested else ".image_url"
-        url = nested.get("url") if nested else part.get("image_url", part.get("image"))
-    url = _named(url, path)
+    url, param = _first(part, "image_url.url image_url image source.url source.data", path)
+    url = _named(url, param)
+    if param.endswith(".data"):
+        url = f"data:{_first(part, 'source.media_type')[0] or 'image/png'};base64,{url}"
     if url[:5].lower() == "data:":
-        url = _data_url(url, path, "invalid_base64_image")
+        url = _data_url(url, param, "invalid_base64_image")
     elif not url[:8].lower().startswith(("http://", "https://")):
-        raise BadRequest(f"'{path}' must be an http(s) URL or a data URL.", path)
-    image: Json = {"type": "input_image", "image_url": url}
-    detail = part.get("detail") or nested.get("detail")
-    if detail is not None:
-        image["detail"] = _one_of(detail, _DETAILS, path.removesuffix(".url") + ".detail")
-    return image
-
-
-def _no_files(param: str) -> BadRequest:
-    message = "azt keeps no uploaded files: send the data itself as a data URL."
-    return BadRequest(message, param, "unsupported_value")
+        raise BadRequest(f"'{param}' must be an http(s) URL or a data URL.", param)
+    detail = _one_of(_DETAILS, *_first(part, "detail image_url.detail", path))
+    return _given({"type": "input_image", "image_url": url, "detail": detail})
 
 
 def _file_part(part: Json, path: str) -> Json:
     """Chat `file` (nested) or `input_file` (flat). A text file goes as text."""
-    nested = _object(part, "file")
-    spec, path = (nested, f"{path}.file") if nested else (part, path)
-    if spec.get("file_id") is not None:
-        raise _no_files(f"{path}.file_id")
-    if spec.get("file_data") is None and isinstance(spec.get("file_url"), str):
-        return {"type": "input_file", "file_url": spec["file_url"]}
-    path += ".file_data"
-    data = _named(spec.get("file_data"), path)
+    data, param = _first(part, "file.file_data file_data", path)
+    link, name = (_first(part, f"file.{member} {member}")[0] for member in ("file_url", "filename"))
+    if data is None and isinstance(link, str):
+        return {"type": "input_file", "file_url": link}
+    data = _named(data, param)
     if data[:5].lower() != "data:":
         data = f"data:application/pdf;base64,{data}"
-    data = _data_url(data, path, "invalid_value")
-    head, _, _ = data[:100].partition(",")
+    data = _data_url(data, param, "invalid_value")
+    head = data[:100].partition(",")[0]
     if head.startswith("data:text/") and head.endswith(";base64"):
         with contextlib.suppress(ValueError):
             return {"type": "input_text", "text": base64.b64decode(data[len(head) + 1 :]).decode()}
-    name = spec.get("filename")
     name = name if isinstance(name, str) and name else "file.pdf"
     return {"type": "input_file", "filename": name, "file_data": data}
 
 
-_Convert = Callable[[Json, str], Json | None]
+_MEDIA = {"input_file": _file_part, "input_image": _image_part}
 _TEXTS = ("text", "input_text", "output_text")
-_IN_TEXT: dict[str, _Convert] = dict.fromkeys(_TEXTS, _text_part)
-_PARTS: dict[str, dict[str, _Convert]] = {
-    "assistant": {
-        **dict.fromkeys(_TEXTS, _output_text_part),
-        **dict.fromkeys(("thinking", "redacted_thinking", "reasoning"), _no_part),
-        "refusal": _refusal_part,
-    },
-    "developer": _IN_TEXT,
-    "user": {
-        **_IN_TEXT,
-        **dict.fromkeys(("file", "input_file"), _file_part),
-        **dict.fromkeys(("image", "image_url", "input_image"), _image_part),
-    },
+_INPUT_TEXTS = dict.fromkeys(_TEXTS, "input_text")
+_FILES = dict.fromkeys(("file", "input_file"), "input_file")
+_IMAGES = dict.fromkeys(("image", "image_url", "input_image"), "input_image")
+_THOUGHTS = dict.fromkeys(("reasoning", "redacted_thinking", "thinking"), "")
+# Role -> the client's name of a part -> upstream's. "" drops it: thinking is only sent encrypted.
+_PARTS = {
+    "assistant": {**dict.fromkeys(_TEXTS, "output_text"), **_THOUGHTS, "refusal": "refusal"},
+    "developer": _INPUT_TEXTS,
+    "user": {**_INPUT_TEXTS, **_FILES, **_IMAGES},
 }
 
 
 def _content_parts(content: Any, role: str, path: str) -> list[Json]:
     """Message content (string, null, array of parts and strings) -> fresh upstream parts."""
-    if content is None or isinstance(content, str):
-        content = [content or ""]
-    parts = []
+    parts: list[Json] = []
+    content = [content or ""] if content is None or isinstance(content, str) else content
     for index, part in enumerate(_expect(content, list, path)):
         at = f"{path}[{index}]"
         part = {"type": "text", "text": part} if isinstance(part, str) else _expect(part, dict, at)
-        kind = _named(part.get("type"), f"{at}.type")
-        if kind == "input_audio":
-            message = "The Codex models take no audio: send text or images."
-            raise BadRequest(message, f"{at}.type", "unsupported_value")
-        convert = _PARTS[role][_one_of(kind, tuple(_PARTS[role]), f"{at}.type")]
-        if (converted := convert(part, at)) is not None:
-            parts.append(converted)
-    if not parts and role != "assistant":
-        parts.append({"type": "input_text", "text": ""})
-    return parts
+        name = _named(part.get("type"), f"{at}.type")
+        file_id, param = _first(part, "file_id file.file_id source.file_id", f"{at}.")
+        if name == "input_audio":
+            raise _unsupported(f"{at}.type", "The Codex models take no audio: send text or images.")
+        if file_id is not None:
+            raise _unsupported(param, "azt keeps no uploaded files: send the data as a data URL.")
+        kind = _PARTS[role][_one_of(_PARTS[role], name, f"{at}.type")]
+        if kind in _MEDIA:
+            parts.append(_MEDIA[kind](part, f"{at}."))
+        elif kind:
+            field = "refusal" if kind == "refusal" else "text"
+            parts.append({"type": kind, field: _expect(part.get(field), str, f"{at}.{field}")})
+    if role == "assistant":  # upstream wants no empty text from it
+        return [part for part in parts if "" not in part.values()]
+    return parts or [{"type": "input_text", "text": ""}]
 
 
 # ---- Tools ---------------------------------------------------------------------------------------
@@ -3004,36 +3254,23 @@ _TOOL_ALIASES = dict.fromkeys(
 )
 _REFUSED_TOOLS = re.compile(r"file_search|code_interpreter|computer.*|mcp")
 _CHOICES = {"any": "required", "auto": "auto", "none": "none", "required": "required"}
-_NAMED_TOOLS = ("custom", "function")
+_NAMED_TOOLS = {"custom": "custom_tool_call", "function": "function_call"}
 _NOT_FOR_UPSTREAM = ("cache_control", "prompt_cache_breakpoint")
 
 
-@dataclass(slots=True)
-class _ToolSpec:
-    """One tool as the client declared it."""
-
-    kind: str
-    spec: Json
-    path: str
-    nested: bool = False
-    """Chat form `{"type": K, K: {...}}`; flat is `{"type": K, "name", ...}`."""
-
-
-def _tool_specs(tools: list[Any]) -> list[_ToolSpec]:
-    specs = []
-    for index, tool in enumerate(tools):
-        path = f"tools[{index}]"
+def _flat_tools(body: Json, field: str) -> Iterator[_Placed]:
+    """The tools of `tools` or `functions`, fresh and in flat form."""
+    for index, tool in enumerate(body.get(field) or []):
+        path = f"{field}[{index}]"
         kind = _expect(tool, dict, path).get("type")
         if kind is None and ("function" in tool or "name" in tool):
             kind = "function"
         kind = _named(kind, f"{path}.type")
         if _REFUSED_TOOLS.fullmatch(kind):
             message = f"The Codex backend has no {kind!r} tool: remove it, or declare a function."
-            raise BadRequest(message, f"{path}.type", "unsupported_value")
-        nested = _object(tool, kind) if kind in _NAMED_TOOLS else {}
-        spec, at = (nested, f"{path}.{kind}") if nested else (tool, path)
-        specs.append(_ToolSpec(kind, spec, at, bool(nested)))
-    return specs
+            raise _unsupported(f"{path}.type", message)
+        tool, path = _flat({**tool, "type": kind}, path)
+        yield {**tool, "type": _TOOL_ALIASES.get(kind, kind)}, path
 
 
 class _Tools:
@@ -3042,253 +3279,114 @@ class _Tools:
     Upstream wants names of `_SAFE_NAME`, tool hubs send longer and dotted ones. They are shortened
     the same way in every request with the same tools, so that prompts stay cacheable.
 
-    raises  BadRequest for a tool without a name or with a wrong schema
+    kinds    client's name -> "custom" or "function"
+    renamed  upstream name -> client's name, where they differ
     """
 
-    def __init__(self, specs: list[_ToolSpec]) -> None:
+    def __init__(self, tools: Iterable[_Placed]) -> None:
+        tools = list(tools)
         self.kinds: dict[str, str] = {}
-        self.nested: set[str] = set()
-        for spec in specs:
-            if spec.kind in _NAMED_TOOLS:
-                name = _named(spec.spec.get("name"), f"{spec.path}.name")
-                self.kinds[name] = spec.kind
-                if spec.nested:
-                    self.nested.add(name)
+        for tool, path in tools:
+            if tool["type"] in _NAMED_TOOLS:
+                self.kinds[_named(tool.get("name"), f"{path}.name")] = tool["type"]
         # Names that are fine keep themselves, whatever another one is shortened to.
         self._short = {name: name for name in self.kinds if _SAFE_NAME.fullmatch(name)}
-        self._taken = set(self._short)
-        tools: dict[tuple[str, str], Json] = {}
-        for spec in specs:
-            tool = self._upstream_tool(spec)
-            kind = "" if spec.kind in _NAMED_TOOLS else str(tool["type"])
-            tools[kind, str(tool.get("name"))] = tool  # upstream refuses duplicates: the last wins
-        self.upstream = list(tools.values())
-
-    def custom(self, nested: bool) -> frozenset[str]:
-        """The client's names of the custom tools declared in this form."""
-        custom = {name for name, kind in self.kinds.items() if kind == "custom"}
-        return frozenset(custom & self.nested if nested else custom - self.nested)
-
-    @property
-    def renamed(self) -> dict[str, str]:
-        """Upstream name -> client's name, where they differ."""
-        return {short: name for name, short in self._short.items() if short != name}
+        self.renamed: dict[str, str] = {}
+        sent: dict[tuple[str, str], Json] = {}
+        for tool, path in tools:  # upstream refuses duplicates: the last wins
+            kind = "" if tool["type"] in _NAMED_TOOLS else tool["type"]
+            sent[kind, str(tool.get("name"))] = self._upstream_tool(tool, path)
+        self.upstream = list(sent.values())
 
     def short(self, name: str) -> str:
         """The upstream name of a tool, also of one that only the history knows."""
         if name not in self._short:
-            base = re.sub(r"[^a-zA-Z0-9_-]", "_", name)
-            if len(base) > 64 and base.startswith("mcp__"):
-                base = "mcp__" + base.rpartition("__")[2]
-            short = base = base[:64]
-            number = 0
-            while short in self._taken:
-                number += 1
-                short = f"{base[: 63 - len(str(number))]}_{number}"
+            short = re.sub(r"[^a-zA-Z0-9_-]", "_", name)
+            if len(short) > 64 and short.startswith("mcp__"):
+                short = "mcp__" + short.rpartition("__")[2]
+            short = short[:64]
+            if short in self._short or short in self.renamed:
+                short = f"{short[:51]}_{_digest(name)[:12]}"
             self._short[name] = short
-            self._taken.add(short)
+            if short != name:
+                self.renamed[short] = name
         return self._short[name]
 
-    def _upstream_tool(self, spec: _ToolSpec) -> Json:
-        source = spec.spec
-        if spec.kind not in _NAMED_TOOLS:
-            tool = {name: value for name, value in source.items() if name not in _NOT_FOR_UPSTREAM}
-            tool["type"] = _TOOL_ALIASES.get(spec.kind, spec.kind)
-            if place := _object(_object(source, "user_location"), "approximate"):  # chat nests it
-                tool["user_location"] = {"type": "approximate", **place}
-            return tool
-        tool = {"type": spec.kind, "name": self.short(source["name"])}
-        if isinstance(source.get("description"), str):
-            tool["description"] = source["description"]
-        if spec.kind == "function":
-            tool["parameters"] = _parameters(source.get("parameters"), f"{spec.path}.parameters")
-            tool["strict"] = source.get("strict") is True
-        elif source.get("format") is not None:
-            grammar = _object(_expect(source["format"], dict, f"{spec.path}.format"), "grammar")
-            tool["format"] = {"type": "grammar", **grammar} if grammar else source["format"]
-        return tool
+    def _upstream_tool(self, tool: Json, path: str) -> Json:
+        kind = tool["type"]
+        if kind not in _NAMED_TOOLS:
+            if place := _object(tool, "user_location"):
+                tool["user_location"], _ = _flat({"type": "approximate", **place})
+            return _without(tool, _NOT_FOR_UPSTREAM)
+        sent = {"type": kind, "name": self.short(tool["name"])}
+        if isinstance(tool.get("description"), str):
+            sent["description"] = tool["description"]
+        if kind == "function":
+            schema = _expect(tool.get("parameters") or {}, dict, f"{path}.parameters")
+            if schema.get("type") in (None, "object"):
+                schema = {**schema, "type": "object", "properties": schema.get("properties") or {}}
+            sent |= {"parameters": schema, "strict": tool.get("strict") is True}
+        elif tool.get("format") is not None:
+            sent["format"], _ = _flat(_expect(tool["format"], dict, f"{path}.format"))
+        return sent
 
-    def fields(self, choice: Any, parallel: bool, param: str = "tool_choice") -> Json:
-        """The tool fields of the upstream body; none without tools."""
-        if not self.upstream:
-            return {}
-        fields: Json = {"tools": self.upstream}
-        if choice is not None:
-            fields["tool_choice"] = self._choice(choice, param)
-        fields["parallel_tool_calls"] = parallel
-        return fields
-
-    def _choice(self, choice: Any, param: str) -> str | Json:
-        if isinstance(choice, dict) and choice.get("type") in tuple(_CHOICES):
-            choice = choice["type"]
+    def choice(self, choice: Any, param: str) -> str | Json | None:
+        """`tool_choice`, or one of its allowed tools, for upstream; nothing where there are none."""
+        if choice is None or not self.upstream:
+            return None
         if isinstance(choice, str):
-            return _CHOICES[_one_of(choice, tuple(_CHOICES), param)]
-        choice = _expect(choice, dict, param)
-        if choice.get("type") != "allowed_tools":
-            return self._named(choice, param)
-        allowed = _object(choice, "allowed_tools") or choice
-        tools = _expect(allowed.get("tools"), list, param)
-        return {
-            "type": "allowed_tools",
-            "mode": _one_of(allowed.get("mode", "auto"), ("auto", "required"), param),
-            "tools": [self._named(_expect(tool, dict, param), param) for tool in tools],
-        }
-
-    def _named(self, choice: Json, param: str) -> Json:
-        kind = str(choice.get("type"))
-        name = (_object(choice, kind) or choice).get("name")
+            choice = {"type": _one_of(_CHOICES, choice, param)}
+        choice, _ = _flat(_expect(choice, dict, param))
+        name, kind = choice.get("name"), str(choice.get("type"))
+        kind = _TOOL_ALIASES.get(kind, kind)
+        if kind in _CHOICES:
+            return _CHOICES[kind]
+        if kind == "allowed_tools":
+            tools = (
+                _expect(tool, dict, param) for tool in _expect(choice.get("tools"), list, param)
+            )
+            mode = _one_of(("auto", "required"), choice.get("mode") or "auto", param)
+            return {
+                "type": kind,
+                "mode": mode,
+                "tools": [self.choice(tool, param) for tool in tools],
+            }
         if isinstance(name, str) and name in self.kinds:
             return {"type": self.kinds[name], "name": self.short(name)}
-        kind = _TOOL_ALIASES.get(kind, kind)
         if kind not in _NAMED_TOOLS and any(tool["type"] == kind for tool in self.upstream):
             return {**choice, "type": kind}
         raise BadRequest(f"'{param}' names a tool that is not in 'tools'. Add it there.", param)
 
 
-def _parameters(given: Any, param: str) -> Json:
-    """A function's schema as upstream wants it: an object with properties."""
-    schema: Json = {} if given is None else _expect(given, dict, param)
-    if schema.get("type") is None:
-        schema = {**schema, "type": "object"}
-    if schema["type"] == "object" and schema.get("properties") is None:
-        schema = {**schema, "properties": {}}
-    return schema
-
-
-# ---- Text, reasoning, tier, session --------------------------------------------------------------
-
-_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-_SUMMARIES = ("auto", "concise", "detailed")
-
-
-def _text_fields(text_format: Json | None, verbosity: Any, param: str) -> Json:
-    text: Json = {} if text_format is None else {"format": text_format}
-    if verbosity is not None:
-        text["verbosity"] = _one_of(verbosity, ("low", "medium", "high"), param)
-    return {"text": text} if text else {}
-
-
-def _text_format(value: Any, param: str) -> Json | None:
-    """`response_format` (nested schema) or `text.format` (flat) -> the latter; None is text."""
-    value = {"type": value} if isinstance(value, str) else value
-    if value is None or _expect(value, dict, param).get("type") == "text":
-        return None
-    kind = _one_of(value.get("type"), ("text", "json_object", "json_schema"), f"{param}.type")
-    if kind == "json_object":
-        return {"type": kind}
-    if param == "response_format" or "json_schema" in value:
-        param += ".json_schema"
-        value = _expect(value.get("json_schema"), dict, param)
-    name = value.get("name") or "response"
-    text_format: Json = {
-        "type": kind,
-        "name": re.sub(r"[^A-Za-z0-9_-]", "_", str(name))[:64],
-        "schema": _expect(value.get("schema"), dict, f"{param}.schema"),
-        "strict": value.get("strict") is True,
-    }
-    if isinstance(value.get("description"), str):
-        text_format["description"] = value["description"]
-    return text_format
-
-
-def _reasoning_fields(
-    effort: Any, param: str, summary: str | None, supported: Sequence[str]
-) -> Json:
-    """An absent effort is not sent: the model has its own default."""
-    reasoning: Json = {}
-    if effort is not None:
-        reasoning["effort"] = _clamp_effort(_one_of(effort, _EFFORTS, param), supported)
-    if summary is not None:
-        reasoning["summary"] = summary
-    return {"reasoning": reasoning} if reasoning else {}
-
-
-def _clamp_effort(effort: str, supported: Sequence[str]) -> str:
-    """The nearest effort that the model lists; of two, the cheaper one except for xhigh and max."""
-    known = [listed for listed in supported if listed in _EFFORTS]
-    if not known or effort in known:
-        return effort
-    wanted = _EFFORTS.index(effort)
-    upward = effort in ("xhigh", "max")
-
-    def distance(listed: str) -> tuple[int, bool]:
-        level = _EFFORTS.index(listed)
-        return abs(level - wanted), (level < wanted) is upward
-
-    return min(known, key=distance)
-
-
-def _tier_field(tier: Any) -> Json:
-    """Upstream refuses every other tier."""
-    return {"service_tier": "priority"} if tier in ("priority", "fast") else {}
-
-
-def _session_key(body: Json, instructions: str, items: list[Json]) -> str:
-    """One key per conversation: the backend caches and routes by it, also as a header."""
-    key = body.get("prompt_cache_key")
-    if isinstance(key, str) and re.fullmatch(r"[\x21-\x7e]{1,64}", key):
-        return key
-    first = next((item for item in items if item.get("role") == "user"), {})
-    parts = first.get("content", [])
-    # The start of each part tells conversations apart; whole images are not worth hashing.
-    opening = [str(value)[:4096] for part in parts for value in part.values()]
-    digest = _digest([key, instructions, opening, body.get("user")])
-    return "-".join((digest[:8], digest[8:12], digest[12:16], digest[16:20], digest[20:32]))
-
-
-def _ignored(body: Json, names: Sequence[str]) -> tuple[str, ...]:
-    """The parameters of these that the client really set."""
-    return tuple(name for name in names if body.get(name) is not None and body[name] is not False)
-
-
-def _check_limit(body: Json, name: str) -> bool:
-    """Whether a token limit was set; -1 and 0 are how some clients write "unlimited"."""
-    return body.get(name) is not None and _expect(body[name], int, name) > 0
-
-
 # ---- Input items ---------------------------------------------------------------------------------
 
 _ROLES = {"assistant": "assistant", "developer": "developer", "system": "developer", "user": "user"}
-_OUTPUT_OF = {
-    "custom_tool_call": "custom_tool_call_output",
-    "function_call": "function_call_output",
-}
-_OUTPUTS = tuple(_OUTPUT_OF.values())
+_PHASES = ("commentary", "final_answer")
+_CALL_FIELDS = {"custom_tool_call": "input", "function_call": "arguments"}
+_OUTPUTS = tuple(f"{kind}_output" for kind in _CALL_FIELDS)
 _NO_RESULT = "No result was recorded for this call."
-_JSON_HINT = "Answer with a JSON object."
-
-_Placed = tuple[Json, str]
-"""An item in Responses shape with the client's own content and names, and its path for errors."""
 
 
 def _client_items(value: Any, find: Callable[[str], Json | None]) -> Iterator[_Placed]:
     """Responses `input` -> typed items; `find` knows the items that are only referred to."""
-    if isinstance(value, str):
-        value = [{"role": "user", "content": value}]
+    value = [{"role": "user", "content": value}] if isinstance(value, str) else value
     for index, item in enumerate(_expect(value, list, "input")):
         path = f"input[{index}]"
         kind = _expect(item, dict, path).get("type")
         if kind is None:
             kind = "message" if "role" in item else "item_reference" if "id" in item else None
         kind = _named(kind, f"{path}.type")
-        if kind == "item_reference":
-            if (found := _referenced(item.get("id"), f"{path}.id", find)) is not None:
-                yield found, path
-            continue
         if kind == "message":
-            _one_of(_named(item.get("role"), f"{path}.role"), tuple(_ROLES), f"{path}.role")
-        yield {**item, "type": kind}, path
-
-
-def _referenced(item_id: Any, param: str, find: Callable[[str], Json | None]) -> Json | None:
-    found = find(_named(item_id, param))
-    if found is None and not item_id.startswith("rs_"):  # reasoning can be spared, the rest cannot
-        raise BadRequest(
-            f"Item with id '{item_id[:100]}' not found. azt remembers stored items for 24 hours at "
-            "most; send the item itself instead (in the AI SDK: store false).",
-            param,
-        )
-    return found
+            _one_of(_ROLES, _named(item.get("role"), f"{path}.role"), f"{path}.role")
+        if kind != "item_reference":
+            yield {**item, "type": kind}, path
+            continue
+        item_id = _named(item.get("id"), f"{path}.id")
+        if found := find(item_id):
+            yield found, path
+        elif not item_id.startswith("rs_"):  # reasoning can be spared, the rest cannot
+            message = f"No item has the id '{item_id[:100]}': azt keeps items for a day at most."
+            raise BadRequest(f"{message} Send the item itself (AI SDK: store false).", f"{path}.id")
 
 
 def _upstream_item(item: Json, path: str, tools: _Tools) -> Json | None:
@@ -3300,39 +3398,28 @@ def _upstream_item(item: Json, path: str, tools: _Tools) -> Json | None:
     if kind == "message":
         role = _ROLES[item["role"]]
         parts = _content_parts(item.get("content"), role, f"{path}.content")
-        message: Json = {"type": kind, "role": role, "content": parts}
-        if role == "assistant" and item.get("phase") in ("commentary", "final_answer"):
-            message["phase"] = item["phase"]
-        return message if parts else None
-    if kind in _OUTPUT_OF:
-        return _call_item(item, path, tools)
+        has_phase = role == "assistant" and item.get("phase") in _PHASES
+        phase = {"phase": item["phase"]} if has_phase else {}
+        return {"type": kind, "role": role, "content": parts, **phase} if parts else None
+    if kind in _CALL_FIELDS:
+        name = _named(item.get("name"), f"{path}.name")
+        text = _as_text(item.get(_CALL_FIELDS[kind]))
+        # Cursor gets calls of its flat custom tools as functions and sends them back as such.
+        kind = "custom_tool_call" if tools.kinds.get(name) == "custom" else kind
+        text = text or ("{}" if kind == "function_call" else "")
+        call = {"type": kind, "call_id": _call_id(item, path), "name": tools.short(name)}
+        return {**call, _CALL_FIELDS[kind]: text}
     if kind in _OUTPUTS:
-        field = "content" if path.startswith("messages") else "output"
-        output = item.get("output")
+        output, is_chat = item.get("output"), path.startswith("messages")
         if isinstance(output, list):
-            output = _content_parts(output, "user", f"{path}.{field}")
-        else:
-            output = _as_text(output)
-        call_id = _call_id(_named(item.get("call_id"), f"{path}.call_id"))
-        return {"type": kind, "call_id": call_id, "output": output}
+            output = _content_parts(output, "user", path + (".content" if is_chat else ".output"))
+        output = output if isinstance(output, list) else _as_text(output)
+        return {"type": kind, "call_id": _call_id(item, path), "output": output}
     if kind == "reasoning":
         summary, encrypted = item.get("summary") or [], item.get("encrypted_content")
         sealed = {"type": kind, "summary": summary, "encrypted_content": encrypted}
         return sealed if encrypted else None
-    dropped = _NOT_FOR_UPSTREAM if kind == "image_generation_call" else ("id", *_NOT_FOR_UPSTREAM)
-    return {name: value for name, value in item.items() if name not in dropped}
-
-
-def _call_item(item: Json, path: str, tools: _Tools) -> Json:
-    name = _named(item.get("name"), f"{path}.name")
-    call_id = _call_id(_named(item.get("call_id"), f"{path}.call_id"))
-    text = _as_text(item.get("input" if item["type"] == "custom_tool_call" else "arguments"))
-    # Cursor gets calls of its flat custom tools as functions and sends them back as such.
-    if item["type"] == "custom_tool_call" or tools.kinds.get(name) == "custom":
-        kind, field = "custom_tool_call", "input"
-    else:
-        kind, field, text = "function_call", "arguments", text or "{}"
-    return {"type": kind, "call_id": call_id, "name": tools.short(name), field: text}
+    return _without(item, _NOT_FOR_UPSTREAM + (() if kind == "image_generation_call" else ("id",)))
 
 
 def _as_text(value: Any) -> str:
@@ -3340,100 +3427,123 @@ def _as_text(value: Any) -> str:
     return value or "" if value is None or isinstance(value, str) else encode_json(value).decode()
 
 
-def _call_id(call_id: str) -> str:
+def _call_id(item: Json, path: str) -> str:
     """Longer and odd ids, which upstream refuses, become a digest: the same for call and output."""
+    call_id = _named(item.get("call_id"), f"{path}.call_id")
     return call_id if _SAFE_NAME.fullmatch(call_id) else f"call_{_digest(call_id)[:40]}"
 
 
-@dataclass(slots=True)
-class _Call:
-    item: Json
-    output: Json | None = None
-
-    def answer(self) -> Json:
-        """The output item, of the kind that belongs to the call."""
-        output = _NO_RESULT if self.output is None else self.output["output"]
-        kind = _OUTPUT_OF[self.item["type"]]
-        return {"type": kind, "call_id": self.item["call_id"], "output": output}
-
-
-def _pair_calls(items: list[Json]) -> list[Json]:
+def _pair_calls(items: Iterable[Json]) -> list[Json]:
     """Every call with exactly one output right after its batch; upstream refuses anything else.
 
     Of several outputs the last counts. An output without a call is dropped, so are calls without an
     output at the very end; elsewhere a missing output is replaced by a neutral sentence.
     """
-    sequence = _match_outputs(items)
-    while len(sequence) > 1 and _leads_nowhere(sequence[-1]):
-        sequence.pop()
     paired: list[Json] = []
-    batch: list[_Call] = []
-    for entry in [*sequence, None]:
-        if isinstance(entry, _Call):
-            paired.append(entry.item)
-            batch.append(entry)
-        elif entry is not None and entry["type"] == "reasoning":
-            paired.append(entry)  # belongs to the next call of the same batch
-        else:
-            paired += [call.answer() for call in batch]
-            batch.clear()
-            if entry is not None:
-                paired.append(entry)
-    return paired
-
-
-def _match_outputs(items: list[Json]) -> list[Json | _Call | None]:
-    """The items with each call joined to its output; None stands where an output stood."""
-    sequence: list[Json | _Call | None] = []
-    latest: dict[str, _Call] = {}
-    early: dict[str, Json] = {}
+    batch: list[Json] = []  # the outputs of the calls that end `paired`
+    is_answered = False
+    outputs: dict[str, Json] = {}  # the client's call id -> the output of its newest call
     for item in items:
-        if item["type"] in _OUTPUT_OF:
-            call_id = item["call_id"]
-            previous = latest.get(call_id)
-            if previous is not None:
-                if previous.output is None:
-                    continue  # the same call again
-                # Some clients count their ids anew in each turn.
-                item = {**item, "call_id": _call_id(f"{call_id}#{len(sequence)}")}
-            latest[call_id] = _Call(item, early.pop(call_id, None))
-            sequence.append(latest[call_id])
-        elif item["type"] in _OUTPUTS:
-            call = latest.get(item["call_id"])
-            if call is None:
-                early[item["call_id"]] = item
-            else:
-                call.output = item
-            sequence.append(None)
-        else:
-            sequence.append(item)
-    return sequence
+        kind = item["type"]
+        if kind in _OUTPUTS:
+            outputs.setdefault(item["call_id"], {})["output"] = item["output"]
+            is_answered = True
+            continue
+        if is_answered or kind not in ("reasoning", *_CALL_FIELDS):
+            paired += batch
+            batch, is_answered = [], False
+        if kind in _CALL_FIELDS:
+            given = item["call_id"]
+            known = outputs.get(given, {})
+            if known.get("output") == _NO_RESULT:
+                continue  # the same call again
+            if "call_id" in known:  # some clients count their ids anew in each turn
+                known, item = {}, {**item, "call_id": f"call_{_digest([given, len(paired)])[:40]}"}
+            answer = {"type": f"{kind}_output", "call_id": item["call_id"], "output": _NO_RESULT}
+            outputs[given] = {**answer, **known}
+            batch.append(outputs[given])
+        paired.append(item)
+    while len(paired) > 1 and (
+        paired[-1]["type"] == "reasoning" or (batch and batch[-1]["output"] == _NO_RESULT)
+    ):
+        if paired.pop()["type"] in _CALL_FIELDS:
+            batch.pop()
+    return paired + batch
 
 
-def _leads_nowhere(entry: Json | _Call | None) -> bool:
-    if isinstance(entry, _Call):
-        return entry.output is None
-    return entry is None or entry["type"] == "reasoning"
+# ---- The upstream body ---------------------------------------------------------------------------
+
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+_SUMMARIES = ("auto", "concise", "detailed")
+_VERBOSITIES = ("low", "medium", "high")
+_FORMATS = ("text", "json_object", "json_schema")
 
 
-def _upstream_input(
-    placed: Iterable[_Placed],
-    instructions: str,
-    tools: _Tools,
-    text_format: Json | None,
-    param: str,
-) -> tuple[str, list[Json]]:
-    """(instructions, input) as upstream takes them; `param` names the input for the client."""
+def _upstream_body(
+    body: Json, model: str, efforts: _Efforts, said: _Said, tools: _Tools, asked: dict[str, _Asked]
+) -> Json:
+    """The body for the backend, made of what it is known to take; what is absent is not sent."""
+    instructions, placed = said
+    form = _text_format(*asked["format"])
+    text = _given({"format": form, "verbosity": _one_of(_VERBOSITIES, *asked["verbosity"])})
+    effort = _clamp_effort(_one_of(_EFFORTS, *asked["effort"]), efforts.get(model, ()))
+    reasoning = _given({"effort": effort, "summary": _one_of(_SUMMARIES, *asked["summary"])})
     converted = (_upstream_item(item, path, tools) for item, path in placed)
-    items = _pair_calls([item for item in converted if item is not None])
+    items = _pair_calls(item for item in converted if item is not None)
     if not items and instructions:
         items, instructions = [_developer_item(instructions)], ""
     if not items:
-        raise BadRequest("Nothing to answer: send a message. Tool outputs need their calls.", param)
-    # Quirk: upstream wants the word in the input; the instructions do not count.
-    if text_format == {"type": "json_object"} and not _mentions_json(items):
-        items.insert(0, _developer_item(_JSON_HINT))
-    return instructions, items
+        message = "Nothing to answer: send a message. Tool outputs need their calls."
+        raise BadRequest(message, "messages" if body.get("messages") else "input")
+    if form == {"type": "json_object"}:
+        # Quirk: upstream wants the word in the input; the instructions do not count.
+        contents = (item["content"] for item in items if item["type"] == "message")
+        texts = (part.get("text", "") for content in contents for part in content)
+        if not any("json" in text.lower() for text in texts):
+            items.insert(0, _developer_item("Answer with a JSON object."))
+    is_fast = body.get("service_tier") in ("priority", "fast")  # upstream refuses every other tier
+    parallel = body.get("parallel_tool_calls") is not False
+    sent = {
+        **{"model": model, "instructions": instructions, "input": items},
+        "tools": tools.upstream or None,
+        "tool_choice": tools.choice(*asked["choice"]),
+        "parallel_tool_calls": parallel if tools.upstream else None,
+        "reasoning": reasoning or None,
+        "text": text or None,
+        **{"include": [REASONING_INCLUDE], "stream": True, "store": False},
+        "prompt_cache_key": _session_key(body, instructions, items),
+        "service_tier": "priority" if is_fast else None,
+    }
+    return _given(sent)
+
+
+def _clamp_effort(effort: str | None, supported: Sequence[str]) -> str | None:
+    """The nearest effort that the model lists; of two, the cheaper one except for xhigh and max."""
+    known = [level for level in _EFFORTS if level in supported]
+    if effort is None or not known:
+        return effort
+    wanted = _EFFORTS.index(effort)
+    preferred = known[::-1] if effort in ("xhigh", "max") else known
+    return min(preferred, key=lambda level: abs(_EFFORTS.index(level) - wanted))
+
+
+def _text_format(value: Any, param: str) -> Json | None:
+    """`response_format` (nested schema) or `text.format` (flat) -> the latter; None is text."""
+    value = {"type": value} if isinstance(value, str) else value or {"type": "text"}
+    kind = _named(_expect(value, dict, param).get("type"), f"{param}.type")
+    if _one_of(_FORMATS, kind, f"{param}.type") != "json_schema":
+        return {"type": kind} if kind == "json_object" else None
+    if param == "response_format":
+        _expect(value.get(kind), dict, f"{param}.{kind}")
+    value, param = _flat(value, param)
+    about = value.get("description")
+    return {
+        "type": kind,
+        "name": re.sub(r"[^A-Za-z0-9_-]", "_", str(value.get("name") or "response"))[:64],
+        "schema": _expect(value.get("schema"), dict, f"{param}.schema"),
+        "strict": value.get("strict") is True,
+        **({"description": about} if isinstance(about, str) else {}),
+    }
 
 
 def _developer_item(text: str) -> Json:
@@ -3441,18 +3551,24 @@ def _developer_item(text: str) -> Json:
     return {"type": "message", "role": "developer", "content": content}
 
 
-def _mentions_json(items: list[Json]) -> bool:
-    return any(
-        "json" in part.get("text", "").lower()
-        for item in items
-        if item["type"] == "message"
-        for part in item["content"]
-    )
+def _session_key(body: Json, instructions: str, items: list[Json]) -> str:
+    """One key per conversation: the backend caches and routes by it, also as a header."""
+    key = body.get("prompt_cache_key")
+    if isinstance(key, str) and re.fullmatch(r"[\x21-\x7e]{1,64}", key):
+        return key
+    first = next((item for item in items if item.get("role") == "user"), {})
+    # The start of each part tells conversations apart; whole images are not worth hashing.
+    values = (value for part in first.get("content", []) for value in part.values())
+    opening = [str(value)[:4096] for value in values]
+    return str(uuid.UUID(_digest([key, instructions, opening, body.get("user")])[:32]))
 
 
 # ---- Tokens --------------------------------------------------------------------------------------
 
 _IMAGE_BYTES = 4096  # an image or a file counts as about 1,000 tokens, whatever its size in base64
+_OUTPUT_COUNTS = (
+    "reasoning_tokens audio_tokens accepted_prediction_tokens rejected_prediction_tokens"
+).split()
 
 
 def usage_from(usage: Json | None) -> Json:
@@ -3463,86 +3579,73 @@ def usage_from(usage: Json | None) -> Json:
         return max(0, value) if type(value) is int else 0
 
     usage = usage if isinstance(usage, dict) else {}
-    inputs = _object(usage, "input_tokens_details")
+    inputs, outputs = (_object(usage, f"{side}_tokens_details") for side in ("input", "output"))
     prompt, completion = count(usage, "input_tokens"), count(usage, "output_tokens")
-    prompt_details = {"cached_tokens": count(inputs, "cached_tokens"), "audio_tokens": 0}
-    if "cache_write_tokens" in inputs:
-        prompt_details["cache_write_tokens"] = count(inputs, "cache_write_tokens")
+    input_counts = ("cached_tokens", "audio_tokens", *({"cache_write_tokens"} & inputs.keys()))
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": count(usage, "total_tokens") or prompt + completion,
-        "prompt_tokens_details": prompt_details,
-        "completion_tokens_details": {
-            "reasoning_tokens": count(_object(usage, "output_tokens_details"), "reasoning_tokens"),
-            "audio_tokens": 0,
-            "accepted_prediction_tokens": 0,
-            "rejected_prediction_tokens": 0,
-        },
+        "prompt_tokens_details": {name: count(inputs, name) for name in input_counts},
+        "completion_tokens_details": {name: count(outputs, name) for name in _OUTPUT_COUNTS},
     }
 
 
 def estimate_input_tokens(upstream: Json) -> int:
     """About one token per 4 bytes of text and tool schemas, and 4 per item. Never exact."""
-    size = _text_bytes(upstream.get("instructions")) + len(encode_json(upstream.get("tools", [])))
     items = upstream.get("input", [])
-    return max(1, (size + sum(map(_text_bytes, items))) // 4 + 4 * len(items))
-
-
-def _text_bytes(value: Any) -> int:
-    if isinstance(value, str):
-        return _IMAGE_BYTES if value.startswith("data:") else len(value.encode("utf-8", "replace"))
-    if isinstance(value, dict):
-        return sum(map(_text_bytes, value.values()))
-    return sum(map(_text_bytes, value)) if isinstance(value, list) else 0
+    size = len(encode_json(upstream.get("tools", [])))
+    for text in _walk([upstream.get("instructions"), items]):
+        if isinstance(text, str):
+            is_data = text.startswith("data:")
+            size += _IMAGE_BYTES if is_data else len(text.encode("utf-8", "replace"))
+    return max(1, size // 4 + 4 * len(items))
 # --------------------------------------------------------------------------------------------------
 # 11a. Chat Completions
 # --------------------------------------------------------------------------------------------------
 
-_CHAT_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _CHAT_IGNORED = (
     "temperature top_p presence_penalty frequency_penalty seed logit_bias logprobs top_logprobs"
-    " user prediction moderation"
+    " user prediction moderation max_tokens max_completion_tokens max_output_tokens"
 ).split()
-
 # Thinking budgets of other dialects, in tokens: the first limit that holds names the effort.
 _BUDGETS = ((0, "none"), (512, "minimal"), (1024, "low"), (8192, "medium"), (24576, "high"))
+_SWITCHES = ("reasoning.enabled", "enable_thinking", "chat_template_kwargs.enable_thinking")
 
 
 @dataclass(slots=True)
 class ChatRequest:
-    """A translated chat request: the upstream body, and all that the answer side must know."""
+    """A translated chat request: the upstream body, and all that the answer side must know.
+
+    model          as the client named it; every chunk repeats it
+    stop           stop strings, emulated here
+    tool_names     upstream tool name -> client's name, only where they differ
+    custom_nested  client's names of tools declared `{"type": "custom", "custom": {...}}`
+    custom_flat    and of those declared flat (Cursor), which wants their calls as functions
+    json_format    the content must be JSON only: commentary stays out of it
+    ignored        parameters that have no effect upstream, for `x-azt-ignored-params`
+    """
 
     model: str
-    """As the client named it; every chunk repeats it."""
     upstream: Json
     stream: bool
     include_usage: bool
     stop: tuple[str, ...]
-    """Stop strings, emulated here."""
     tool_names: dict[str, str]
-    """Upstream tool name -> client's name, only where they differ."""
     custom_nested: frozenset[str]
-    """Client's names of tools declared `{"type": "custom", "custom": {...}}`."""
     custom_flat: frozenset[str]
-    """Client's names of custom tools declared flat (Cursor): it wants their calls as functions."""
     legacy_functions: bool
     json_format: bool
-    """The content must be JSON only: commentary stays out of it."""
     show_reasoning: bool
     metadata: Json | None
     ignored: tuple[str, ...]
-    """Parameters that have no effect upstream, for `x-azt-ignored-params`."""
 
 
-def chat_to_responses(
-    body: Json, efforts: Mapping[str, Sequence[str]], default_model: str
-) -> ChatRequest:
+def chat_to_responses(body: Json, efforts: _Efforts, default_model: str) -> ChatRequest:
     """Chat Completions request -> Responses request.
 
     body     the client's JSON, never changed. With `input` in place of `messages` it is
              Responses-shaped (Cursor) and still gets a chat answer.
-    efforts  model id -> reasoning efforts it supports; a model may be missing
     raises   BadRequest naming the first offending field
 
     mapped   model, messages, input, instructions, tools, functions, tool_choice, function_call,
@@ -3550,165 +3653,100 @@ def chat_to_responses(
              thinking, enable_thinking, web_search_options, prompt_cache_key, user (as a seed of
              that key only), service_tier (priority and fast)
     local    stream, stream_options.include_usage, stop, metadata, include_reasoning, extra_body
-    dropped  `_CHAT_IGNORED`, `_CHAT_LIMITS` (refused upstream, reported in `ignored`); store,
-             safety_identifier, prompt_cache_retention, cache_control (refused upstream);
-             every other key (the upstream body is built from an allow-list)
+    dropped  `_CHAT_IGNORED` (refused upstream, told in `ignored`); safety_identifier, store,
+             prompt_cache_retention, cache_control; every other key (upstream has an allow-list)
     refused  n other than 1, audio, file ids, unknown roles and parts, more than 4 stop strings,
-             file_search, code_interpreter, computer and mcp tools, previous_response_id (no state)
+             `_REFUSED_TOOLS`, previous_response_id (no state)
     source   platform.openai.com/docs/api-reference/chat
     """
-    extra = body.get("extra_body")
-    body = {**extra, **body} if isinstance(extra, dict) else body
-    named, model = _model_names(body, default_model)
-    limits = _check_chat(body)
-    stop = _stop_strings(body.get("stop"))
-    leading, placed = _chat_items(body)
+    body = {**_object(body, "extra_body"), **body}
+    named, model = _check_fields(body, default_model)
+    stop = _check_chat(body)
+    said = _chat_items(body)
     tools = _Tools(_chat_tools(body))
-    text_format = _chat_format(body)
-    upstream = _chat_upstream(body, model, efforts.get(model, ()), tools, text_format)
-    instructions, upstream["input"] = _upstream_input(
-        placed, leading, tools, text_format, "messages"
-    )
-    upstream["instructions"] = instructions
-    upstream["prompt_cache_key"] = _session_key(body, instructions, upstream["input"])
-    options = body.get("stream_options") or {}
+    # Only then the answer has the shape of before tools: `function_call`, one call.
+    is_legacy = bool(body.get("functions")) and not body.get("tools")
+    is_hidden = _first(body, "reasoning.exclude")[0] is True
+    show_reasoning = body.get("include_reasoning") is not False and not is_hidden
+    summary, _ = _first(body, "reasoning.summary")
+    summary = summary if summary in _SUMMARIES else "auto"
+    asked = {
+        "choice": _first(body, "function_call" if is_legacy else "tool_choice"),
+        "effort": _asked_effort(body),
+        "format": _first(body, "response_format text.format"),
+        "summary": (summary if show_reasoning else None, ""),
+        "verbosity": _first(body, "verbosity text.verbosity"),
+    }
+    if is_legacy:
+        body["parallel_tool_calls"] = False
+    upstream = _upstream_body(body, model, efforts, said, tools, asked)
+    custom = {name for name, kind in tools.kinds.items() if kind == "custom"}
+    nested = custom & {_first(tool, "custom.name")[0] for tool in body.get("tools") or ()}
     return ChatRequest(
         model=named,
         upstream=upstream,
         stream=body.get("stream") is True,
-        include_usage=options.get("include_usage") is True,
+        include_usage=_first(body, "stream_options.include_usage")[0] is True,
         stop=stop,
         tool_names=tools.renamed,
-        custom_nested=tools.custom(nested=True),
-        custom_flat=tools.custom(nested=False),
-        legacy_functions=_is_legacy(body),
-        json_format=text_format is not None,
-        show_reasoning=_shows_reasoning(body),
+        custom_nested=frozenset(nested),
+        custom_flat=frozenset(custom - nested),
+        legacy_functions=is_legacy,
+        json_format="format" in upstream.get("text", {}),
+        show_reasoning=show_reasoning,
         metadata=body.get("metadata"),
-        ignored=(*_ignored(body, _CHAT_IGNORED), *limits),
+        ignored=_ignored(body, _CHAT_IGNORED),
     )
 
 
 def _check_chat(body: Json) -> tuple[str, ...]:
-    """Types first, then what one text answer cannot be. Returns the token limits that were set."""
-    _check_types(body)
-    limits = tuple(name for name in _CHAT_LIMITS if _check_limit(body, name))
+    """Refuse what one text answer cannot be. Returns the stop strings."""
     if "audio" in (body.get("modalities") or ()):
-        message = "The Codex models give no audio: ask for text only."
-        raise BadRequest(message, "modalities", "unsupported_value")
-    n = body.get("n")
-    if n is not None and (isinstance(n, bool) or n != 1):
-        message = "This gateway returns a single choice; 'n' must be 1."
-        raise BadRequest(message, "n", "unsupported_value")
-    return limits
-
-
-def _stop_strings(value: Any) -> tuple[str, ...]:
-    value = [value] if isinstance(value, str) else value
-    stops = [] if value is None else _expect(value, list, "stop")
+        raise _unsupported("modalities", "The Codex models give no audio: ask for text only.")
+    if body.get("n") is not None and (body["n"] is True or body["n"] != 1):
+        raise _unsupported("n", "This gateway returns a single choice; 'n' must be 1.")
+    stops = body.get("stop") or []
+    stops = [stops] if isinstance(stops, str) else _expect(stops, list, "stop")
     if len(stops) > 4:
         raise BadRequest("'stop' takes at most 4 strings.", "stop")
-    stops = [_expect(stop, str, f"stop[{index}]") for index, stop in enumerate(stops)]
-    return tuple(stop for stop in stops if stop)
+    checked = [_expect(stop, str, f"stop[{index}]") for index, stop in enumerate(stops)]
+    return tuple(filter(None, checked))
 
 
-def _is_legacy(body: Json) -> bool:
-    """Only then the answer has the shape of before tools: `function_call`, one call."""
-    return bool(body.get("functions")) and not body.get("tools")
+def _chat_tools(body: Json) -> Iterator[_Placed]:
+    yield from _flat_tools(body, "tools")
+    yield from _flat_tools(body, "functions")
+    if (options := body.get("web_search_options")) is not None:
+        known = {name: options.get(name) for name in ("search_context_size", "user_location")}
+        yield {"type": "web_search", **_given(known)}, "web_search_options"
 
 
-def _chat_tools(body: Json) -> list[_ToolSpec]:
-    specs = _tool_specs(body.get("tools") or [])
-    for index, function in enumerate(body.get("functions") or []):
-        path = f"functions[{index}]"
-        specs.append(_ToolSpec("function", _expect(function, dict, path), path))
-    if body.get("web_search_options") is not None:
-        options = body["web_search_options"]
-        wanted = ("search_context_size", "user_location")
-        search = {name: options[name] for name in wanted if options.get(name) is not None}
-        specs.append(_ToolSpec("web_search", search, "web_search_options"))
-    return specs
-
-
-def _chat_format(body: Json) -> Json | None:
-    if body.get("response_format") is not None:
-        return _text_format(body["response_format"], "response_format")
-    return _text_format(_object(body, "text").get("format"), "text.format")
-
-
-def _chat_upstream(
-    body: Json, model: str, efforts: Sequence[str], tools: _Tools, text_format: Json | None
-) -> Json:
-    """The upstream body; what depends on the messages is filled in by the caller."""
-    if _is_legacy(body):
-        tool_fields = tools.fields(body.get("function_call"), False, "function_call")
-    else:
-        parallel = body.get("parallel_tool_calls") is not False
-        tool_fields = tools.fields(body.get("tool_choice"), parallel)
-    effort, param = _asked_effort(body)
-    summary = _asked_summary(body) if _shows_reasoning(body) else None
-    verbosity = body.get("verbosity") or _object(body, "text").get("verbosity")
-    return {
-        "model": model,
-        "instructions": "",
-        "input": [],
-        **tool_fields,
-        **_reasoning_fields(effort, param, summary, efforts),
-        **_text_fields(text_format, verbosity, "verbosity"),
-        "include": [REASONING_INCLUDE],
-        "stream": True,
-        "store": False,
-        **_tier_field(body.get("service_tier")),
-    }
-
-
-def _shows_reasoning(body: Json) -> bool:
-    excluded = _object(body, "reasoning").get("exclude") is True
-    return body.get("include_reasoning") is not False and not excluded
-
-
-def _asked_summary(body: Json) -> str:
-    summary = _object(body, "reasoning").get("summary")
-    return summary if isinstance(summary, str) and summary in _SUMMARIES else "auto"
-
-
-def _asked_effort(body: Json) -> tuple[Any, str]:
-    """(effort, its param) as OpenAI, OpenRouter, Anthropic or Qwen clients write it."""
-    if body.get("reasoning_effort") is not None:
-        return body["reasoning_effort"], "reasoning_effort"
-    if isinstance(body.get("reasoning"), str):
-        return body["reasoning"], "reasoning"
-    reasoning, thinking = _object(body, "reasoning"), _object(body, "thinking")
-    template = _object(body, "chat_template_kwargs")
-    if reasoning.get("effort") is not None:
-        return reasoning["effort"], "reasoning.effort"
-    switches = (
-        reasoning.get("enabled"),
-        body.get("enable_thinking"),
-        template.get("enable_thinking"),
-    )
-    if thinking.get("type") == "disabled" or any(switch is False for switch in switches):
+def _asked_effort(body: Json) -> _Asked:
+    """The effort as OpenAI, OpenRouter, Anthropic or Qwen clients write it."""
+    effort, param = _first(body, "reasoning_effort reasoning.effort reasoning")
+    if effort is not None and (param != "reasoning" or isinstance(effort, str)):
+        return effort, param
+    is_off = any(_first(body, switch)[0] is False for switch in _SWITCHES)
+    if is_off or _first(body, "thinking.type")[0] == "disabled":
         return "none", "reasoning"
-    for budget in (reasoning.get("max_tokens"), thinking.get("budget_tokens")):
-        if type(budget) is int:
-            return next((word for most, word in _BUDGETS if budget <= most), "xhigh"), "reasoning"
-    return None, "reasoning_effort"
+    budget, param = _first(body, "reasoning.max_tokens thinking.budget_tokens")
+    if type(budget) is not int:
+        return None, param
+    return next((word for most, word in _BUDGETS if budget <= most), "xhigh"), param
 
 
 # ---- Messages ------------------------------------------------------------------------------------
 
 
-def _chat_items(body: Json) -> tuple[str, list[_Placed]]:
+def _chat_items(body: Json) -> _Said:
     """(instructions, items): leading system messages are instructions, others keep their place."""
     given = body.get("instructions") or ""
-    messages = body.get("messages")
-    if not messages and body.get("input") is not None:
+    if not body.get("messages") and body.get("input") is not None:
         if body.get("previous_response_id") is not None:
-            message = "azt continues stored responses on /v1/responses only: send the whole input."
-            raise BadRequest(message, "previous_response_id", "unsupported_parameter")
+            message = "Only /v1/responses continues a stored response: send the whole input."
+            raise _unsupported("previous_response_id", message)
         return given, list(_client_items(body["input"], lambda item_id: None))
-    if messages is None:
-        raise _missing("messages")
+    messages = _expect(body.get("messages"), list, "messages")
     if not messages:
         raise BadRequest("'messages' is empty: send at least one message.", "messages")
     placed = list(_message_items(messages))
@@ -3717,67 +3755,49 @@ def _chat_items(body: Json) -> tuple[str, list[_Placed]]:
         item, path = placed.pop(0)
         parts = _content_parts(item["content"], "developer", f"{path}.content")
         texts.append("\n".join(part["text"] for part in parts))
-    return "\n\n".join(text for text in texts if text), placed
+    return "\n\n".join(filter(None, texts)), placed
 
 
 def _message_items(messages: list[Any]) -> Iterator[_Placed]:
     """Chat messages -> items in Responses shape; contents stay as the client wrote them."""
-    unanswered: dict[str, list[str]] = {}
     for index, message in enumerate(messages):
         path = f"messages[{index}]"
         role = _named(_expect(message, dict, path).get("role"), f"{path}.role")
+        _one_of((*_ROLES, "tool", "function"), role, f"{path}.role")
         content = message.get("content")
-        if role == "tool":
-            call_id = (
-                message.get("tool_call_id") or message.get("toolCallId") or message.get("call_id")
-            )
-            call_id = _named(call_id, f"{path}.tool_call_id")
-        elif role == "function":
-            waiting = unanswered.get(_named(message.get("name"), f"{path}.name"))
-            call_id = waiting.pop(0) if waiting else f"call_fn_{index}"
-        elif role == "assistant":
-            yield from _assistant_items(message, path, index, unanswered)
-            continue
-        else:
-            _one_of(role, (*_ROLES, "tool", "function"), f"{path}.role")
+        if role == "assistant":
+            yield from _assistant_items(message, path)
+        elif role in _ROLES:
             yield {"type": "message", "role": role, "content": content}, path
-            continue
-        yield {"type": "function_call_output", "call_id": call_id, "output": content}, path
+        else:
+            call_id, param = _first(message, "tool_call_id toolCallId call_id", f"{path}.")
+            if role == "function":  # such calls have no ids: the name finds them
+                call_id = "call_fn_" + _named(message.get("name"), f"{path}.name")
+            call_id = _named(call_id, param)
+            yield {"type": _OUTPUTS[0], "call_id": call_id, "output": content}, path
 
 
-def _assistant_items(
-    message: Json, path: str, index: int, unanswered: dict[str, list[str]]
-) -> Iterator[_Placed]:
-    """The text, then one item per call. `unanswered` collects legacy calls, which have no id."""
-    content = message.get("content")
-    parts = [content] if isinstance(content, str) else content or []
-    parts = [*_expect(parts, list, f"{path}.content")]
-    if isinstance(message.get("refusal"), str) and message["refusal"]:
-        parts.append({"type": "refusal", "refusal": message["refusal"]})
+def _assistant_items(message: Json, path: str) -> Iterator[_Placed]:
+    """The text, then one item per call."""
+    content = message.get("content") or []
+    parts = [content] if isinstance(content, str) else _expect(content, list, f"{path}.content")
+    if isinstance(message.get("refusal"), str):
+        parts = [*parts, {"type": "refusal", "refusal": message["refusal"]}]
     yield {"type": "message", "role": "assistant", "content": parts}, path
     calls = _expect(message.get("tool_calls") or [], list, f"{path}.tool_calls")
-    for number, call in enumerate(calls):
-        yield _tool_call(call, f"{path}.tool_calls[{number}]"), path
-    legacy = message.get("function_call")
-    if legacy is not None:
-        path += ".function_call"
-        name = _named(_expect(legacy, dict, path).get("name"), f"{path}.name")
-        item = {"type": "function_call", "call_id": f"call_fn_{index}", "name": name}
-        unanswered.setdefault(name, []).append(item["call_id"])
-        yield {**item, "arguments": legacy.get("arguments")}, path
-
-
-def _tool_call(call: Any, path: str) -> Json:
-    kind = _expect(call, dict, path).get("type") or "function"
-    kind = _one_of(kind, _NAMED_TOOLS, f"{path}.type")
-    spec = _expect(call.get(kind), dict, f"{path}.{kind}")
-    item = {
-        "type": "function_call" if kind == "function" else "custom_tool_call",
-        "call_id": _named(call.get("id"), f"{path}.id"),
-        "name": _named(spec.get("name"), f"{path}.{kind}.name"),
-    }
-    field = "arguments" if kind == "function" else "input"
-    return {**item, field: spec.get(field)}
+    made = [(call, f"{path}.tool_calls[{number}]") for number, call in enumerate(calls)]
+    if message.get("function_call") is not None:
+        at = f"{path}.function_call"
+        legacy = _expect(message["function_call"], dict, at)
+        made.append(({**legacy, "type": "function", "id": f"call_fn_{legacy.get('name')}"}, at))
+    for call, at in made:
+        kind = _expect(call, dict, at).get("type") or "function"
+        item_kind = _NAMED_TOOLS[_one_of(_NAMED_TOOLS, kind, f"{at}.type")]
+        field = _CALL_FIELDS[item_kind]
+        call_id = _named(call.get("id"), f"{at}.id")
+        spec, at = _flat({**call, "type": kind}, at)
+        item = {"type": item_kind, "call_id": call_id, "name": spec.get("name")}
+        yield {**item, field: spec.get(field)}, at
 # --------------------------------------------------------------------------------------------------
 # Upstream events -> answer: what the chat and the Responses translator share, then the chat one.
 # --------------------------------------------------------------------------------------------------
@@ -4103,7 +4123,7 @@ class _EventStream:
         self._hear(*self._place(event, channel), _str(event.get("delta")))
 
     def _arm(self, event: Json, data: bytes, part: _Part, sample: Json) -> None:
-        """Prepare the fast path for deltas like `data`; `sample`: a chunk with _MARK as its text."""
+        """Prepare the fast path for deltas like `data`; `sample` is a chunk with _MARK as text."""
         space = b" " if data.find(b": ") == data.find(b":") else b""
         shape = _delta_shape(tuple(event), space)
         found = shape and shape[0].fullmatch(data)
@@ -4626,7 +4646,9 @@ ChatStream._handlers = {
 # 11b. Responses
 # --------------------------------------------------------------------------------------------------
 
-_RESPONSES_IGNORED = ("temperature", "top_p", "top_logprobs", "truncation", "max_tool_calls")
+_RESPONSES_IGNORED = (
+    "temperature top_p top_logprobs truncation max_tool_calls max_output_tokens"
+).split()
 _RESPONSES_REFUSED = {
     "background": "azt runs no background jobs: leave 'background' out and stream the answer.",
     "conversation": "azt keeps no conversations: use 'previous_response_id' or send all of it.",
@@ -4652,25 +4674,33 @@ _ID_PREFIXES = {
     **{"function_call_output": "fco", "image_generation_call": "ig", "message": "msg"},
     **{"reasoning": "rs", "web_search_call": "ws"},
 }
+_ASKED = {
+    **{"choice": "tool_choice", "effort": "reasoning.effort", "format": "text.format"},
+    "summary": "reasoning.summary reasoning.generate_summary",
+    "verbosity": "text.verbosity",
+}
 
 
 @dataclass(slots=True)
 class ResponsesRequest:
-    """A translated Responses request: the upstream body, and all that the answer side must know."""
+    """A translated Responses request: the upstream body, and all that the answer side must know.
+
+    store           the client's view (absent means True); upstream never stores
+    echo            the fields of the Response object that repeat the client's request
+    tool_names      upstream tool name -> client's name, only where they differ
+    input_items     the whole input in client shape, earlier turns included, each item with an id
+    show_encrypted  the client asked to see encrypted reasoning
+    ignored         parameters that have no effect upstream, for `x-azt-ignored-params`
+    """
 
     model: str
     upstream: Json
     stream: bool
     store: bool
-    """The client's view (absent means True); upstream never stores."""
     echo: Json
-    """The fields of the Response object that repeat the client's request."""
     tool_names: dict[str, str]
-    """Upstream tool name -> client's name, only where they differ."""
     input_items: list[Json]
-    """The whole input in client shape, earlier turns included, each item with an id."""
     show_encrypted: bool
-    """The client asked to see encrypted reasoning."""
     ignored: tuple[str, ...]
 
 
@@ -4702,7 +4732,9 @@ class ResponseStore:
         """Remember a response under its id. One that exceeds the bound alone is not kept."""
         response_id = response["id"]
         self.delete(response_id)
-        size = sum(map(_weight, (response, input_items, output_items)))
+        # Roughly the memory of its values, without encoding them.
+        values = _walk([response, input_items, output_items])
+        size = sum(100 + len(value) if isinstance(value, str) else 100 for value in values)
         if size > STORED_RESPONSES_BYTES:
             return
         self.size_bytes += size
@@ -4736,43 +4768,31 @@ class ResponseStore:
 
     def _make_room(self, now: float) -> None:
         while self._responses:
-            oldest = next(iter(self._responses))
-            if (
-                len(self._responses) <= STORED_RESPONSES_MAX
-                and self.size_bytes <= STORED_RESPONSES_BYTES
-                and now < self._responses[oldest].expires_at
-            ):
+            oldest, stored = next(iter(self._responses.items()))
+            too_many = len(self._responses) > STORED_RESPONSES_MAX
+            too_large = self.size_bytes > STORED_RESPONSES_BYTES
+            if not too_many and not too_large and now < stored.expires_at:
                 return
             self.delete(oldest)
-
-
-def _weight(value: Any) -> int:
-    """Roughly the memory of a JSON value in bytes, without encoding it."""
-    if isinstance(value, str):
-        return 50 + len(value)
-    if isinstance(value, dict):
-        return 64 + sum(50 + len(name) + _weight(member) for name, member in value.items())
-    return 56 + sum(map(_weight, value)) if isinstance(value, list) else 8
 
 
 def input_items_page(stored: StoredResponse, query: Mapping[str, str]) -> Json:
     """One page of GET /v1/responses/{id}/input_items: limit (1..100), order, after, include."""
     limit = query.get("limit", "20")
-    if not re.fullmatch(r"[0-9]{1,3}", limit) or not 1 <= int(limit) <= 100:
+    if not re.fullmatch(r"[1-9][0-9]?|100", limit):
         raise BadRequest("'limit' must be a number from 1 to 100.", "limit")
-    order = _one_of(query.get("order", "desc"), ("asc", "desc"), "order")
-    items = stored.input_items if order == "asc" else stored.input_items[::-1]
-    if "after" in query:
+    order = _one_of(("asc", "desc"), query.get("order", "desc"), "order")
+    items = stored.input_items[:: 1 if order == "asc" else -1]
+    if (after := query.get("after")) is not None:
         ids = [item["id"] for item in items]
-        if query["after"] not in ids:
-            raise BadRequest(f"No input item has the id {query['after'][:100]!r}.", "after")
-        items = items[ids.index(query["after"]) + 1 :]
+        if after not in ids:
+            raise BadRequest(f"No input item has the id {after[:100]!r}.", "after")
+        items = items[ids.index(after) + 1 :]
+    page = items[: int(limit)]
     shown = query.get("include", "") + query.get("include[]", "")
-    page = [item if REASONING_INCLUDE in shown else _without_encrypted(item) for item in items]
-    page = page[: int(limit)]
     return {
         "object": "list",
-        "data": page,
+        "data": page if REASONING_INCLUDE in shown else [*map(_without_encrypted, page)],
         "first_id": page[0]["id"] if page else None,
         "last_id": page[-1]["id"] if page else None,
         "has_more": len(items) > len(page),
@@ -4780,22 +4800,15 @@ def input_items_page(stored: StoredResponse, query: Mapping[str, str]) -> Json:
 
 
 def _without_encrypted(item: Json) -> Json:
-    if item["type"] != "reasoning":
-        return item
-    return {name: value for name, value in item.items() if name != "encrypted_content"}
+    return _without(item, ["encrypted_content"]) if item["type"] == "reasoning" else item
 
 
 def responses_to_upstream(
-    body: Json,
-    efforts: Mapping[str, Sequence[str]],
-    default_model: str,
-    store: ResponseStore,
-    now: float,
+    body: Json, efforts: _Efforts, default_model: str, store: ResponseStore, now: float
 ) -> ResponsesRequest:
     """Responses request -> the subset that the Codex backend takes.
 
     body     the client's JSON, never changed
-    efforts  model id -> reasoning efforts it supports; a model may be missing
     raises   BadRequest naming the first offending field
 
     mapped   model, input, messages (where input is missing), instructions, tools, tool_choice,
@@ -4803,152 +4816,93 @@ def responses_to_upstream(
              (known values, always with encrypted reasoning), prompt_cache_key, service_tier
              (priority, fast), strict of a function (absent: true where the schema allows it)
     local    stream, store, metadata, previous_response_id and item_reference (out of `store`)
-    dropped  `_RESPONSES_IGNORED`, max_output_tokens (refused upstream; in `ignored` and echoed);
-             user, safety_identifier, prompt_cache_retention, context_management, moderation,
-             stream_options (refused upstream); reasoning items without encrypted content and item
-             ids (upstream stores nothing); every other key (the body is built from an allow-list)
-    refused  background, conversation, prompt, unknown previous_response_id and item ids, file ids,
-             audio, file_search, code_interpreter, computer and mcp tools
+    dropped  `_RESPONSES_IGNORED` (refused upstream; in `ignored` and echoed); user,
+             safety_identifier, stream_options and every other key (upstream has an allow-list);
+             reasoning items without encrypted content and item ids (upstream stores nothing)
+    refused  `_RESPONSES_REFUSED`, `_REFUSED_TOOLS`, audio, unknown response, item and file ids
     source   platform.openai.com/docs/api-reference/responses
     """
-    named, model = _model_names(body, default_model)
-    _check_types(body)
-    limits = ("max_output_tokens",) if _check_limit(body, "max_output_tokens") else ()
+    named, model = _check_fields(body, default_model)
+    _expect(body.get("reasoning") or {}, dict, "reasoning")
     for name, reason in _RESPONSES_REFUSED.items():
         if body.get(name) not in (None, False):
             raise BadRequest(reason, name, "unsupported_parameter")
-    include = _includes(body)
-    earlier = _earlier_items(body, store, now)
-    instructions, placed = _new_items(body, earlier, store, now)
-    tools = _Tools(_strict_by_default(_tool_specs(body.get("tools") or [])))
-    text = body.get("text") or {}
-    text_format = _text_format(text.get("format"), "text.format")
-    chain = [*((item, "previous_response_id") for item in earlier), *placed]
-    instructions, items = _upstream_input(chain, instructions, tools, text_format, "input")
-    reasoning = _expect(body.get("reasoning") or {}, dict, "reasoning")
-    upstream: Json = {
-        "model": model,
-        "instructions": instructions,
-        "input": items,
-        **tools.fields(body.get("tool_choice"), body.get("parallel_tool_calls") is not False),
-        **_asked_reasoning(reasoning, efforts.get(model, ())),
-        **_text_fields(text_format, text.get("verbosity"), "text.verbosity"),
-        "include": [*include, *(() if REASONING_INCLUDE in include else (REASONING_INCLUDE,))],
-        "stream": True,
-        "store": False,
-        "prompt_cache_key": _session_key(body, instructions, items),
-        **_tier_field(body.get("service_tier")),
-    }
+    said = _chain(body, store, now)
+    tools = _Tools(map(_strict_by_default, _flat_tools(body, "tools")))
+    asked = {name: _first(body, places) for name, places in _ASKED.items()}
+    upstream = _upstream_body(body, model, efforts, said, tools, asked)
+    include = [known for known in _INCLUDES if known in (body.get("include") or [])]
+    upstream["include"] = [*dict.fromkeys((*include, REASONING_INCLUDE))]
+    echo = {name: body[name] for name in _ECHO_DEFAULTS if body.get(name) is not None}
+    text = {"format": {"type": "text"}, "verbosity": "medium", **_given(_object(body, "text"))}
+    reasoning = {name: asked[name][0] for name in ("effort", "summary")}
     return ResponsesRequest(
         model=named,
         upstream=upstream,
         stream=body.get("stream") is True,
         store=body.get("store") is not False,
-        echo=_echo(body, named),
+        echo={**_ECHO_DEFAULTS, **echo, "model": named, "reasoning": reasoning, "text": text},
         tool_names=tools.renamed,
-        input_items=[item for item, _ in chain],
+        input_items=[item for item, _ in said[1]],
         show_encrypted=REASONING_INCLUDE in include,
-        ignored=(*_ignored(body, _RESPONSES_IGNORED), *limits),
+        ignored=_ignored(body, _RESPONSES_IGNORED),
     )
 
 
-def _includes(body: Json) -> list[str]:
-    values = body.get("include") or []
-    asked = [_expect(value, str, f"include[{index}]") for index, value in enumerate(values)]
-    return [value for value in dict.fromkeys(asked) if value in _INCLUDES]
-
-
-def _asked_reasoning(reasoning: Json, supported: Sequence[str]) -> Json:
-    """A summary only where the client asks for one; `generate_summary` is the old name."""
-    summary = reasoning.get("summary") or reasoning.get("generate_summary")
-    if summary is not None:
-        summary = _one_of(summary, _SUMMARIES, "reasoning.summary")
-    return _reasoning_fields(reasoning.get("effort"), "reasoning.effort", summary, supported)
-
-
-def _earlier_items(body: Json, store: ResponseStore, now: float) -> list[Json]:
-    """Input and output of the chain that `previous_response_id` ends."""
-    previous = body.get("previous_response_id")
-    if previous is None:
-        return []
-    stored = store.get(previous, now)
-    if stored is None:
-        raise BadRequest(
-            f"Previous response with id '{previous[:100]}' not found. azt remembers responses for "
-            "24 hours at most; send the whole input instead.",
-            "previous_response_id",
-            "previous_response_not_found",
-        )
-    return [*stored.input_items, *stored.output_items]
-
-
-def _new_items(
-    body: Json, earlier: list[Json], store: ResponseStore, now: float
-) -> tuple[str, list[_Placed]]:
-    """(instructions, the items of this request in client shape, each with an id)."""
-    instructions = body.get("instructions") or ""
-    if body.get("input") is not None:
-        new = list(_client_items(body["input"], lambda item_id: store.item(item_id, now)))
-    elif body.get("messages") is not None:
+def _chain(body: Json, store: ResponseStore, now: float) -> _Said:
+    """(instructions, the earlier and the new items in client shape, each with an id)."""
+    instructions, previous = body.get("instructions") or "", body.get("previous_response_id")
+    earlier: list[Json] = []
+    if previous is not None:
+        stored = store.get(previous, now)
+        if stored is None:
+            message = f"Previous response with id '{previous[:100]}' not found: azt keeps responses"
+            message += " for a day at most. Send the whole input instead."
+            raise BadRequest(message, "previous_response_id", "previous_response_not_found")
+        earlier = [*stored.input_items, *stored.output_items]
+    value = body.get("input")
+    if value is None and body.get("messages") is not None:
         instructions, new = _chat_items(body)
-    elif body.get("previous_response_id") is not None:
-        new = []
     else:
-        raise _missing("input")
-    known = {item["id"] for item in earlier}
-    placed = [(_with_id(item), path) for item, path in new]
+        value = [] if value is None and previous is not None else value
+        new = list(_client_items(value, lambda item_id: store.item(item_id, now)))
+    chain = [(item, "previous_response_id") for item in earlier]
     # A client may send the previous id and, all the same, references to its items.
-    return instructions, [(item, path) for item, path in placed if item["id"] not in known]
+    known = {item["id"] for item in earlier}
+    placed = ((_with_id(item), path) for item, path in new)
+    return instructions, chain + [(item, path) for item, path in placed if item["id"] not in known]
 
 
 def _with_id(item: Json) -> Json:
     """The item as `input_items` lists it: with an id, its content as parts."""
-    item_id = item.get("id")
+    kind, item_id = item["type"], item.get("id")
     if not isinstance(item_id, str) or not item_id:
-        item_id = f"{_ID_PREFIXES.get(item['type'], 'item')}_{secrets.token_hex(20)}"
+        item_id = f"{_ID_PREFIXES.get(kind, 'item')}_{secrets.token_hex(20)}"
     item = {**item, "id": item_id}
-    if item["type"] == "message" and isinstance(item.get("content"), str):
-        kind = "output_text" if item["role"] == "assistant" else "input_text"
-        item["content"] = [{"type": kind, "text": item["content"]}]
+    if kind == "message" and isinstance(item.get("content"), str):
+        said = "output_text" if item["role"] == "assistant" else "input_text"
+        item["content"] = [{"type": said, "text": item["content"]}]
     return item
 
 
-def _strict_by_default(specs: list[_ToolSpec]) -> list[_ToolSpec]:
+def _strict_by_default(placed: _Placed) -> _Placed:
     """Responses functions are strict unless they say otherwise, where their schema can be."""
-    for spec in specs:
-        if spec.kind == "function" and spec.spec.get("strict") is None:
-            schema = _object(spec.spec, "parameters")
-            spec.spec = {**spec.spec, "strict": "properties" in schema and _is_closed(schema)}
-    return specs
+    tool, _ = placed
+    if tool["type"] == "function" and tool.get("strict") is None:
+        schema = _object(tool, "parameters")
+        tool["strict"] = "properties" in schema and all(map(_is_closed, _walk(schema)))
+    return placed
 
 
-def _is_closed(schema: Any) -> bool:
-    """Whether every object in a schema forbids extra properties and requires all that it has."""
-    if isinstance(schema, list):
-        return all(map(_is_closed, schema))
-    if not isinstance(schema, dict):
+def _is_closed(value: Any) -> bool:
+    """Whether an object schema forbids extra properties and requires all that it has."""
+    schema = value if isinstance(value, dict) else {}
+    properties, required = schema.get("properties"), schema.get("required")
+    if schema.get("type") != "object" and "properties" not in schema:
         return True
-    if schema.get("type") == "object" or "properties" in schema:
-        properties, required = schema.get("properties"), schema.get("required")
-        if schema.get("additionalProperties") is not False or not isinstance(required, list):
-            return False
-        if not isinstance(properties, dict) or any(name not in required for name in properties):
-            return False
-    return all(map(_is_closed, schema.values()))
-
-
-def _echo(body: Json, model: str) -> Json:
-    given = {name: body[name] for name in _ECHO_DEFAULTS if body.get(name) is not None}
-    reasoning, text = _object(body, "reasoning"), _object(body, "text")
-    summary = reasoning.get("summary") or reasoning.get("generate_summary")
-    text_format = text.get("format") or {"type": "text"}
-    return {
-        **_ECHO_DEFAULTS,
-        **given,
-        "model": model,
-        "reasoning": {"effort": reasoning.get("effort"), "summary": summary},
-        "text": {"format": text_format, "verbosity": text.get("verbosity") or "medium"},
-    }
+    if not isinstance(properties, dict) or not isinstance(required, list):
+        return False
+    return schema.get("additionalProperties") is False and {*properties} <= {*map(str, required)}
 _BLANK_ITEMS: dict[str, Json] = {
     "custom_tool_call": {"status": "in_progress", "input": ""},
     "function_call": {"status": "in_progress", "arguments": ""},
@@ -4984,7 +4938,7 @@ class ResponsesStream(_EventStream):
         nothing sent --> created --> per item: added, deltas, done --> completed | incomplete
                             \\_________________failure______________> failed
 
-    What upstream leaves out is made up for: `created`, `added` and `done` of items and parts, deltas
+    What upstream leaves out is made up: `created`, `added` and `done` of items and parts, deltas
     that only a snapshot has, ids, the final `output`. Items are numbered as they appear.
     mapped   every official event, renumbered; items with the client's tool names
     dropped  vendor events and obfuscation; encrypted reasoning, unless the client asked for it
@@ -5438,6 +5392,7 @@ class Rotation:
         while True:
             account = turn.account = pick_account(self._store, tried)
             account = await self.fresh_account(account)
+            token = account.access_token  # another turn may renew it before the answer is here
             turn.attempts += 1
             elapsed_s = asyncio.get_running_loop().time() - started_s
             try:
@@ -5445,9 +5400,11 @@ class Rotation:
             except UpstreamError as error:
                 if error.fault == "token" and account.id not in renewed:
                     renewed.add(account.id)
-                    await self.fresh_account(account, refused=account.access_token)
+                    await self.fresh_account(account, refused=token)
                     continue
-                if error.code == "invalid_encrypted_content" and (body := _without_reasoning(turn.body)):
+                if error.code == "invalid_encrypted_content" and (
+                    body := _without_reasoning(turn.body)
+                ):
                     turn.body = body
                     continue
                 if error.status == 401:
@@ -5461,7 +5418,14 @@ class Rotation:
         base_url = self._environment.codex_base_url
         try:
             answer = await in_thread(
-                self._calls, open_stream, self._pool, base_url, credentials, turn.body, turn.session, wire
+                self._calls,
+                open_stream,
+                self._pool,
+                base_url,
+                credentials,
+                turn.body,
+                turn.session,
+                wire,
             )
         except asyncio.CancelledError:
             wire.end()
@@ -5479,14 +5443,15 @@ class Rotation:
         refused  an access token that the upstream turned down: renew it although it has not expired
         raises   AztError when the sign-in is dead, or its renewal failed and the old token is no use
         """
-        due = bool(refused) or bool(account.expires_at and account.expires_at - time.time() < REFRESH_AHEAD_S)
-        if not due:
+        account = self._store.accounts.get(account.id, account)
+        ends_soon = account.expires_at and account.expires_at - time.time() < REFRESH_AHEAD_S
+        if not ends_soon and account.access_token != refused:
             return account
         task = self._refreshes.get(account.id)
         if task is None:
             task = asyncio.create_task(self._refresh(account.id, account.access_token))
             self._refreshes[account.id] = task
-            task.add_done_callback(lambda _: self._refreshes.pop(account.id, None))
+            task.add_done_callback(functools.partial(self._refreshed, account.id))
         try:
             # Shielded: a client that leaves must not take the new, single-use refresh token with it.
             await asyncio.shield(task)
@@ -5494,6 +5459,11 @@ class Rotation:
             if refused or account.expires_at <= time.time():
                 raise
         return self._store.accounts.get(account.id, account)
+
+    def _refreshed(self, account_id: str, task: asyncio.Task[None]) -> None:
+        self._refreshes.pop(account_id, None)
+        if not task.cancelled():
+            task.exception()  # seen, for perhaps nobody waits for it any more
 
     async def _refresh(self, account_id: str, stale_token: str) -> None:
         """Renew one sign-in: one at a time over all accounts, on disk before anyone uses it."""
@@ -5504,7 +5474,12 @@ class Rotation:
             auth_base_url = self._environment.auth_base_url
             try:
                 tokens = await in_thread(
-                    self._calls, refresh_tokens, self._pool, auth_base_url, account.refresh_token, Wire()
+                    self._calls,
+                    refresh_tokens,
+                    self._pool,
+                    auth_base_url,
+                    account.refresh_token,
+                    Wire(),
                 )
             except SignInRejected as error:
                 raise await self._reject(account, error.reason) from None
@@ -5522,7 +5497,9 @@ class Rotation:
         account.access_token = renewed.access_token
         account.refresh_token = renewed.refresh_token
         account.id_token = renewed.id_token
-        account.expires_at = renewed.expires_at or (int(now) + tokens.expires_in_s if tokens.expires_in_s else 0)
+        account.expires_at = renewed.expires_at or (
+            int(now) + tokens.expires_in_s if tokens.expires_in_s else 0
+        )
         account.plan = renewed.plan if renewed.plan != "unknown" else account.plan
         account.refreshed_at = int(now)
 
@@ -5538,12 +5515,14 @@ def _without_reasoning(body: bytes) -> bytes | None:
     """The request without its encrypted reasoning, which another account cannot read; None if it has none."""
     request = parse_event(body) or {}
     items = request.get("input")
-    kept = [item for item in items if item.get("type") != "reasoning"] if isinstance(items, list) else []
+    kept = (
+        [item for item in items if item.get("type") != "reasoning"]
+        if isinstance(items, list)
+        else []
+    )
     if not kept or len(kept) == len(cast(list[Any], items)):
         return None
     return encode_json({**request, "input": kept})
-
-
 # ==================================================================================================
 # 13. Usage and request log
 #     What happened to each request: one line in the log. Never a prompt, an answer or a token.
@@ -5592,8 +5571,6 @@ class RequestRecord:
             self.total_ms,
             "" if self.result == "ok" else f" {self.result} {self.error_code or ''}".rstrip(),
         )
-
-
 # ==================================================================================================
 # 14. Gateway
 #     The one owner of mutable state. Its fields are all that requests share; module level holds
@@ -5622,6 +5599,7 @@ class Gateway:
         self.rotation = Rotation(self.store, self.pool, self.calls, environment, self.save_accounts)
         self.started_at = time.time()
         self.listening: list[tuple[str, int]] = []
+        self._changing = asyncio.Lock()
 
     @blocking
     def load(self) -> None:
@@ -5639,6 +5617,7 @@ class Gateway:
 
     def _apply_settings(self, saved: Json | None) -> None:
         self.settings = load_settings(saved, self.environment, self.flags)
+        log.setLevel(self.settings.text("log.level").upper())
         egress = _egress(self.environment, self.settings)
         if egress != self.pool.egress:
             self.pool.egress = egress
@@ -5648,17 +5627,58 @@ class Gateway:
         """On disk before anyone goes on. A failure is loud, and the state in memory stays the newer one."""
         await in_thread(self.files, write_json, self.paths.accounts, self.store.to_json())
 
-    async def save_settings(self, changes: Json) -> None:
-        """Merge checked values into the file and put them in force."""
-        saved = await in_thread(self.files, _read_settings, self.paths) or {}
-        values = {**saved.get("values", {}), **changes}
-        merged = {"version": 1, "revision": self.settings.revision + 1, "values": values}
-        await in_thread(self.files, write_json, self.paths.settings, merged)
-        self._apply_settings(merged)
+    async def _in_turn(self, change: Callable[[], Awaitable[T]]) -> T:
+        """One change by a person at a time, and to its end though the client leaves: what is in force
+        and what is on disk stay the same."""
 
-    async def save_keys(self, keys: list[Json]) -> None:
-        await in_thread(self.files, write_json, self.paths.keys, {"version": 1, "keys": keys})
-        self.keys = keys
+        async def run() -> T:
+            async with self._changing:
+                return await change()
+
+        return await asyncio.shield(run())
+
+    async def change_accounts(self, change: Callable[[AccountStore], T]) -> T:
+        """Taken back when it cannot be saved."""
+        store = self.store
+
+        async def save() -> T:
+            before, active_id = dict(store.accounts), store.active_id
+            try:
+                result = change(store)
+                await self.save_accounts()
+            except AztError:
+                store.accounts, store.active_id = before, active_id
+                raise
+            return result
+
+        return await self._in_turn(save)
+
+    async def change_settings(self, changes: Json, revision: Any = None) -> None:
+        """Merge checked values into the file and put them in force.
+
+        raises  AztError 409 when `revision` is given and no longer ours; StateError rather than write
+                over a file that cannot be read
+        """
+
+        async def save() -> None:
+            if revision not in (None, self.settings.revision):
+                text = "Someone else changed the settings meanwhile: read them again."
+                raise AztError(409, "stale_revision", text)
+            saved = await in_thread(self.files, read_json, self.paths.settings, 1) or {}
+            values = {**saved.get("values", {}), **changes}
+            merged = {"version": 1, "revision": self.settings.revision + 1, "values": values}
+            await in_thread(self.files, write_json, self.paths.settings, merged)
+            self._apply_settings(merged)
+
+        await self._in_turn(save)
+
+    async def change_keys(self, change: Callable[[list[Json]], list[Json]]) -> None:
+        async def save() -> None:
+            keys = change(self.keys)
+            await in_thread(self.files, write_json, self.paths.keys, {"version": 1, "keys": keys})
+            self.keys = keys
+
+        await self._in_turn(save)
 
     async def refresh_models(self) -> bool:
         """Ask the backend for the catalogue; False when ours is still current."""
@@ -5666,11 +5686,17 @@ class Gateway:
         credentials = Credentials(account.access_token, account.account_id)
         etag = self.catalogue.etag if self.catalogue.source == "azt" else ""
         base_url = self.environment.codex_base_url
-        fetched = await in_thread(self.calls, fetch_models, self.pool, base_url, credentials, etag, Wire())
+        fetched = await in_thread(
+            self.calls, fetch_models, self.pool, base_url, credentials, etag, Wire()
+        )
         if fetched is None:
             return False
         entries, etag = fetched
-        catalogue = Catalogue(tuple(one for one in entries if _is_model(one)), "azt", etag, int(time.time()))
+        models = tuple(one for one in entries if _is_model(one))
+        if not models:
+            text = "The upstream lists no models for this account; the old list is kept."
+            raise UpstreamError(502, "upstream_error", text)
+        catalogue = Catalogue(models, "azt", etag, int(time.time()))
         await in_thread(self.files, write_json, self.paths.models, catalogue.to_json())
         self.catalogue = catalogue
         return True
@@ -5686,7 +5712,10 @@ def _egress(environment: Environment, settings: Settings) -> Egress:
     own = frozenset(urllib.parse.urlsplit(base).hostname or "" for base in bases)
     if settings.flag("networkProxy.enabled") and settings.text("networkProxy.url"):
         return Egress(
-            settings.text("networkProxy.url"), settings.text("networkProxy.noProxy"), environment.ca_file, own
+            settings.text("networkProxy.url"),
+            settings.text("networkProxy.noProxy"),
+            environment.ca_file,
+            own,
         )
     no_proxy = f"{environment.no_proxy},localhost,127.0.0.1,::1"
     return Egress(environment.proxy_url, no_proxy, environment.ca_file, own)
@@ -5707,12 +5736,10 @@ def _read_cache(path: Path) -> Json | None:
         return parse_event(read_foreign(path, 16 * MIB))
     except OSError:
         return None
-
-
 # ==================================================================================================
 # 15. HTTP server
-#     Bytes from a client -> Request -> handler -> Reply -> bytes. Decides who may call; the route table
-#     is passed in. Knows nothing of accounts or the upstream.
+#     Bytes from a client -> Request -> handler -> Reply -> bytes. Decides who may call; the route
+#     table is passed in. Knows nothing of accounts or the upstream.
 # ==================================================================================================
 
 PeerClass = Literal["own", "relayed", "lan", "public"]
@@ -5724,29 +5751,27 @@ Access = Literal[
 ]
 """Which rows of the decision table a route follows (`may`)."""
 
+KeyState = Literal["none", "wrong", "good"]
+
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 class StreamBody(Protocol):
-    """A body that writes itself on the loop, without a task; `Relay` (room 10) is one."""
+    """A body that writes itself on the loop, without a task; `Relay` (room 10) is one.
 
-    def start(self, sink: Sink) -> None:
-        """The head is rendered: write to `sink` from now on."""
+    start   the head is rendered: write to the sink from now on
+    pause   the client reads too slowly: write nothing until `resume`
+    probe   the client half-closed: write something harmless; False when nothing may be written
+    cancel  the client left: stop at once, the sink is dead
+    stop    the server ends: write an error event and finish
+    """
 
-    def pause(self) -> None:
-        """The client reads too slowly: write nothing until `resume`."""
-
-    def resume(self) -> None:
-        """The client has caught up."""
-
-    def probe(self) -> bool:
-        """The client half-closed: write something harmless. False: nothing may be written."""
-
-    def cancel(self) -> None:
-        """The client left: stop at once; the sink is dead."""
-
-    def stop(self, error: AztError) -> None:
-        """The server ends: write an error event and finish."""
+    def start(self, sink: Sink) -> None: ...
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+    def probe(self) -> bool: ...
+    def cancel(self) -> None: ...
+    def stop(self, error: AztError) -> None: ...
 
 
 @dataclass(slots=True)
@@ -5802,7 +5827,7 @@ Handler = Callable[[Any, Request], Awaitable[Reply]]
 class Route:
     """One line of the route table.
 
-    path            "/v1/models/{id}": a last `{name}` takes the rest (ids may contain "/"), others one segment
+    path            "/v1/models/{id}": `{name}` is one segment, at the end the rest (ids have "/")
     body_max_bytes  0: the limit of the policy
     raw_body        a compressed body is handed on as it came, with its content-encoding header
     types           what the content type of an admin change may be
@@ -5843,7 +5868,7 @@ def _malformed(message: str, status: int = 400) -> BadRequest:
 def find_head(data: bytes) -> int:
     """Where the head at the start of `data` ends; 0 while it is incomplete. Pure.
 
-    The verdict is the same for every split of the bytes: what is refused early here (no letter first, a
+    The verdict is the same for every split of the bytes: what is refused early (no letter first, a
     bare LF, too long) is looked at in the order in which it stands.
     raises  BadRequest 400, 431
     """
@@ -5926,15 +5951,11 @@ def _check_host(host: bytes | None, minor: bytes) -> None:
 
 def _check_target(method: bytes, target: bytes, host: bytes) -> None:
     if method == b"CONNECT":
-        raise BadRequest(
-            "azt is no proxy: send the request itself.",
-            code="method_not_supported",
-            status=405,
-            headers={"allow": "GET, POST"},
-        )
+        raise _malformed("azt is no proxy: send the request itself.", 405)
     if not target.startswith(b"/"):
         scheme, _, rest = target.partition(b"://")
-        if scheme.lower() != b"http" or not host or rest.partition(b"/")[0].lower() != host.lower():
+        authority = rest.partition(b"/")[0].lower()
+        if scheme.lower() != b"http" or not host or authority != host.lower():
             raise _malformed("The request target is neither a path nor a URL of this Host.")
     if b"#" in target:
         raise _malformed("The request target contains '#': encode it as %23.")
@@ -5944,7 +5965,7 @@ def _check_target(method: bytes, target: bytes, host: bytes) -> None:
 
 
 class LengthBody:
-    """A body of `length` bytes. The buffer grows with what arrives, never with what was announced."""
+    """A body of `length` bytes. The buffer grows with what arrives, not with what was announced."""
 
     __slots__ = ("_length", "body", "complete")
 
@@ -5968,7 +5989,7 @@ class LengthBody:
 
 
 _CHUNK_LINE = re.compile(
-    rb"([0-9A-Fa-f]{1,12})(?:;[\t\x20-\x7e]{0,%d})?\r\n" % (MAX_CHUNK_EXTENSION_BYTES - 1)
+    rb"([0-9A-Fa-f]{1,12})(?:;[\t\x20-\x7e]{0,%d})?" % (MAX_CHUNK_EXTENSION_BYTES - 1)
 )
 _CHUNK_LINE_MAX = 12 + MAX_CHUNK_EXTENSION_BYTES + 2
 
@@ -5976,95 +5997,62 @@ _CHUNK_LINE_MAX = 12 + MAX_CHUNK_EXTENSION_BYTES + 2
 class ChunkedBody:
     """A chunked body, read strictly (trust.md 1.5). Pure: any split of the bytes gives the same.
 
-        SIZE --n--> DATA --CRLF--> SIZE --0--> TRAILERS --empty line--> complete
+        SIZE --n--> n bytes, END --empty line--> SIZE --0--> TRAILER --empty line--> complete
 
     raises  BadRequest 400; 413 as soon as the chunk that exceeds `limit` is announced
     """
 
-    __slots__ = ("_in_chunk", "_left", "_limit", "_trailer_bytes", "body", "complete")
+    __slots__ = ("_left", "_limit", "_line", "_room", "body", "complete")
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._left = 0
-        self._in_chunk = False
-        self._trailer_bytes = -1
+        self._line: Literal["SIZE", "END", "TRAILER"] = "SIZE"
+        self._room = _CHUNK_LINE_MAX
+        """How long the next line may be, with its end."""
         self.body: bytes | bytearray = bytearray()
         self.complete = False
 
     def feed(self, data: bytes, at: int) -> int:
         """Take what is complete from `at` on; the position of the first byte to show again."""
-        while not self.complete:
-            start = at
+        while not self.complete and at < len(data):
             if self._left:
-                at = self._take_data(data, at)
-            elif self._in_chunk:
-                at = self._take_chunk_end(data, at)
-            elif self._trailer_bytes < 0:
-                at = self._take_size(data, at)
+                end = min(len(data), at + self._left)
+                with memoryview(data) as view:
+                    self.body += view[at:end]
+                self._left -= end - at
             else:
-                at = self._take_trailer(data, at)
-            if at == start:
-                break
+                end = data.find(b"\n", at, at + self._room) + 1
+                if not end and len(data) - at < self._room:
+                    break
+                if end - at < 2 or data[end - 2] != 13:
+                    raise _malformed("The chunks of the body are malformed.")
+                self._take_line(data[at : end - 2])
+            at = end
         return at
 
-    def _take_data(self, data: bytes, at: int) -> int:
-        end = min(len(data), at + self._left)
-        with memoryview(data) as view:
-            self.body += view[at:end]
-        self._left -= end - at
-        return end
-
-    def _take_chunk_end(self, data: bytes, at: int) -> int:
-        seen = data[at : at + 2]
-        if not b"\r\n".startswith(seen):
-            raise _malformed("A chunk of the body is longer than it says.")
-        self._in_chunk = len(seen) < 2
-        return at if self._in_chunk else at + 2
-
-    def _take_size(self, data: bytes, at: int) -> int:
-        end = self._line_end(data, at, _CHUNK_LINE_MAX, "A chunk size of the body is malformed.")
-        if not end:
-            return at
-        found = _CHUNK_LINE.fullmatch(data, at, end)
-        if found is None:
-            raise _malformed("A chunk size of the body is malformed.")
-        self._left = int(found[1], 16)
-        self._in_chunk = self._left > 0
-        if not self._left:
-            self._trailer_bytes = 0
-        if len(self.body) + self._left > self._limit:
-            raise _too_large(self._limit)
-        return end
-
-    def _take_trailer(self, data: bytes, at: int) -> int:
-        room = MAX_TRAILER_BYTES - self._trailer_bytes
-        end = self._line_end(data, at, room, "The trailers of the body are malformed or too long.")
-        if not end:
-            return at
-        self._trailer_bytes += end - at
-        line = data[at : end - 2]
-        if line and not _FIELD_LINE.fullmatch(line):
+    def _take_line(self, line: bytes) -> None:
+        if self._line == "SIZE":
+            found = _CHUNK_LINE.fullmatch(line)
+            if found is None:
+                raise _malformed("A chunk size of the body is malformed.")
+            self._left = int(found[1], 16)
+            if len(self.body) + self._left > self._limit:
+                raise _too_large(self._limit)
+            self._line, self._room = ("END", 2) if self._left else ("TRAILER", MAX_TRAILER_BYTES)
+        elif self._line == "END":
+            self._line, self._room = "SIZE", _CHUNK_LINE_MAX
+        elif line and not _FIELD_LINE.fullmatch(line):
             raise _malformed("A trailer of the body is malformed.")
-        self.complete = not line
-        return end
-
-    @staticmethod
-    def _line_end(data: bytes, at: int, longest: int, message: str) -> int:
-        """The position behind the line at `at`; 0 while it is incomplete."""
-        end = data.find(b"\n", at, at + longest) + 1
-        if end and (end - at < 2 or data[end - 2] != 13):
-            raise _malformed(message)
-        if not end and len(data) - at >= longest:
-            raise _malformed(message)
-        return end
+        else:
+            self._room -= len(line) + 2
+            self.complete = not line
 
 
 def _too_large(limit: int) -> BadRequest:
-    return BadRequest(
-        f"The request body is larger than {limit} bytes. The setting limits.bodyMb (AZT_BODY_LIMIT_MB) raises this.",
-        code="request_too_large",
-        status=413,
-    )
+    advice = "The setting limits.bodyMb (AZT_BODY_LIMIT_MB) raises this."
+    message = f"The request body is larger than {limit} bytes. {advice}"
+    return BadRequest(message, code="request_too_large", status=413)
 
 
 # -- compressed bodies
@@ -6082,26 +6070,21 @@ def _find_zstd() -> Any:
 
 def content_codings(header: str, zstd: Any) -> list[str]:
     """`content-encoding` -> the codings to undo, in that order. Raises BadRequest 415."""
-    names = [name.strip().lower() for name in header.split(",")]
-    names = [name for name in reversed(names) if name not in ("", "identity")]
-    hint = "gzip, deflate" if zstd is None else "gzip, deflate, zstd"
+    names = [name.strip().lower() for name in reversed(header.split(","))]
+    names = [name for name in names if name not in ("", "identity")]
+    known = "gzip, deflate" if zstd is None else "gzip, deflate, zstd"
     reason = ""
     if len(names) > MAX_CODING_LAYERS:
         reason = f"The body is compressed more than {MAX_CODING_LAYERS} times."
     elif "zstd" in names and zstd is None:
         reason = (
-            "azt reads zstd bodies where Python has a decoder: run it on Python 3.14 or newer, install "
-            "backports.zstd beside it, or send the body uncompressed."
+            "zstd bodies need Python 3.14 or the package backports.zstd beside azt: send it plain."
         )
     elif any(name not in _CODINGS for name in names):
-        reason = f"azt reads bodies that are plain or compressed as {hint}."
+        reason = f"azt reads bodies that are plain or compressed as {known}."
     if reason:
-        raise BadRequest(
-            reason,
-            code="unsupported_content_encoding",
-            status=415,
-            headers={"accept-encoding": hint},
-        )
+        code, headers = "unsupported_content_encoding", {"accept-encoding": known}
+        raise BadRequest(reason, code=code, status=415, headers=headers)
     return [_CODINGS[name] for name in names]
 
 
@@ -6113,54 +6096,39 @@ def inflate(body: bytes | bytearray, coding: str, limit: int, zstd: Any = None) 
     try:
         if coding == "zstd":
             options = {zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_LOG}
-            return _inflate_zstd(body, zstd.ZstdDecompressor(options=options), limit)
+            return _unpack(body, zstd.ZstdDecompressor(options=options), limit)
         if coding == "gzip":
-            return _inflate_zlib(body, zlib.decompressobj(31), limit)
+            return _unpack(body, zlib.decompressobj(31), limit)
         try:
-            return _inflate_zlib(body, zlib.decompressobj(15), limit)
+            return _unpack(body, zlib.decompressobj(15), limit)
         except zlib.error:  # "deflate" without the zlib wrapper, as some clients send it
-            return _inflate_zlib(body, zlib.decompressobj(-15), limit)
+            return _unpack(body, zlib.decompressobj(-15), limit)
     except (zlib.error, getattr(zstd, "ZstdError", zlib.error), EOFError):
-        raise BadRequest(
-            f"The {coding} body is damaged or incomplete.", code="invalid_body"
-        ) from None
+        message = f"The {coding} body is damaged or incomplete."
+        raise BadRequest(message, code="invalid_body") from None
 
 
-def _inflate_zlib(body: bytes | bytearray, decoder: Any, limit: int) -> bytearray:
+def _unpack(body: bytes | bytearray, decoder: Any, limit: int) -> bytearray:
+    """Run a decoder of zlib or zstd. Raises EOFError for a body that is cut or followed by more."""
     out = bytearray()
-    # In slices: `unconsumed_tail` of the whole body would be copied once for every piece of output.
-    for start in range(0, len(body), READ_BYTES):
-        piece = bytes(body[start : start + READ_BYTES])
-        while piece and not decoder.eof:
-            out += decoder.decompress(piece, READ_BYTES)
-            piece = decoder.unconsumed_tail
-            if len(out) > limit:
-                raise _too_large(limit)
-        if decoder.eof and (decoder.unused_data or start + READ_BYTES < len(body)):
-            raise EOFError
-    out += decoder.flush()
-    if not decoder.eof:
-        raise EOFError
-    if len(out) > limit:
-        raise _too_large(limit)
-    return out
-
-
-def _inflate_zstd(body: bytes | bytearray, decoder: Any, limit: int) -> bytearray:
-    out = bytearray()
+    # In slices: zlib hands back what it has not used; of a whole body that is too much to copy.
     for start in range(0, len(body), READ_BYTES):
         piece = bytes(body[start : start + READ_BYTES])
         if decoder.eof:
             raise EOFError
-        while piece or not (decoder.needs_input or decoder.eof):
+        while (piece or not getattr(decoder, "needs_input", True)) and not decoder.eof:
             out += decoder.decompress(piece, READ_BYTES)
-            piece = b""
+            piece = getattr(decoder, "unconsumed_tail", b"")  # zstd keeps it inside
             if len(out) > limit:
                 raise _too_large(limit)
         if decoder.unused_data:
             raise EOFError
+    if hasattr(decoder, "flush"):
+        out += decoder.flush()
     if not decoder.eof:
         raise EOFError
+    if len(out) > limit:
+        raise _too_large(limit)
     return out
 
 
@@ -6169,7 +6137,7 @@ def _inflate_zstd(body: bytes | bytearray, decoder: Any, limit: int) -> bytearra
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """The settings that decide, as values. Made anew for each request, so that a change acts at once."""
+    """The settings that decide, as values. Asked for at each request, so a change acts at once."""
 
     own_names: frozenset[str]
     """This machine's host name and `<it>.local`, lower case."""
@@ -6197,30 +6165,26 @@ class Caller:
     fetch_site: str = ""
     navigates: bool = False
     """The browser opens this as a page of its own, not inside another one."""
-    key: Literal["none", "wrong", "good"] = "none"
+    key: KeyState = "none"
     proof: bool = False
     """The admin token was sent."""
     marked: bool = False
     """X-AZT-Admin: 1 was sent, which no form and no simple request of a page can do."""
 
 
-_LOOPBACK_NETWORKS: tuple[Network, ...] = (
-    ipaddress.ip_network("127.0.0.0/8"),
-    ipaddress.ip_network("::1/128"),
-)
-_LAN_NETWORKS: tuple[Network, ...] = (
-    ipaddress.ip_network("10.0.0.0/8"),
-    ipaddress.ip_network("100.64.0.0/10"),
-    ipaddress.ip_network("169.254.0.0/16"),
-    ipaddress.ip_network("172.16.0.0/12"),
-    ipaddress.ip_network("192.168.0.0/16"),
-    ipaddress.ip_network("fc00::/7"),
-    ipaddress.ip_network("fe80::/10"),
+def _networks(text: str) -> tuple[Network, ...]:
+    return tuple(ipaddress.ip_network(name) for name in text.split())
+
+
+_LOOPBACK_NETWORKS = _networks("127.0.0.0/8 ::1/128")
+_LAN_NETWORKS = _networks(
+    "10.0.0.0/8 100.64.0.0/10 169.254.0.0/16 172.16.0.0/12 192.168.0.0/16 fc00::/7 fe80::/10"
 )
 _RELAY_HEADERS = frozenset(
-    "cdn-loop cf-connecting-ip cf-connecting-ipv6 cf-ray cf-visitor client-ip fastly-client-ip fly-client-ip forwarded "
-    "tailscale-user-login tailscale-user-name true-client-ip via x-client-ip x-cluster-client-ip "
-    "x-envoy-external-address x-original-forwarded-for x-original-host x-proxyuser-ip x-real-ip".split()
+    "cdn-loop cf-connecting-ip cf-connecting-ipv6 cf-ray cf-visitor client-ip fastly-client-ip "
+    "fly-client-ip forwarded tailscale-user-login tailscale-user-name true-client-ip via "
+    "x-client-ip x-cluster-client-ip x-envoy-external-address x-original-forwarded-for "
+    "x-original-host x-proxyuser-ip x-real-ip".split()
 )
 _OVERRIDES = frozenset(("x-http-method", "x-http-method-override", "x-method-override"))
 _LOOPBACK_ORIGIN = re.compile(r"https?://(?:localhost|127\.0\.0\.1|\[::1\])(?::\d{1,5})?")
@@ -6239,9 +6203,8 @@ def peer_place(address: str, own_networks: Sequence[Network]) -> Literal["own", 
 
 def is_relayed(headers: Mapping[str, str]) -> bool:
     """Whether a proxy passed the request on: behind it the peer of the socket says nothing."""
-    return not _RELAY_HEADERS.isdisjoint(headers) or any(
-        name.startswith("x-forwarded-") for name in headers
-    )
+    forwarded = any(name.startswith("x-forwarded-") for name in headers)
+    return forwarded or not _RELAY_HEADERS.isdisjoint(headers)
 
 
 @functools.lru_cache(maxsize=512)
@@ -6259,53 +6222,56 @@ def read_caller(
 ) -> Caller:
     """The head of a request -> what the table looks at."""
     host = headers.get("host", "").lower()
-    name = (
-        host[1 : host.index("]")]
-        if host.startswith("[")
-        else host.partition(":")[0].removesuffix(".")
-    )
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     origin = headers.get("origin")
-    key: Literal["none", "wrong", "good"] = "none"
+    key: KeyState = "none"
     proof = False
     if policy.key_hashes or access.startswith("admin"):
         key, proof = _read_key(headers, policy)
+    mode, dest = headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")
     return Caller(
         peer=peer,
-        host=name,
+        host=name.removesuffix("."),
         origin=origin,
-        own_origin=bool(host)
-        and origin is not None
-        and origin.lower() in (f"http://{host}", f"https://{host}"),
+        own_origin=bool(host and origin)
+        and str(origin).lower() in (f"http://{host}", f"https://{host}"),
         fetch_site=headers.get("sec-fetch-site", ""),
-        navigates=headers.get("sec-fetch-mode") == "navigate"
-        and headers.get("sec-fetch-dest") == "document",
+        navigates=mode == "navigate" and dest == "document",
         key=key,
         proof=proof,
         marked=headers.get("x-azt-admin") == "1",
     )
 
 
-def _read_key(
-    headers: Mapping[str, str], policy: Policy
-) -> tuple[Literal["none", "wrong", "good"], bool]:
-    """(API key, admin token): each compared with every hash, in constant time."""
+def _read_key(headers: Mapping[str, str], policy: Policy) -> tuple[KeyState, bool]:
+    """(API key, admin token sent): each compared with every hash, in constant time."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
     bearer = token.strip() if scheme.lower() == "bearer" else ""
-    sent = [
-        value
-        for value in (bearer, headers.get("x-api-key", ""), headers.get("api-key", ""))
-        if value
-    ]
+    sent = [bearer, headers.get("x-api-key", ""), headers.get("api-key", "")]
+    hashes = [hashlib.sha256(value.encode()).hexdigest() for value in sent if value]
     good = False
-    for value in sent:
-        digest = hashlib.sha256(value.encode()).hexdigest()
-        for known in policy.key_hashes:
+    for known in policy.key_hashes:
+        for digest in hashes:
             good |= hmac.compare_digest(digest, known)
-    digest = hashlib.sha256(bearer.encode()).hexdigest()
-    proof = bool(bearer and policy.admin_token_hash) and hmac.compare_digest(
-        digest, policy.admin_token_hash
-    )
-    return ("good" if good else "wrong" if sent else "none"), proof
+    proof = bool(bearer) and hmac.compare_digest(hashes[0], policy.admin_token_hash)
+    return ("good" if good else "wrong" if hashes else "none"), proof
+
+
+# Why a caller is refused: code -> status, sentence.
+_REFUSALS: dict[str, tuple[int, str]] = {
+    "admin_header_missing": (400, "Changes need the header `X-AZT-Admin: 1`."),
+    "admin_not_here": (403, "The administration answers only on the machine that azt runs on."),
+    "admin_proof_needed": (401, "Send what .state/admin-token holds in the authorization header."),
+    "api_key_missing": (401, "An API key is needed in the authorization header. {advice}"),
+    "api_key_needed": (403, "From outside or through a proxy an API key is needed. {advice}"),
+    "host_not_allowed": (403, "The setting server.allowedHosts does not have {host!r}: add it."),
+    "invalid_api_key": (401, "This API key is not known. {advice}"),
+    "lan_off": (403, "The API is off for other machines: the setting server.lanApi turns it on."),
+    "metrics_not_here": (403, "Metrics are for this machine, or for an API key. {advice}"),
+    "origin_not_allowed": (403, "Pages of {origin!r} may not call this (server.corsOrigins)."),
+    "page_not_here": (403, "This page is for the machine that azt runs on and its own network."),
+}
+_KEY_ADVICE = "`azt keys add NAME` on the machine that azt runs on makes one."
 
 
 def may(caller: Caller, access: Access, method: str, policy: Policy) -> AztError | None:
@@ -6313,50 +6279,45 @@ def may(caller: Caller, access: Access, method: str, policy: Policy) -> AztError
 
     403 = wrong place or page, nothing the caller sends can help; 401 = right place, proof missing.
     """
-    return (
+    code = (
         _host_fault(caller, access, policy)
         or _page_fault(caller, access, method, policy)
-        or _PLACE_RULES[access](caller, access, method, policy)
+        or _place_fault(caller, access, method, policy)
     )
-
-
-def _host_fault(caller: Caller, access: Access, policy: Policy) -> AztError | None:
-    """DNS rebinding: a foreign name that points here. An address cannot be rebound, there is no record to flip."""
-    name = caller.host
-    if name and (
-        _host_kind(name) != "name" or name in policy.own_names or name in policy.allowed_hosts
-    ):
+    if not code:
         return None
+    status, sentence = _REFUSALS[code]
+    origin = (caller.origin or "elsewhere")[:100]
+    message = sentence.format(advice=_KEY_ADVICE, host=caller.host, origin=origin)
+    headers = {"www-authenticate": "Bearer"} if status == 401 else {}
+    kind = None if status == 403 else "invalid_request_error"
+    # OpenAI has no code for a key that was not sent.
+    shown = None if code == "api_key_missing" else code
+    return AztError(status, shown, message, type=kind, headers=headers)
+
+
+def _host_fault(caller: Caller, access: Access, policy: Policy) -> str:
+    """DNS rebinding: a foreign name that points here. An address has no record to flip."""
+    name = caller.host
+    if name and (_host_kind(name) != "name" or name in policy.own_names | policy.allowed_hosts):
+        return ""
     if name.endswith(".internal") and access in ("api", "codex", "health"):
-        return None  # reserved for private use: host.docker.internal and the like
-    return AztError(
-        403,
-        "host_not_allowed",
-        f"The host name {name!r} is not one of this machine's. If you mean it to be, add it to the setting "
-        "server.allowedHosts.",
-    )
+        return ""  # reserved for private use: host.docker.internal and the like
+    return "host_not_allowed"
 
 
-def _page_fault(caller: Caller, access: Access, method: str, policy: Policy) -> AztError | None:
-    """The browser rule: a page may call only what it belongs to, or the API where that is allowed."""
+def _page_fault(caller: Caller, access: Access, method: str, policy: Policy) -> str:
+    """The browser rule: a page may call what it belongs to, or the API where that is allowed."""
     origin, site = caller.origin, caller.fetch_site
     if access == "page" and caller.navigates and method in _SAFE_METHODS and origin is None:
-        return None  # a link from another page is cross-site by nature
+        return ""  # a link from another page is cross-site by nature
     if access == "api":
-        allowed = _is_api_origin(caller, policy) if origin is not None else site != "cross-site"
+        allowed = site != "cross-site" if origin is None else _is_api_origin(caller, policy)
     elif access == "codex":
         allowed = origin is None and site in ("", "none")
     else:
         allowed = (origin is None or caller.own_origin) and site in ("", "none", "same-origin")
-    if allowed:
-        return None
-    advice = (
-        "Allow its origin with the setting server.corsOrigins."
-        if access == "api"
-        else "Open azt's own page instead."
-    )
-    who = f"from {origin[:100]!r} " if origin else ""
-    return AztError(403, "origin_not_allowed", f"A web page {who}may not call this. {advice}")
+    return "" if allowed else "origin_not_allowed"
 
 
 def _is_api_origin(caller: Caller, policy: Policy) -> bool:
@@ -6368,135 +6329,78 @@ def _is_api_origin(caller: Caller, policy: Policy) -> bool:
     return "*" in policy.cors_origins and bool(policy.key_hashes)
 
 
-def _is_own(caller: Caller) -> bool:
-    """This machine itself, addressed as such, not a page of somebody else."""
-    return (
+def _place_fault(caller: Caller, access: Access, method: str, policy: Policy) -> str:
+    """Who is where, with which proof: rows 1 to 3, 6 to 8, 10, 12 to 14."""
+    # This machine, addressed as such, not a page of somebody else.
+    own = (
         caller.peer == "own"
         and _host_kind(caller.host) == "loopback"
         and (caller.origin is None or caller.own_origin)
     )
-
-
-def _api_place(caller: Caller, access: Access, method: str, policy: Policy) -> AztError | None:
-    if caller.peer == "lan" and not policy.lan_api:
-        return AztError(
-            403,
-            "lan_off",
-            "The API is off for other machines: the setting server.lanApi turns it on.",
-        )
-    if _is_own(caller) and (caller.proof or policy.loopback_exempt):
-        return None
+    if access.startswith("admin"):
+        if not own:
+            return "admin_not_here"
+        if access != "admin_read" and method not in _SAFE_METHODS and not caller.marked:
+            return "admin_header_missing"
+        return "admin_proof_needed" if access == "admin_proof" and not caller.proof else ""
+    if access == "page":
+        return "" if caller.peer in ("own", "lan") else "page_not_here"
+    if access == "health" or (
+        own and (access == "metrics" or caller.proof or policy.loopback_exempt)
+    ):
+        return ""
+    if access != "metrics" and caller.peer == "lan" and not policy.lan_api:
+        return "lan_off"
     if policy.key_hashes:
-        return _key_fault(caller)
-    if caller.peer in ("relayed", "public"):
-        how = "passed on by a proxy" if caller.peer == "relayed" else "from the internet"
-        return AztError(
-            403,
-            "api_key_needed",
-            f"Requests {how} need an API key, and none is set up. On the machine that azt runs on: `azt keys add NAME`.",
-        )
-    return None
-
-
-def _key_fault(caller: Caller) -> AztError | None:
-    if caller.key == "good":
-        return None
-    advice = "`azt keys add NAME` on the machine that azt runs on makes one."
-    if caller.key == "none":
-        code, message = None, f"An API key is needed in the authorization header. {advice}"
-    else:
-        code, message = "invalid_api_key", f"This API key is not known. {advice}"
-    return AztError(401, code, message, headers={"www-authenticate": "Bearer"})
-
-
-def _admin_place(caller: Caller, access: Access, method: str, policy: Policy) -> AztError | None:
-    if not _is_own(caller):
-        return AztError(
-            403,
-            "admin_not_here",
-            "The administration answers only on the machine that azt runs on, at http://127.0.0.1.",
-        )
-    if access != "admin_read" and method not in _SAFE_METHODS and not caller.marked:
-        return BadRequest("Changes need the header `X-AZT-Admin: 1`.", code="admin_header_missing")
-    if access == "admin_proof" and not caller.proof:
-        return AztError(
-            401,
-            "admin_proof_needed",
-            "This needs proof that you are the owner: send the content of .state/admin-token in the authorization header.",
-            headers={"www-authenticate": "Bearer"},
-        )
-    return None
-
-
-def _metrics_place(caller: Caller, access: Access, method: str, policy: Policy) -> AztError | None:
-    if _is_own(caller):
-        return None
-    if policy.key_hashes:
-        return _key_fault(caller)
-    return AztError(
-        403, "api_key_needed", "Metrics are for this machine, or for a caller with an API key."
-    )
-
-
-def _page_place(caller: Caller, access: Access, method: str, policy: Policy) -> AztError | None:
-    if caller.peer in ("own", "lan"):
-        return None
-    return AztError(
-        403, "page_not_here", "This page is for the machine that azt runs on and its local network."
-    )
-
-
-def _any_place(caller: Caller, access: Access, method: str, policy: Policy) -> AztError | None:
-    return None
-
-
-_PLACE_RULES: dict[Access, Callable[[Caller, Access, str, Policy], AztError | None]] = {
-    "admin_proof": _admin_place,
-    "admin_read": _admin_place,
-    "admin_write": _admin_place,
-    "api": _api_place,
-    "codex": _api_place,
-    "health": _any_place,
-    "metrics": _metrics_place,
-    "page": _page_place,
-}
+        return {"good": "", "none": "api_key_missing", "wrong": "invalid_api_key"}[caller.key]
+    if access == "metrics":
+        return "metrics_not_here"
+    return "" if caller.peer in ("own", "lan") else "api_key_needed"
 
 
 # -- which handler
 
 
+_ODD_PATH = re.compile(r"[\x00-\x1f\x7f\\]|(?:^|/)\.\.?(?:/|$)")
+
+
 def read_path(target: str) -> tuple[str, dict[str, str]]:
-    """Request target -> (path, query), decoded once. Raises BadRequest for what no honest client sends."""
+    """Request target -> (path, query), decoded once. Raises BadRequest 400."""
     raw, _, query = target.partition("?")
     if not raw.startswith("/"):
         raw = "/" + raw.partition("://")[2].partition("/")[2]
     try:
         path = urllib.parse.unquote_to_bytes(raw).decode() if "%" in raw else raw
-        pairs = (
-            urllib.parse.parse_qsl(query, keep_blank_values=True, max_num_fields=100)
-            if query
-            else []
-        )
+        pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, max_num_fields=100)
     except ValueError:
-        raise BadRequest(
-            "The request target is not valid UTF-8 or has too many parameters.", code="invalid_url"
-        ) from None
-    if re.search(r"[\x00-\x1f\x7f\\]|(?:^|/)\.\.?(?:/|$)", path):
-        raise BadRequest(
-            "The path contains '.', '..', '\\' or control characters.", code="invalid_url"
-        )
+        message = "The request target is not valid UTF-8 or has too many parameters."
+        raise BadRequest(message, code="invalid_url") from None
+    if _ODD_PATH.search(path):
+        message = "The path contains '.', '..', '\\' or control characters."
+        raise BadRequest(message, code="invalid_url")
     return path, dict(pairs)
+
+
+@dataclass(slots=True)
+class _Match:
+    """What the table has for a path: the route when the method fits, and what else fits there."""
+
+    route: Route | None = None
+    params: dict[str, str] = field(default_factory=dict)
+    methods: set[str] = field(default_factory=set)
+    # A path that is not there follows the rows of the API: strangers learn nothing from a 404.
+    access: Access = "api"
 
 
 class _RouteTable:
     """Routes by path. Exact paths first, then patterns, the longest first."""
 
     def __init__(self, routes: Sequence[Route]) -> None:
-        self._exact: dict[str, dict[str, Route]] = {}
-        patterns: dict[str, dict[str, Route]] = {}
+        self._exact: dict[str, list[Route]] = {}
+        patterns: dict[str, list[Route]] = {}
         for route in routes:
             kind = patterns if "{" in route.path else self._exact
-            kind.setdefault(route.path, {})[route.method] = route
+            kind.setdefault(route.path, []).append(route)
         ordered = sorted(patterns, key=lambda path: (-path.count("/"), -len(path)))
         self._patterns = [(self._compile(path), patterns[path]) for path in ordered]
 
@@ -6505,92 +6409,84 @@ class _RouteTable:
         middle = re.sub(r"\\{(\w+)\\}(?=/)", r"(?P<\1>[^/]+)", re.escape(path))
         return re.compile(re.sub(r"\\{(\w+)\\}$", r"(?P<\1>.+)", middle))
 
-    def find(self, path: str) -> list[tuple[dict[str, Route], dict[str, str]]]:
-        """(routes by method, path parameters) of every entry that fits, the best first.
-
-        What people get wrong in a base URL is forgiven: `/v1` missing or twice, doubled or trailing slashes.
-        """
+    def find(self, path: str, method: str) -> _Match:
+        """The best entry for a path. `/v1` missing or twice and odd slashes are forgiven."""
         path = re.sub("/{2,}", "/", path).rstrip("/") or "/"
         while f"{path}/".startswith("/v1/v1/"):
             path = path[3:]
-        below_codex = path.startswith("/codex/")
-        twin = f"/codex/v1{path[6:]}" if below_codex else f"/v1{path}"
-        return self._fitting(path) or self._fitting(twin)
+        twin = f"/codex/v1{path[6:]}" if path.startswith("/codex/") else f"/v1{path}"
+        found = self._match(path, method)
+        return found if found.methods else self._match(twin, method)
 
-    def _fitting(self, path: str) -> list[tuple[dict[str, Route], dict[str, str]]]:
-        fitting: list[tuple[dict[str, Route], dict[str, str]]] = []
-        if path in self._exact:
-            fitting.append((self._exact[path], {}))
+    def _match(self, path: str, method: str) -> _Match:
+        fitting = [(self._exact[path], dict[str, str]())] if path in self._exact else []
         for pattern, routes in self._patterns:
-            if found := pattern.fullmatch(path):
-                fitting.append((routes, found.groupdict()))
-        return fitting
+            if named := pattern.fullmatch(path):
+                fitting.append((routes, named.groupdict()))
+        match = _Match()
+        for routes, params in fitting:
+            for route in routes:
+                if not match.methods or (route.method == method and match.route is None):
+                    match.access = route.access
+                if route.method == method and match.route is None:
+                    match.route, match.params = route, params
+                match.methods.add(route.method)
+        if "GET" in match.methods:
+            match.methods.add("HEAD")
+        return match
 
 
 def _refuse_oddities(request: Request) -> None:
-    """Row 18: what azt does not do for anybody."""
+    """Row 18: what azt does for nobody."""
     upgrade = request.headers.get("upgrade", "")
-    # RFC 9110 7.8: an upgrade may be ignored. Java's client offers h2c with every request and takes HTTP/1.1.
+    # RFC 9110 7.8: an upgrade may be ignored. Java's client offers h2c with each request.
     if upgrade and upgrade.lower() != "h2c":
+        # Codex tries a WebSocket first and falls back to HTTP without delay on a 426 only.
         if request.path.rstrip("/").endswith("/responses"):
-            # Codex tries a WebSocket first and falls back without delay on this status only.
-            raise BadRequest(
-                "azt has no WebSocket here: use HTTP.",
-                code="upgrade_refused",
-                status=426,
-                headers={"upgrade": "HTTP/1.1"},
-            )
-        raise BadRequest(
-            "azt does not switch protocols: use plain HTTP/1.1.", code="upgrade_refused"
-        )
+            status, headers = 426, {"upgrade": "HTTP/1.1"}
+        else:
+            status, headers = 400, {}
+        message = "azt does not switch protocols: use plain HTTP/1.1."
+        raise BadRequest(message, code="upgrade_refused", status=status, headers=headers)
     if request.method == "TRACE" or not _OVERRIDES.isdisjoint(request.headers):
-        raise _wrong_method(request, ("GET", "POST"))
+        raise _wrong_method(request, {"GET", "POST"})
     if request.headers.get("expect", "100-continue").lower() != "100-continue":
-        raise BadRequest(
-            "The only expectation azt meets is 100-continue.", code="expectation_failed", status=417
-        )
+        message = "The only expectation that azt meets is 100-continue."
+        raise BadRequest(message, code="expectation_failed", status=417)
 
 
-def _wrong_method(request: Request, allowed: Iterable[str]) -> BadRequest:
-    allow = ", ".join(sorted(allowed))
-    return BadRequest(
-        f"{request.path[:200]} does not take {request.method[:20]}: use {allow}.",
-        code="method_not_supported",
-        status=405,
-        headers={"allow": allow},
-    )
+def _wrong_method(request: Request, methods: set[str]) -> BadRequest:
+    allow = ", ".join(sorted(methods | {"OPTIONS"}))
+    message = f"{request.path[:200]} does not take {request.method}: use {allow}."
+    return BadRequest(message, code="method_not_supported", status=405, headers={"allow": allow})
 
 
-def _cors_headers(caller: Caller) -> list[tuple[str, str]]:
+_ASKED_METHOD = "access-control-request-method"
+_EXPOSED = "retry-after, x-azt-attempts, x-azt-ignored-params, x-request-id"
+
+
+def _cors_headers(origin: str) -> list[tuple[str, str]]:
     return [
-        ("access-control-allow-origin", caller.origin or ""),
-        (
-            "access-control-expose-headers",
-            "retry-after, x-azt-attempts, x-azt-ignored-params, x-request-id",
-        ),
+        ("access-control-allow-origin", origin),
+        ("access-control-expose-headers", _EXPOSED),
         ("vary", "Origin"),
     ]
 
 
-def _preflight_headers(headers: Mapping[str, str]) -> list[tuple[str, str]]:
-    asked = headers.get("access-control-request-headers", "")
-    safe = (
-        asked
-        if re.fullmatch(r"[\w!#$%&'*+.^`|~, -]{1,4096}", asked, re.ASCII)
-        else "authorization, content-type"
-    )
+def _preflight_headers(asked: str) -> list[tuple[str, str]]:
+    is_safe = re.fullmatch(r"[\w!#$%&'*+.^`|~, -]{1,4096}", asked, re.ASCII)
     return [
-        ("access-control-allow-headers", safe),
+        ("access-control-allow-headers", asked if is_safe else "authorization, content-type"),
         ("access-control-allow-methods", "GET, POST, DELETE, OPTIONS"),
         ("access-control-max-age", "600"),
     ]
 
 
-async def _answer_options(context: Any, request: Request) -> Reply:
+async def _nothing(context: Any, request: Request) -> Reply:
     return Reply(204)
 
 
-_OPTIONS = Route("OPTIONS", "", _answer_options, "api")
+_OPTIONS = Route("OPTIONS", "", _nothing, "api")
 
 
 # -- one request, one connection
@@ -6601,6 +6497,7 @@ _JOIN_BYTES = 64 * KIB
 """Up to this size head and body are one write: one packet, one system call."""
 
 
+@dataclass(slots=True, eq=False)
 class _Exchange:
     """One request and its answer; the `Sink` of a streamed body.
 
@@ -6610,61 +6507,42 @@ class _Exchange:
     `end` is reached once on every path: it closes the record and gives back what the request held.
     """
 
-    __slots__ = (
-        "_chunked",
-        "_counted",
-        "_held",
-        "_pending",
-        "codings",
-        "connection",
-        "cors",
-        "ended",
-        "error",
-        "head_sent",
-        "is_modern",
-        "keep",
-        "limit",
-        "pump",
-        "request",
-        "route",
-        "server",
-        "stopping",
-        "stream",
-        "task",
-        "wire",
+    connection: Connection
+    server: HttpServer
+    request: Request
+    route: Route | None = None
+    error: AztError | None = None
+    limit: int = LINGER_BYTES
+    """Of the body; this little of the body of a refused request is skipped."""
+    codings: list[str] = field(default_factory=list)
+    cors: list[tuple[str, str]] = field(default_factory=list)
+    is_modern: bool = False
+    """The client speaks HTTP/1.1."""
+    keep: bool = False
+    """The connection outlives this exchange."""
+    head_sent: bool = False
+    ended: bool = False
+    stream: StreamBody | None = None
+    pump: AsyncIterator[bytes] | None = None
+    task: asyncio.Task[None] | None = None
+    stopping: AztError | None = None
+    # h11 reads one head and writes one head; it never sees a body (performance.md 2.1).
+    _wire: h11.Connection = field(
+        default_factory=lambda: h11.Connection(h11.SERVER, MAX_HEAD_BYTES)
     )
-
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
-        self.server = connection.server
-        # h11 reads this one head and writes this one head; it never sees a body (performance.md 2.1).
-        self.wire = h11.Connection(h11.SERVER, MAX_HEAD_BYTES)
-        request_id = "req_" + secrets.token_hex(12)
-        record = RequestRecord(request_id, "-", "-", time.monotonic())
-        self.request = Request(
-            request_id, "-", "-", "-", {}, {}, connection.address, connection.place, record
-        )
-        self.route: Route | None = None
-        self.error: AztError | None = None
-        self.stopping: AztError | None = None
-        self.limit = LINGER_BYTES
-        self.codings: list[str] = []
-        self.cors: list[tuple[str, str]] = []
-        self.keep = self.is_modern = self.head_sent = self.ended = False
-        self.stream: StreamBody | None = None
-        self.task: asyncio.Task[None] | None = None
-        self.pump = False
-        self._chunked = False
-        self._counted = ""
-        self._held = 0
-        self._pending = b""
+    _chunked: bool = False
+    _counted: Literal["", "running", "lan"] = ""
+    _held: int = 0
+    """Bytes of this request that count as memory held for bodies."""
+    _pending: bytes = b""
+    """The head of a stream, until its first bytes."""
 
     def read(self, head: bytes) -> None:
-        """Gate and parse the head, then let the server decide. Raises BadRequest for a malformed one."""
+        """Gate and parse the head, then let the server decide. Raises BadRequest when malformed."""
         check_head(head)
         try:
-            self.wire.receive_data(head)
-            parsed = self.wire.next_event()
+            self._wire.receive_data(head)
+            parsed = self._wire.next_event()
         except h11.RemoteProtocolError as error:
             raise _malformed(f"The request is malformed: {error}.") from None
         if not isinstance(parsed, h11.Request):
@@ -6676,30 +6554,23 @@ class _Exchange:
         request.method = request.record.method = parsed.method.decode("ascii")[:20]
         request.target = parsed.target.decode("ascii")
         request.path = request.record.path = request.target.partition("?")[0][:200]
-        for name in ("x-request-id", "x-client-request-id"):
-            if name in headers and _SAFE_ID.fullmatch(headers[name]):
-                request.id = request.record.id = headers[name]
-                break
+        given = headers.get("x-request-id") or headers.get("x-client-request-id", "")
+        if _SAFE_ID.fullmatch(given):
+            request.id = request.record.id = given
         self.is_modern = parsed.http_version == b"1.1"
-        tokens = headers.get("connection", "").lower()
-        self.keep = self.is_modern and not (
-            "close" in tokens and re.search(r"(^|,)\s*close\s*(,|$)", tokens)
-        )
+        tokens = headers.get("connection", "").lower().replace(" ", "").split(",")
+        self.keep = self.is_modern and "close" not in tokens
         if request.peer_class == "own" and is_relayed(headers):
             request.peer_class = "relayed"
         self.server.decide(self)
 
     def hold(self, size: int) -> None:
-        """Account for body memory. Raises AztError 503 when all bodies together would exceed the cap."""
+        """Account for body memory. Raises AztError 503 when all bodies together exceed the cap."""
         self._held += size
         self.server.bodies_bytes += size
         if size > 0 and self.server.bodies_bytes > MAX_BODIES_BYTES:
-            raise AztError(
-                503,
-                "overloaded",
-                "Too many large requests are being read at once. Try again in a few seconds.",
-                headers={"retry-after": "5"},
-            )
+            message = "Too many large requests are being read at once. Try again in a few seconds."
+            raise AztError(503, "overloaded", message, headers={"retry-after": "5"})
 
     # -- the answer
 
@@ -6707,10 +6578,9 @@ class _Exchange:
         """The body is complete: answer in a task of its own."""
         self.server.running += 1
         self._counted = "running"
-        request = self.request
-        request.held = self.hold
-        if self.error is None and self.route and self.route.access in ("api", "codex"):
-            self._count_stream(request)
+        self.request.held = self.hold
+        if self.route and self.route.access in ("api", "codex"):
+            self._count_stream(self.request)
         self.task = asyncio.get_running_loop().create_task(self._run())
 
     def _count_stream(self, request: Request) -> None:
@@ -6719,12 +6589,8 @@ class _Exchange:
             return
         streams = self.server.lan_streams
         if streams.get(request.peer, 0) >= MAX_LAN_STREAMS:
-            self.error = AztError(
-                429,
-                "concurrency_limit",
-                f"This address already has {MAX_LAN_STREAMS} requests running. Try again when one has ended.",
-                headers={"retry-after": "1"},
-            )
+            message = f"{MAX_LAN_STREAMS} requests of this address are running: wait for one."
+            self.error = AztError(429, "concurrency_limit", message, headers={"retry-after": "1"})
             return
         streams[request.peer] = streams.get(request.peer, 0) + 1
         self._counted = "lan"
@@ -6734,15 +6600,14 @@ class _Exchange:
             reply = await self._handle()
         except asyncio.CancelledError:
             if self.stopping is None:
-                return  # the client left; `connection_lost` has ended this exchange
-            self.keep = False
-            reply = self._failed(self.stopping)
+                return  # the client left; `client_left` has ended this exchange
+            reply = self.failed(self.stopping)
         if self.ended:
             self._discard(reply.body)
             return
         self.send(reply)
-        if self.pump:
-            await self._pump(cast(AsyncIterator[bytes], reply.body))
+        if self.pump is not None:
+            await self._pump(self.pump)
 
     async def _handle(self) -> Reply:
         try:
@@ -6752,12 +6617,12 @@ class _Exchange:
                 await self._inflate()
             return await self.route.handler(self.server.context, self.request)
         except AztError as error:
-            return self._failed(error)
-        except Exception:  # noqa: BLE001 - the one catch-all around handlers
+            return self.failed(error)
+        except Exception:  # the one catch-all around handlers
             log.exception("%s failed", self.request.id)
-            return self._failed(_internal_error(self.request.id))
+            return self.failed(_internal_error(self.request.id))
 
-    def _failed(self, error: AztError) -> Reply:
+    def failed(self, error: AztError) -> Reply:
         self.request.record.error_code = error.code or "error"
         return _error_reply(error)
 
@@ -6767,8 +6632,6 @@ class _Exchange:
         for coding in self.codings:
             before = len(request.body)
             try:
-                if before > MIB:
-                    raise _too_large(MIB)
                 request.body = inflate(request.body, coding, min(self.limit, MIB), zstd)
             except BadRequest as error:
                 if error.status != 413 or self.limit <= MIB:
@@ -6784,73 +6647,66 @@ class _Exchange:
         body = reply.body
         head = self._render(reply, len(body) if isinstance(body, (bytes, bytearray)) else None)
         if head is None:
-            self.send(_error_reply(_internal_error(self.request.id)))
+            self.send(self.failed(_internal_error(self.request.id)))
             return
         self.head_sent = True
-        has_body = self.request.method != "HEAD" and reply.status not in (204, 304)
-        if isinstance(body, (bytes, bytearray)):
-            if has_body and len(body) > _JOIN_BYTES:
-                self.connection.write(head)
-                self.connection.write(body)
-            else:
-                self.connection.write(head + body if has_body else head)
-            self._over()
-        elif not has_body:
+        write = self.connection.transport.write
+        if self.request.method == "HEAD" or reply.status in (204, 304):
             self._discard(body)
-            self.connection.write(head)
+            write(head)
             self._over()
-        elif hasattr(body, "__anext__"):
-            self.pump = True
-            self.connection.write(head)
+        elif isinstance(body, (bytes, bytearray)):
+            if len(body) <= _JOIN_BYTES:
+                write(head + body)
+            else:
+                write(head)
+                write(body)
+            self._over()
+        elif isinstance(body, AsyncIterator):
+            self.pump = body
+            write(head)
         else:
             self._start(body, head)
 
     def _render(self, reply: Reply, size: int | None) -> bytes | None:
         """The response head; None when a handler gave headers that cannot be sent."""
         record = self.request.record
-        own = [
-            ("date", self.server.date),
-            ("x-request-id", self.request.id),
-            ("x-content-type-options", "nosniff"),
-            ("cross-origin-resource-policy", "same-origin"),
-            *self.cors,
-        ]
-        if size is not None:
-            own.append(
-                ("openai-processing-ms", str(round((time.monotonic() - record.started_s) * 1000)))
-            )
-            if reply.status not in (204, 304):
-                own.append(("content-length", str(size)))
+        self.keep = self.keep and not self.server.draining
+        headers = [*reply.headers, *self.cors]
+        if size is not None and reply.status not in (204, 304):
+            headers.append(("content-length", str(size)))
         if not self.keep:
-            own.append(("connection", "close"))
-        given = {name.lower() for name, _ in reply.headers}
-        headers = [pair for pair in own if pair[0] not in given] + reply.headers
+            headers.append(("connection", "close"))
         try:
-            reason = http.client.responses.get(reply.status, "")
-            head = self.wire.send(
-                h11.Response(status_code=reply.status, headers=headers, reason=reason.encode())
-            )
+            reason = http.client.responses.get(reply.status, "").encode()
+            response = h11.Response(status_code=reply.status, headers=headers, reason=reason)
+            head = self._wire.send(response)
         except (h11.LocalProtocolError, UnicodeEncodeError):
             log.exception("%s: the answer has a header that cannot be sent", self.request.id)
-            self.wire = h11.Connection(h11.SERVER)
+            self._wire = h11.Connection(h11.SERVER)
             self.keep = False
             return None
         record.status = reply.status
         self._chunked = size is None and self.is_modern
-        return head
+        # Lines that are safe by their making are added here: h11 would check each of them twice.
+        own = f"{self.server.common_headers}\r\n"
+        if all(name.lower() != "x-request-id" for name, _ in reply.headers):
+            own = f"x-request-id: {self.request.id}\r\n{own}"
+        if size is not None:
+            spent_ms = round((time.monotonic() - record.started_s) * 1000)
+            own = f"openai-processing-ms: {spent_ms}\r\n{own}"
+        return head[:-2] + own.encode("ascii")
 
     def _start(self, stream: StreamBody, head: bytes) -> None:
         self.stream = stream
         self._pending = head  # leaves with the first bytes of the body when `start` has some
-        if self.connection.is_paused:
-            stream.pause()
         try:
             stream.start(self)
-        except Exception:  # noqa: BLE001 - a broken body must not take the loop down
+        except Exception:  # a broken body must not take the loop down
             log.exception("%s: the stream did not start", self.request.id)
             self.cut()
         if self._pending and not self.ended:
-            self.connection.write(self._pending)
+            self.connection.transport.write(self._pending)
             self._pending = b""
 
     def write(self, data: bytes) -> None:
@@ -6860,7 +6716,7 @@ class _Exchange:
         if self._pending:
             framed = self._pending + framed
             self._pending = b""
-        self.connection.write(framed)
+        self.connection.transport.write(framed)
 
     def finish(self) -> None:
         if self.ended:
@@ -6868,7 +6724,7 @@ class _Exchange:
         last = self._pending + (b"0\r\n\r\n" if self._chunked else b"")
         self._pending = b""
         if last:
-            self.connection.write(last)
+            self.connection.transport.write(last)
         self._over()
 
     def cut(self) -> None:
@@ -6879,29 +6735,27 @@ class _Exchange:
         if self._chunked:
             self.connection.close()  # what was written still arrives, the last chunk never does
         else:
-            self.connection.abort()  # to an HTTP/1.0 client a plain close would mean: complete
+            self.connection.transport.abort()  # a plain close would mean: complete
 
     async def _pump(self, body: AsyncIterator[bytes]) -> None:
         try:
             async for piece in body:
                 self.write(piece)
-                if self.connection.is_paused:
-                    await self.connection.writable()
+                await self.connection.writable()
             self.finish()
         except asyncio.CancelledError:
             self.finish()  # the server stops; when the client left, this exchange has ended already
-        except Exception:  # noqa: BLE001 - the status is sent: all that is left is to cut
+        except Exception:  # the status is sent: all that is left is to cut
             log.exception("%s: the body failed", self.request.id)
             self.cut()
         finally:
-            close = getattr(body, "aclose", None)
-            if close is not None:
-                await close()
+            if isinstance(body, AsyncGenerator):
+                await body.aclose()
 
     @staticmethod
     def _discard(body: bytes | StreamBody | AsyncIterator[bytes]) -> None:
         """Nobody reads this body: a stream is told so; an iterator has not begun."""
-        if not isinstance(body, (bytes, bytearray)) and not hasattr(body, "__anext__"):
+        if not isinstance(body, (bytes, bytearray, AsyncIterator)):
             body.cancel()
 
     # -- its end
@@ -6917,13 +6771,12 @@ class _Exchange:
         self.ended = True
         self.stream = None
         self.server.bodies_bytes -= self._held
-        self._held = 0
         self.request.body = b""
         if self._counted == "lan":
-            left = self.server.lan_streams[self.request.peer] - 1
-            self.server.lan_streams[self.request.peer] = left
-            if not left:
-                del self.server.lan_streams[self.request.peer]
+            streams, peer = self.server.lan_streams, self.request.peer
+            streams[peer] -= 1
+            if not streams[peer]:
+                del streams[peer]
         if self._counted:
             self.server.count_down()
         self.request.record.end(time.monotonic())
@@ -6957,15 +6810,12 @@ class _Exchange:
             self.stream.probe()
         elif not self.head_sent and self.is_modern:
             # RFC 9110 15.2: a client must take any number of 1xx answers, asked for or not.
-            self.connection.write(_CONTINUE)
+            self.connection.transport.write(_CONTINUE)
 
 
 def _internal_error(request_id: str) -> AztError:
-    return AztError(
-        500,
-        "internal_error",
-        f"azt failed on this request. Its log names the reason under {request_id}.",
-    )
+    message = f"azt failed on this request. Its log names the reason under {request_id}."
+    return AztError(500, "internal_error", message)
 
 
 class Connection(asyncio.Protocol):
@@ -6978,21 +6828,20 @@ class Connection(asyncio.Protocol):
             +---------------+-- malformed, ----+----------------------------+
                                 too slow
 
-    HEAD and BODY have a deadline, CLOSING too: the writing side is shut, what still comes is dropped for a
-    while, so that the client can read its answer before a reset. The ticker of the server looks at it; no
-    timer runs per connection. While ANSWER lasts, what arrives waits, up to PIPELINE_BYTES.
+    HEAD and BODY have a deadline, CLOSING too: the writing side is shut, what still comes is
+    dropped for a while, so that the client can read its answer before a reset. The server's ticker
+    looks at the deadline; no timer runs per connection. What arrives in ANSWER waits, up to
+    PIPELINE_BYTES.
     """
 
     def __init__(self, server: HttpServer, address: str) -> None:
         self.server = server
         self.address = address
-        self.place: Literal["own", "lan", "public"] = peer_place(
-            address, server.policy().own_networks
-        )
+        self.place = peer_place(address, server.policy().own_networks)
         self.is_paused = False
         self.deadline = math.inf
         self._state: Literal["HEAD", "BODY", "ANSWER", "CLOSING"] = "HEAD"
-        self._transport: asyncio.Transport
+        self.transport: asyncio.Transport
         self._exchange: _Exchange | None = None
         self._reader: LengthBody | ChunkedBody | None = None
         self._waiting = b""
@@ -7008,51 +6857,49 @@ class Connection(asyncio.Protocol):
     # -- what asyncio calls
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-        self._transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
+        self.transport = cast(asyncio.Transport, transport)
+        self.transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
         self.deadline = time.monotonic() + HEAD_TIMEOUT_S
         if not self.server.admit(self):
-            self._refuse(
-                AztError(503, "overloaded", "Too many connections. Try again in a few seconds.")
-            )
-            self._transport.close()
+            message = "Too many connections. Try again in a few seconds."
+            self._refuse(AztError(503, "overloaded", message))
+            self.transport.close()
 
     def data_received(self, data: bytes) -> None:
         if self._state == "CLOSING":
             self._linger_bytes -= len(data)
             if self._linger_bytes < 0:
-                self._transport.abort()
+                self.transport.abort()
             return
         self._waiting = self._waiting + data if self._waiting else data
         if self._state != "ANSWER":
             self._advance()
         if len(self._waiting) > PIPELINE_BYTES and self._state == "ANSWER" and self._reading:
             self._reading = False
-            self._transport.pause_reading()
+            self.transport.pause_reading()
 
     def eof_received(self) -> bool:
         """True keeps the connection: the client may have closed its sending side only.
 
-        Whether it did, or is gone altogether, shows only when something is written to it: the kernel of a
-        client that is gone answers with a reset.
+        Whether it did, or is gone altogether, shows only when something is written to it: the
+        kernel of a client that is gone answers with a reset.
         """
         self._got_eof = True
-        if self._state != "ANSWER" or self._exchange is None:
-            return False
-        self._exchange.probe()
+        exchange = self._exchange
+        if self._state != "ANSWER" or exchange is None or exchange.pump is not None:
+            return False  # an iterator feeds a page that stays open, and no browser half-closes
+        exchange.probe()
         loop = asyncio.get_running_loop()
         for delay_s in HALF_CLOSE_CHECKS_S:
             loop.call_later(delay_s, self._look_for_reset)
         return True
 
     def _look_for_reset(self) -> None:
-        sock = self._transport.get_extra_info("socket")
-        if (
-            self._state == "ANSWER"
-            and sock.fileno() >= 0
-            and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        ):
-            self._transport.abort()
+        sock = self.transport.get_extra_info("socket")
+        if self._state != "ANSWER" or sock.fileno() < 0:
+            return
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.transport.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._state = "CLOSING"
@@ -7064,7 +6911,7 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self.is_paused = True
-        self._unwritten = self._transport.get_write_buffer_size()
+        self._unwritten = self.transport.get_write_buffer_size()
         self._write_deadline = time.monotonic() + WRITE_STALL_S
         if self._exchange is not None and self._exchange.stream is not None:
             self._exchange.stream.pause()
@@ -7105,10 +6952,16 @@ class Connection(asyncio.Protocol):
                 self.close()
             return False
         head, self._waiting = self._waiting[:end], self._waiting[end:]
-        self._exchange = exchange = _Exchange(self)
+        self._exchange = exchange = self._new_exchange()
         exchange.read(head)
         self._expect_body(exchange)
         return True
+
+    def _new_exchange(self) -> _Exchange:
+        name = "req_" + secrets.token_hex(12)
+        record = RequestRecord(name, "-", "-", time.monotonic())
+        request = Request(name, "-", "-", "-", {}, {}, self.address, self.place, record)
+        return _Exchange(self, self.server, request)
 
     def _expect_body(self, exchange: _Exchange) -> None:
         headers = exchange.request.headers
@@ -7121,16 +6974,15 @@ class Connection(asyncio.Protocol):
         if length > exchange.limit or (waits and exchange.error):
             raise exchange.error or _too_large(exchange.limit)
         if waits:
-            self.write(_CONTINUE)
+            self.transport.write(_CONTINUE)
         self._reader = ChunkedBody(exchange.limit) if is_chunked else LengthBody(length)
         self._state = "BODY"
         self._body_started_s = time.monotonic()
 
     def _read_body(self) -> None:
-        reader, exchange = (
-            cast(LengthBody | ChunkedBody, self._reader),
-            cast(_Exchange, self._exchange),
-        )
+        reader, exchange = self._reader, self._exchange
+        if reader is None or exchange is None:
+            return
         before = len(reader.body)
         at = reader.feed(self._waiting, 0)
         self._waiting = self._waiting[at:]
@@ -7164,7 +7016,7 @@ class Connection(asyncio.Protocol):
         self.deadline = time.monotonic() + KEEP_ALIVE_S
         if not self._reading:
             self._reading = True
-            self._transport.resume_reading()
+            self.transport.resume_reading()
         if self._waiting:
             self._advance()
         elif self._got_eof:
@@ -7174,14 +7026,14 @@ class Connection(asyncio.Protocol):
         """Answer and close: what follows on this connection is never read as a request."""
         exchange = self._exchange
         if exchange is None or exchange.ended:
-            exchange = self._exchange = _Exchange(self)
+            exchange = self._exchange = self._new_exchange()
         well_formed = error.code != "malformed_request" and exchange.request.method != "-"
         exchange.keep = False
         self._reader = None
         self._state = "ANSWER"
         if well_formed:
             self._linger_bytes = LINGER_REFUSED_BYTES
-        exchange.send(exchange._failed(error))
+        exchange.send(exchange.failed(error))
         if well_formed:
             self.deadline = time.monotonic() + LINGER_REFUSED_S
 
@@ -7192,20 +7044,20 @@ class Connection(asyncio.Protocol):
         self._state = "CLOSING"
         self._waiting = b""
         self.deadline = time.monotonic() + seconds
-        if self._got_eof or not self._transport.can_write_eof():
-            self._transport.close()
+        if self._got_eof or not self.transport.can_write_eof():
+            self.transport.close()
             return
         if not self._reading:
-            self._transport.resume_reading()
+            self.transport.resume_reading()
         # Python 3.11 raises where the peer has reset the connection meanwhile.
         with contextlib.suppress(OSError):
-            self._transport.write_eof()
+            self.transport.write_eof()
 
     def close(self) -> None:
         """End without an answer: nothing was asked."""
         self._state = "CLOSING"
         self.deadline = time.monotonic() + LINGER_S
-        self._transport.close()
+        self.transport.close()
 
     def close_idle(self) -> None:
         if self._state == "HEAD" and not self._waiting:
@@ -7215,38 +7067,30 @@ class Connection(asyncio.Protocol):
         if self._state == "ANSWER" and self._exchange is not None and not self._exchange.ended:
             self._exchange.stop(error)
 
-    def abort(self) -> None:
-        self._transport.abort()
-
     def tick(self, now: float) -> None:
         """Look at the deadlines; called by the server's ticker."""
         if now >= self._write_deadline:
-            unwritten = self._transport.get_write_buffer_size()
+            unwritten = self.transport.get_write_buffer_size()
             if unwritten >= self._unwritten:
-                self._transport.abort()
+                self.transport.abort()
                 return
             self._unwritten = unwritten
             self._write_deadline = now + WRITE_STALL_S
         if now < self.deadline:
             return
         if self._state == "CLOSING":
-            self._unwritten = self._transport.get_write_buffer_size()
-            if not self._unwritten:
-                self._transport.abort()
+            unwritten = self.transport.get_write_buffer_size()
+            if not unwritten:
+                self.transport.abort()
             elif self._write_deadline == math.inf:
                 # The answer is still being read: that may take its time as long as it goes on.
+                self._unwritten = unwritten
                 self._write_deadline = now + WRITE_STALL_S
         elif self._state == "BODY" or self._waiting:
-            self._refuse(
-                AztError(408, "request_timeout", "The request came too slowly. Send it again.")
-            )
+            message = "The request came too slowly. Send it again."
+            self._refuse(AztError(408, "request_timeout", message))
         else:
             self.close()
-
-    # -- writing
-
-    def write(self, data: bytes | bytearray) -> None:
-        self._transport.write(data)
 
     async def writable(self) -> None:
         """Wait until the client has caught up, or is gone."""
@@ -7275,6 +7119,14 @@ def _raise_file_limit() -> int:
     return 65536 if soft == resource.RLIM_INFINITY else soft
 
 
+def _common_headers() -> str:
+    """What every answer carries, up to and with the line end."""
+    return (
+        f"date: {email.utils.formatdate(usegmt=True)}\r\n"
+        "x-content-type-options: nosniff\r\ncross-origin-resource-policy: same-origin\r\n"
+    )
+
+
 class HttpServer:
     """Listeners, connections and the ticker. `routes`, `context` and `policy` are the caller's.
 
@@ -7299,7 +7151,7 @@ class HttpServer:
         self.draining = False
         self.bodies_bytes = 0
         self.lan_streams: dict[str, int] = {}
-        self.date = email.utils.formatdate(usegmt=True)
+        self.common_headers = _common_headers()
         self._table = _RouteTable(routes)
         self._connections: set[Connection] = set()
         self._by_peer: dict[str, int] = {}
@@ -7322,53 +7174,39 @@ class HttpServer:
 
     def _decide(self, exchange: _Exchange, request: Request) -> None:
         if self.draining:
-            exchange.keep = False
             raise _shutting_down()
         request.path, request.query = read_path(request.target)
         request.record.path = request.path[:200]
         _refuse_oddities(request)
-        policy, headers = self.policy(), request.headers
-        method = "GET" if request.method == "HEAD" else request.method
-        fitting = self._table.find(request.path)
-        allowed = {name for routes, _ in fitting for name in routes}
-        if method == "OPTIONS":
-            method = headers.get("access-control-request-method", min(allowed, default="GET"))
-        route, params = next(
-            ((routes[method], params) for routes, params in fitting if method in routes), (None, {})
-        )
-        # A path that is not there follows the rows of the API: strangers learn nothing from a 404.
-        access: Access = (
-            route.access
-            if route
-            else next((r.access for routes, _ in fitting for r in routes.values()), "api")
-        )
-        caller = read_caller(request.peer_class, headers, policy, access)
-        if request.method == "OPTIONS":
-            # A preflight carries no proof: the question is whether the call with it would be allowed.
+        policy, headers, method = self.policy(), request.headers, request.method
+        is_preflight = method == "OPTIONS"
+        if is_preflight:
+            method = headers.get(_ASKED_METHOD, "GET")
+        match = self._table.find(request.path, "GET" if method == "HEAD" else method)
+        caller = read_caller(request.peer_class, headers, policy, match.access)
+        if is_preflight:
+            # It carries no proof: the question is whether the call with it would be allowed.
             caller = replace(caller, key="good", proof=True, marked=True)
-        if access == "api" and caller.origin is not None and _is_api_origin(caller, policy):
-            exchange.cors = _cors_headers(caller)
-        fault = may(caller, access, method, policy)
+        fault = may(caller, match.access, method, policy)
+        if caller.origin and match.access == "api" and not (fault and fault.status == 403):
+            exchange.cors = _cors_headers(caller.origin)
         if fault is not None:
-            if fault.status == 403:
-                exchange.cors = []
             raise fault
-        if not fitting:
-            raise AztError(
-                404, "unknown_url", f"Invalid URL ({request.method} {request.path[:200]})"
-            )
-        allow = sorted(allowed | {"OPTIONS"} | ({"HEAD"} if "GET" in allowed else set()))
-        if route is None:
-            raise _wrong_method(request, allow)
-        if request.method == "OPTIONS":
-            exchange.cors = [("allow", ", ".join(allow)), *exchange.cors]
-            if len(exchange.cors) > 1:
-                exchange.cors += _preflight_headers(headers)
+        if not match.methods:
+            message = f"Invalid URL ({request.method} {request.path[:200]})"
+            raise AztError(404, "unknown_url", message)
+        if match.route is None and (not is_preflight or _ASKED_METHOD in headers):
+            raise _wrong_method(request, match.methods)
+        if match.route is None or is_preflight:
+            if exchange.cors:
+                asked = headers.get("access-control-request-headers", "")
+                exchange.cors += _preflight_headers(asked)
+            exchange.cors.append(("allow", ", ".join(sorted(match.methods | {"OPTIONS"}))))
             exchange.route = _OPTIONS
             return
-        self._accept_body(exchange, route, policy)
-        request.params, request.has_proof = params, caller.proof
-        exchange.route = route
+        self._accept_body(exchange, match.route, policy)
+        request.params, request.has_proof = match.params, caller.proof
+        exchange.route = match.route
 
     def _accept_body(self, exchange: _Exchange, route: Route, policy: Policy) -> None:
         headers = exchange.request.headers
@@ -7376,9 +7214,8 @@ class HttpServer:
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind not in route.types:
                 types = " or ".join(route.types)
-                raise BadRequest(
-                    f"Send the body as {types}.", code="unsupported_media_type", status=415
-                )
+                message = f"Send the body as {types}."
+                raise BadRequest(message, code="unsupported_media_type", status=415)
         if not route.raw_body and "content-encoding" in headers:
             exchange.codings = content_codings(headers["content-encoding"], self.zstd)
         exchange.limit = route.body_max_bytes or policy.body_max_bytes
@@ -7480,13 +7317,11 @@ class HttpServer:
             sock.close()
 
     def _out_of_files(self, listener: socket.socket) -> None:
-        """No file is left for a new connection: turn it away with the reserved one, then rest a little."""
+        """No file is left for a new connection: turn it away with the reserved one, then rest."""
         loop, now = asyncio.get_running_loop(), time.monotonic()
         if now - self._complained_s > 10:
             self._complained_s = now
-            log.error(
-                "Too many open files: new connections are turned away. Raise the limit (ulimit -n)."
-            )
+            log.error("Too many open files: new connections are turned away (see ulimit -n).")
         if self._reserve >= 0:
             os.close(self._reserve)
             with contextlib.suppress(OSError):
@@ -7502,11 +7337,11 @@ class HttpServer:
             asyncio.get_running_loop().add_reader(listener, self._accept, listener)
 
     def _tick(self) -> None:
+        self._ticker = asyncio.get_running_loop().call_later(TICK_S, self._tick)
+        self.common_headers = _common_headers()
         now = time.monotonic()
-        self.date = email.utils.formatdate(usegmt=True)
         for connection in list(self._connections):
             connection.tick(now)
-        self._ticker = asyncio.get_running_loop().call_later(TICK_S, self._tick)
 
     # -- stopping
 
@@ -7522,7 +7357,7 @@ class HttpServer:
         await self._until(lambda: not self.running, LINGER_S)
         await self._until(lambda: not self._connections, 2 * LINGER_S)
         for connection in list(self._connections):
-            connection.abort()
+            connection.transport.abort()
         await self._until(lambda: not self._connections, LINGER_S)
         if self._ticker is not None:
             self._ticker.cancel()
@@ -7546,12 +7381,8 @@ class HttpServer:
 
 
 def _shutting_down() -> AztError:
-    return AztError(
-        503,
-        "shutting_down",
-        "azt is shutting down. Try again when it is back.",
-        headers={"retry-after": "5"},
-    )
+    message = "azt is shutting down. Try again when it is back."
+    return AztError(503, "shutting_down", message, headers={"retry-after": "5"})
 # ==================================================================================================
 # 16. Routes
 #     16a OpenAI, 16c admin, 16d pages, then the table. Handlers are thin: read, call, reply.
@@ -7585,15 +7416,31 @@ async def read_object(gw: Gateway, request: Request) -> Json:
     return value
 
 
+async def _translated(
+    gw: Gateway, request: Request, translate: Callable[..., T], body: Json, *more: Any
+) -> T:
+    """A request translated on the loop, or in a thread when it is large."""
+    arguments = (body, gw.catalogue.efforts, gw.default_model, *more)
+    if request.record.request_bytes > MIB:
+        return await in_thread(gw.short, translate, *arguments)
+    return translate(*arguments)
+
+
 async def _start_turn(
-    gw: Gateway, request: Request, upstream: Json, streaming: bool, translator: Callable[[], Translator]
+    gw: Gateway,
+    request: Request,
+    upstream: Json,
+    streaming: bool,
+    translator: Callable[[], Translator],
 ) -> Relay:
     """Open the upstream turn of a request and keep its record."""
     session = str(upstream.get("prompt_cache_key") or uuid.uuid4())
     is_large = request.record.request_bytes > MIB
-    body = await in_thread(gw.short, encode_json, upstream) if is_large else encode_json(upstream)
     if is_large:
+        body = await in_thread(gw.short, encode_large_json, upstream)
         upstream.clear()  # the bytes are what is sent, also on another try: one copy is enough
+    else:
+        body = encode_json(upstream)
     turn = Turn(body, session, streaming, translator)
     del body
     record = request.record
@@ -7632,18 +7479,16 @@ async def get_model(gw: Gateway, request: Request) -> Reply:
     return json_reply(gw.catalogue.find(request.params["id"]))
 
 
-async def get_v1(gw: Gateway, request: Request) -> Reply:
-    return json_reply({"ok": True, "message": "This is azt. Models are at /v1/models."})
-
-
 async def post_chat_completions(gw: Gateway, request: Request) -> Reply:
     body = await read_object(gw, request)
-    chat = chat_to_responses(body, gw.catalogue.efforts(), gw.default_model)
+    chat = await _translated(gw, request, chat_to_responses, body)
     del body
     record, now = request.record, time.time()
     record.model = chat.model
     fast = gw.environment.fast
-    relay = await _start_turn(gw, request, chat.upstream, chat.stream, lambda: ChatStream(chat, now, fast=fast))
+    relay = await _start_turn(
+        gw, request, chat.upstream, chat.stream, lambda: ChatStream(chat, now, fast=fast)
+    )
     headers = _turn_headers(request, chat.ignored)
     if chat.stream:
         relay.on_end = functools.partial(_note_end, record)
@@ -7656,7 +7501,7 @@ async def post_chat_completions(gw: Gateway, request: Request) -> Reply:
 async def post_responses(gw: Gateway, request: Request) -> Reply:
     body = await read_object(gw, request)
     now = time.time()
-    asked = responses_to_upstream(body, gw.catalogue.efforts(), gw.default_model, gw.responses, now)
+    asked = await _translated(gw, request, responses_to_upstream, body, gw.responses, now)
     del body
     record = request.record
     record.model = asked.model
@@ -7695,7 +7540,11 @@ def _stored(gw: Gateway, request: Request) -> StoredResponse:
 
 async def get_response(gw: Gateway, request: Request) -> Reply:
     if request.query.get("stream") == "true":
-        raise BadRequest("A stored response cannot be streamed again; leave out 'stream'.", "stream", "unsupported_value")
+        raise BadRequest(
+            "A stored response cannot be streamed again; leave out 'stream'.",
+            "stream",
+            "unsupported_value",
+        )
     return json_reply(_stored(gw, request).response)
 
 
@@ -7716,41 +7565,32 @@ async def post_response_cancel(gw: Gateway, request: Request) -> Reply:
 
 async def post_input_tokens(gw: Gateway, request: Request) -> Reply:
     body = await read_object(gw, request)
-    now = time.time()
-    asked = responses_to_upstream(body, gw.catalogue.efforts(), gw.default_model, gw.responses, now)
-    return json_reply({"object": "response.input_tokens", "input_tokens": estimate_input_tokens(asked.upstream)})
+    asked = await _translated(gw, request, responses_to_upstream, body, gw.responses, time.time())
+    count = estimate_input_tokens(asked.upstream)
+    return json_reply({"object": "response.input_tokens", "input_tokens": count})
 
 
-# OpenAI paths that clients try and azt does not offer -> why, in a clause.
+# OpenAI paths below /v1 that clients try and azt does not offer -> why.
 _NOT_OFFERED = {
-    "/v1/assistants": "the Codex backend has no assistants",
-    "/v1/assistants/{rest}": "the Codex backend has no assistants",
-    "/v1/audio/{rest}": "the Codex backend takes no audio",
-    "/v1/batches": "the Codex backend has no batches",
-    "/v1/batches/{rest}": "the Codex backend has no batches",
-    "/v1/completions": "use /v1/chat/completions",
-    "/v1/embeddings": "the Codex backend has no embedding model",
-    "/v1/files": "azt stores no files; send file data inline",
-    "/v1/files/{rest}": "azt stores no files; send file data inline",
-    "/v1/fine_tuning/{rest}": "the Codex backend has no fine-tuning",
-    "/v1/moderations": "the Codex backend has no moderation endpoint",
-    "/v1/realtime": "azt does not relay voice",
-    "/v1/threads": "the Codex backend has no threads",
-    "/v1/threads/{rest}": "the Codex backend has no threads",
-    "/v1/uploads": "azt stores no files; send file data inline",
-    "/v1/uploads/{rest}": "azt stores no files; send file data inline",
-    "/v1/vector_stores": "azt stores no files",
-    "/v1/vector_stores/{rest}": "azt stores no files",
+    "assistants": "the Codex backend has no assistants",
+    "audio": "the Codex backend takes no audio",
+    "batches": "the Codex backend has no batches",
+    "completions": "use /v1/chat/completions",
+    "embeddings": "the Codex backend has no embedding model",
+    "files": "azt stores no files; send file data inline",
+    "fine_tuning": "the Codex backend has no fine-tuning",
+    "moderations": "the Codex backend has no moderation endpoint",
+    "realtime": "azt does not relay voice",
+    "threads": "the Codex backend has no threads",
+    "uploads": "azt stores no files; send file data inline",
+    "vector_stores": "azt stores no files",
 }
 
 
-def _not_offered(path: str) -> Handler:
-    async def not_offered(gw: Gateway, request: Request) -> Reply:
-        why = _NOT_OFFERED[path]
-        # 404 and not 501: client libraries send every 5xx again.
-        raise AztError(404, "endpoint_not_supported", f"azt does not offer {request.path}: {why}.")
-
-    return not_offered
+async def _not_offered(gw: Gateway, request: Request) -> Reply:
+    why = _NOT_OFFERED[request.path.strip("/").removeprefix("v1/").partition("/")[0]]
+    # 404 and not 501: client libraries send every 5xx again.
+    raise AztError(404, "endpoint_not_supported", f"azt does not offer {request.path}: {why}.")
 
 
 # -- 16c. Admin -------------------------------------------------------------------------------------
@@ -7758,6 +7598,11 @@ def _not_offered(path: str) -> Handler:
 
 def _ms(seconds: float) -> int | None:
     return int(seconds * 1000) if seconds else None
+
+
+def _private_reply(value: Json, status: int = 200) -> Reply:
+    """What no cache may keep."""
+    return json_reply(value, status, [("cache-control", "no-store")])
 
 
 def _account_view(gw: Gateway, account: Account) -> Json:
@@ -7778,7 +7623,7 @@ def _account_view(gw: Gateway, account: Account) -> Json:
 
 async def admin_get_accounts(gw: Gateway, request: Request) -> Reply:
     items = [_account_view(gw, account) for account in gw.store.accounts.values()]
-    return json_reply({"items": items, "next": None, "total": len(items)})
+    return _private_reply({"items": items, "next": None, "total": len(items)})
 
 
 async def admin_post_accounts_import(gw: Gateway, request: Request) -> Reply:
@@ -7786,44 +7631,63 @@ async def admin_post_accounts_import(gw: Gateway, request: Request) -> Reply:
     body = await read_object(gw, request)
     now = time.time()
     accounts = to_accounts(import_entries(body.get("payload")), now)
-    results = [gw.store.add(account) for account in accounts]
-    await gw.save_accounts()
+    results = await gw.change_accounts(lambda store: [store.add(one) for one in accounts])
     items = [
-        {"index": at, "id": account.id, "email": account.email, "plan": account.plan, "result": result}
+        {
+            "index": at,
+            "id": account.id,
+            "email": account.email,
+            "plan": account.plan,
+            "result": result,
+        }
         for at, (account, result) in enumerate(zip(accounts, results, strict=True))
     ]
-    return json_reply({"summary": {word: results.count(word) for word in ("new", "update", "same")}, "items": items})
+    return _private_reply(
+        {
+            "summary": {word: results.count(word) for word in ("new", "update", "same")},
+            "items": items,
+        }
+    )
 
 
 async def admin_post_account_activate(gw: Gateway, request: Request) -> Reply:
-    account = gw.store.find(request.params["id"])
-    previous, gw.store.active_id = gw.store.active_id, account.id
-    await gw.save_accounts()
+    def activate(store: AccountStore) -> tuple[str | None, Account]:
+        previous, account = store.active_id, store.find(request.params["id"])
+        store.active_id = account.id
+        return previous, account
+
+    previous, account = await gw.change_accounts(activate)
     view = _account_view(gw, account)
-    return json_reply({"activeId": account.id, "previousId": previous, "account": view})
+    return _private_reply({"activeId": account.id, "previousId": previous, "account": view})
 
 
 async def admin_post_accounts_remove(gw: Gateway, request: Request) -> Reply:
     names = (await read_object(gw, request)).get("ids")
-    if not isinstance(names, list) or not names:
+    # An empty name would fit any account: what a script sends whose variable is empty.
+    if not isinstance(names, list) or not names or not all(names):
         raise BadRequest("Name the accounts to remove.", "ids", "bad_field")
-    for account in [gw.store.find(str(name)) for name in names]:
-        gw.store.remove(account)
-    await gw.save_accounts()
-    return json_reply({"removed": len(names), "activeId": gw.store.active_id})
+
+    def remove(store: AccountStore) -> int:
+        chosen = {account.id: account for account in map(store.find, map(str, names))}
+        for account in chosen.values():
+            store.remove(account)
+        return len(chosen)
+
+    removed = await gw.change_accounts(remove)
+    return _private_reply({"removed": removed, "activeId": gw.store.active_id})
 
 
 async def admin_get_models(gw: Gateway, request: Request) -> Reply:
-    return json_reply(_models_view(gw))
+    return _private_reply(_models_view(gw))
 
 
 async def admin_post_models_refresh(gw: Gateway, request: Request) -> Reply:
     changed = await gw.refresh_models()
-    return json_reply({"changed": changed, **_models_view(gw)})
+    return _private_reply({"changed": changed, **_models_view(gw)})
 
 
 def _models_view(gw: Gateway) -> Json:
-    efforts = gw.catalogue.efforts()
+    efforts = gw.catalogue.efforts
     items = [
         {
             "id": entry["slug"],
@@ -7832,13 +7696,13 @@ def _models_view(gw: Gateway) -> Json:
             "default": entry["slug"] == gw.default_model,
             "efforts": efforts[entry["slug"]],
         }
-        for entry in gw.catalogue.listed()
+        for entry in gw.catalogue.listed
     ]
     return {"items": items, "syncedAt": _ms(gw.catalogue.fetched_at), "source": gw.catalogue.source}
 
 
 async def admin_get_settings(gw: Gateway, request: Request) -> Reply:
-    return json_reply(_settings_view(gw))
+    return _private_reply(_settings_view(gw))
 
 
 def _settings_view(gw: Gateway) -> Json:
@@ -7846,28 +7710,42 @@ def _settings_view(gw: Gateway) -> Json:
     values = {key: settings[key] for key in SETTINGS}
     values["networkProxy.hasPassword"] = "@" in settings.text("networkProxy.url")
     values["networkProxy.url"] = re.sub(r"//[^/@]*@", "//", settings.text("networkProxy.url"))
-    restart = [key for key in ("server.host", "server.port") if key not in settings.fixed and gw.listening]
+    restart = [
+        key for key in ("server.host", "server.port") if key not in settings.fixed and gw.listening
+    ]
     changed = [key for key in restart if settings[key] != gw.started_settings[key]]
-    return {"revision": settings.revision, "restartNeeded": changed, "values": nested(values), "fixed": dict(settings.fixed)}
+    return {
+        "revision": settings.revision,
+        "restartNeeded": changed,
+        "values": nested(values),
+        "fixed": dict(settings.fixed),
+    }
 
 
 async def admin_patch_settings(gw: Gateway, request: Request) -> Reply:
     body = await read_object(gw, request)
     values = body.get("values")
     if not isinstance(values, dict):
-        raise BadRequest("Send the changes as {\"values\": {...}}.", "values", "bad_field")
-    revision = body.get("revision")
-    if revision is not None and revision != gw.settings.revision:
-        raise AztError(409, "stale_revision", "Someone else changed the settings meanwhile: read them again.")
+        raise BadRequest('Send the changes as {"values": {...}}.', "values", "bad_field")
     changes = flattened(values)
     for key, value in changes.items():
         check_setting(key, value)
         if SETTINGS[key].widens and not request.has_proof:
-            raise AztError(401, "proof_needed", f"Changing {key} needs the admin token: use `azt settings set`.", param=key)
+            raise AztError(
+                401,
+                "proof_needed",
+                f"Changing {key} needs the admin token: use `azt settings set`.",
+                param=key,
+            )
         if key in gw.settings.fixed:
-            raise AztError(409, "setting_fixed", f"{key} is fixed by {gw.settings.fixed[key]}; change it there.", param=key)
-    await gw.save_settings(changes)
-    return json_reply(_settings_view(gw))
+            raise AztError(
+                409,
+                "setting_fixed",
+                f"{key} is fixed by {gw.settings.fixed[key]}; change it there.",
+                param=key,
+            )
+    await gw.change_settings(changes, body.get("revision"))
+    return _private_reply(_settings_view(gw))
 
 
 async def admin_get_state(gw: Gateway, request: Request) -> Reply:
@@ -7877,7 +7755,9 @@ async def admin_get_state(gw: Gateway, request: Request) -> Reply:
         "version": VERSION,
         "startedAt": _ms(gw.started_at),
         "pid": os.getpid(),
-        "listen": [f"[{host}]:{at}" if ":" in host else f"{host}:{at}" for host, at in gw.listening],
+        "listen": [
+            f"[{host}]:{at}" if ":" in host else f"{host}:{at}" for host, at in gw.listening
+        ],
         "baseUrl": f"{base}/v1",
         "adminUrl": f"{base}/",
         "stateDir": str(gw.paths.state),
@@ -7885,9 +7765,13 @@ async def admin_get_state(gw: Gateway, request: Request) -> Reply:
         "keys": len(gw.keys),
     }
     accounts = [_account_view(gw, account) for account in gw.store.accounts.values()]
-    models = {"count": len(gw.catalogue.listed()), "syncedAt": _ms(gw.catalogue.fetched_at), "source": gw.catalogue.source}
+    models = {
+        "count": len(gw.catalogue.listed),
+        "syncedAt": _ms(gw.catalogue.fetched_at),
+        "source": gw.catalogue.source,
+    }
     routing = {"autoSwitch": False, "activeId": gw.store.active_id}
-    return json_reply(
+    return _private_reply(
         {
             "now": _ms(time.time()),
             "gateway": gateway,
@@ -7901,14 +7785,16 @@ async def admin_get_state(gw: Gateway, request: Request) -> Reply:
 
 async def admin_get_keys(gw: Gateway, request: Request) -> Reply:
     shown = ("id", "name", "prefix", "createdAt")
-    return json_reply({"items": [{name: key.get(name) for name in shown} for key in gw.keys]})
+    return _private_reply({"items": [{name: key.get(name) for name in shown} for key in gw.keys]})
 
 
 async def admin_post_keys(gw: Gateway, request: Request) -> Reply:
     """The key itself is in this one answer and nowhere else: only its hash is kept."""
     name = (await read_object(gw, request)).get("name")
     if not isinstance(name, str) or not re.fullmatch(r"[\w .@-]{1,64}", name):
-        raise BadRequest("A key needs a name of 1 to 64 letters, digits, spaces or . @ - _", "name", "bad_field")
+        raise BadRequest(
+            "A key needs a name of 1 to 64 letters, digits, spaces or . @ - _", "name", "bad_field"
+        )
     key = "azt_" + secrets.token_urlsafe(32)
     item = {
         "id": "key_" + secrets.token_hex(4),
@@ -7917,18 +7803,23 @@ async def admin_post_keys(gw: Gateway, request: Request) -> Reply:
         "hash": hashlib.sha256(key.encode()).hexdigest(),
         "createdAt": _ms(time.time()),
     }
-    first = not gw.keys
-    await gw.save_keys([*gw.keys, item])
+    await gw.change_keys(lambda keys: [*keys, item])
     public = {part: value for part, value in item.items() if part != "hash"}
-    return json_reply({"item": public, "key": key, "first": first}, 201)
+    return _private_reply({"item": public, "key": key, "first": gw.keys[:1] == [item]}, 201)
 
 
 async def admin_delete_key(gw: Gateway, request: Request) -> Reply:
     wanted = request.params["id"]
-    kept = [key for key in gw.keys if wanted not in (key.get("id"), key.get("name"))]
-    if len(kept) == len(gw.keys):
-        raise AztError(404, "key_not_found", f"There is no key {wanted!r}. `azt keys list` shows them.")
-    await gw.save_keys(kept)
+
+    def revoke(keys: list[Json]) -> list[Json]:
+        kept = [key for key in keys if wanted not in (key.get("id"), key.get("name"))]
+        if len(kept) == len(keys):
+            raise AztError(
+                404, "key_not_found", f"There is no key {wanted!r}. `azt keys list` shows them."
+            )
+        return kept
+
+    await gw.change_keys(revoke)
     return Reply(204)
 
 
@@ -7980,7 +7871,7 @@ ROUTES: list[Route] = sorted(
         Route("GET", "/_gateway/health", get_health, "health"),
         Route("GET", "/health", get_health, "health"),
         Route("GET", "/healthz", get_health, "health"),
-        Route("GET", "/v1", get_v1, "api"),
+        Route("GET", "/v1", get_health, "health"),
         Route("GET", "/v1/models", get_models, "api"),
         Route("GET", "/v1/models/{id}", get_model, "api"),
         Route("GET", "/v1/responses/{id}", get_response, "api"),
@@ -7995,15 +7886,24 @@ ROUTES: list[Route] = sorted(
         Route("POST", "/v1/responses", post_responses, "api"),
         Route("POST", "/v1/responses/input_tokens", post_input_tokens, "api"),
         Route("POST", "/v1/responses/{id}/cancel", post_response_cancel, "api"),
-        Route("POST", f"{ADMIN}/accounts/import", admin_post_accounts_import, "admin_write", 2 * IMPORT_MAX_BYTES),
+        Route(
+            "POST",
+            f"{ADMIN}/accounts/import",
+            admin_post_accounts_import,
+            "admin_write",
+            2 * IMPORT_MAX_BYTES,
+        ),
         Route("POST", f"{ADMIN}/accounts/remove", admin_post_accounts_remove, "admin_write"),
-        Route("POST", f"{ADMIN}/accounts/{{id}}/activate", admin_post_account_activate, "admin_write"),
+        Route(
+            "POST", f"{ADMIN}/accounts/{{id}}/activate", admin_post_account_activate, "admin_write"
+        ),
         Route("POST", f"{ADMIN}/keys", admin_post_keys, "admin_proof"),
         Route("POST", f"{ADMIN}/models/refresh", admin_post_models_refresh, "admin_write"),
         *(
-            Route(method, path, _not_offered(path), "api")
-            for path in _NOT_OFFERED
+            Route(method, f"/v1/{name}{rest}", _not_offered, "api")
+            for name in _NOT_OFFERED
             for method in ("DELETE", "GET", "POST")
+            for rest in ("", "/{rest}")
         ),
     ],
     key=lambda route: (route.path, route.method),
@@ -8012,12 +7912,25 @@ ROUTES: list[Route] = sorted(
 
 def routes_of(gw: Gateway) -> list[Route]:
     """The table, and one route for each page that was found at the start."""
-    return ROUTES + [Route("GET", name, get_page, "page") for name in sorted(gw.pages) if name != "/"]
+    return ROUTES + [
+        Route("GET", name, get_page, "page") for name in sorted(gw.pages) if name != "/"
+    ]
 
 
-def policy_of(gw: Gateway) -> Policy:
-    """The settings as values for the pure decision table of room 15."""
-    settings = gw.settings
+def policy_source(gw: Gateway) -> Callable[[], Policy]:
+    """The settings as values for the pure decision table of room 15; made anew after a change."""
+    known: tuple[Settings, list[Json], Policy] | None = None
+
+    def current() -> Policy:
+        nonlocal known
+        if known is None or known[0] is not gw.settings or known[1] is not gw.keys:
+            known = gw.settings, gw.keys, _policy(gw.settings, gw.keys, gw.admin_token)
+        return known[2]
+
+    return current
+
+
+def _policy(settings: Settings, keys: list[Json], admin_token: str) -> Policy:
     name = socket.gethostname().lower()
     return Policy(
         own_names=frozenset({name, f"{name}.local"}),
@@ -8026,12 +7939,10 @@ def policy_of(gw: Gateway) -> Policy:
         lan_api=settings.flag("server.lanApi"),
         loopback_exempt=settings.flag("apiKeys.loopbackExempt"),
         own_networks=(),
-        key_hashes=frozenset(str(key.get("hash")) for key in gw.keys),
-        admin_token_hash=hashlib.sha256(gw.admin_token.encode()).hexdigest(),
+        key_hashes=frozenset(str(key.get("hash")) for key in keys),
+        admin_token_hash=hashlib.sha256(admin_token.encode()).hexdigest(),
         body_max_bytes=settings.number("limits.bodyMb") * MIB,
     )
-
-
 # ==================================================================================================
 # 17. Demo upstream
 #     A fake Codex backend on loopback for `azt start --demo`: no account, no network. It speaks the
@@ -8049,502 +7960,259 @@ _DEMO_HELP = (
     "demo:tool, demo:reason, demo:image, demo:limit, demo:overload, demo:cut, demo:incomplete, "
     "demo:slow or demo:refuse to see how your program takes it."
 )
-
 _DEMO_ETAG = 'W/"azt-demo-1"'
-
-# What the real backend refuses: codex-upstream.md 3.6.
-_DEMO_REFUSED = frozenset(
-    "max_completion_tokens max_output_tokens max_tokens metadata previous_response_id "
-    "temperature top_p truncation user".split()
+_DEMO_MODELS = {entry["slug"]: entry for entry in Catalogue.read(None, None).entries}
+# A few of what the real backend refuses: codex-upstream.md 3.6.
+_DEMO_REFUSED = ("max_output_tokens", "metadata", "previous_response_id", "temperature", "top_p")
+_DEMO_FORMATS = {"date": "2026-01-31", "date-time": "2026-01-31T12:00:00Z", "email": "demo@a.test"}
+# A chessboard of 64 x 64 pixels.
+_DEMO_PNG = (
+    "iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQMAAACQp+OdAAAABlBMVEUoWqDw8Ovn8FlmAAAAF0lEQVR42mNg+A+FFDKo"
+    "ZAzDqHuGlHsA8wL/AYF093AAAAAASUVORK5CYII="
 )
-
-_DEMO_SUMMARY = ("response.reasoning_summary_part", "response.reasoning_summary_text")
-# Type of a part -> event of the part, event of its text, name of its index, field of its text.
-_DEMO_PARTS = {
-    "output_text": ("response.content_part", "response.output_text", "content_index", "text"),
-    "refusal": ("response.content_part", "response.refusal", "content_index", "refusal"),
-    "summary_text": (*_DEMO_SUMMARY, "summary_index", "text"),
+# Word -> how its last event differs from a completed response.
+_DEMO_OVERLOAD = {"code": "server_is_overloaded", "message": "Our servers are overloaded."}
+_DEMO_ENDINGS: dict[str, Json] = {
+    "incomplete": {"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}},
+    "overload": {"status": "failed", "error": _DEMO_OVERLOAD},
 }
-# Type of a call -> event of its text, field of its text.
-_DEMO_CALLS = {
-    "custom_tool_call": ("response.custom_tool_call_input", "input"),
-    "function_call": ("response.function_call_arguments", "arguments"),
+# Type of what has text -> the event of its text; for a part also its own event and index.
+_DEMO_TEXTS = {
+    "custom_tool_call": ("custom_tool_call_input", "", ""),
+    "function_call": ("function_call_arguments", "", ""),
+    "output_text": ("output_text", "content_part", "content_index"),
+    "refusal": ("refusal", "content_part", "content_index"),
+    "summary_text": ("reasoning_summary_text", "reasoning_summary_part", "summary_index"),
 }
-_DEMO_FORMATS = {
-    "date": "2026-01-31",
-    "date-time": "2026-01-31T12:00:00Z",
-    "email": "demo@example.com",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class _DemoRequest:
-    method: str
-    path: str
-    headers: dict[str, str]
-    body: bytes
 
 
 class DemoUpstream:
-    """Serves the Codex backend, wham/usage and /oauth/token on a free loopback port.
-
-    `demo:<word>` in the last user message chooses what happens, so that client authors can test; a
-    `tool_choice` that forces a tool and a JSON `text.format` are obeyed too.
-    """
+    """Serves the Codex backend, wham/usage and /oauth/token on a free loopback port."""
 
     def __init__(self, pace_s: float = _DEMO_PACE_S) -> None:
+        now = int(time.time())
         self._pace_s = pace_s
-        self._server: asyncio.Server | None = None
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._turns = 0
+        self._server: asyncio.Server
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._windows: Json = {
+            "primary": {"used_percent": 12, "window_minutes": 300, "reset_at": now + 9_000},
+            "secondary": {"used_percent": 31, "window_minutes": 10_080, "reset_at": now + 300_000},
+        }
+        # Sent with every answer, whichever the real backend sends them with.
+        self._headers = {"etag": _DEMO_ETAG, "x-models-etag": _DEMO_ETAG}
+        self._headers["x-codex-plan-type"] = "plus"
+        for window, state in self._windows.items():
+            for name, value in state.items():
+                self._headers[f"x-codex-{window}-{name.replace('_', '-')}"] = str(value)
 
     async def start(self) -> str:
         """Listen; the base URL (`http://127.0.0.1:PORT`)."""
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
         return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     async def stop(self) -> None:
-        if self._server is None:
-            return
         self._server.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._server.wait_closed()
-        self._server = None
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # A task of our own: asyncio logs an error when one that it made itself is cancelled.
+        task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = cast("asyncio.Task[Any]", asyncio.current_task())
-        self._tasks.add(task)
-        try:
-            with contextlib.suppress(OSError, EOFError):
-                while True:
-                    await self._answer(await _read_demo_request(reader), writer)
-        except Exception:
-            log.exception("the demo backend cannot answer this request")
-        finally:
-            self._tasks.discard(task)
-            writer.close()
+        """One call as azt sends it, with a length and no coding; the answer ends with a close."""
+        with contextlib.closing(writer), contextlib.suppress(OSError, EOFError):
+            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+            headers = {name.lower(): value for name, value in re.findall(r"(\S+): *(.*)\r\n", head)}
+            data = await reader.readexactly(int(headers.get("content-length", 0)))
+            body = parse_event(data) or {}
+            status, answer = self._answer(re.split(r"\?| HTTP", head)[0], headers, body)
+            kind = "text/event-stream" if answer is None else "application/json"
+            fields = self._headers | {"content-type": kind, "connection": "close"}
+            lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+            writer.write(f"HTTP/1.1 {status} Demo\r\n{lines}\r\n".encode())
+            if answer is None:
+                await self._stream(body, writer)
+            elif status != 304:
+                writer.write(encode_json(answer))
 
-    async def _answer(self, request: _DemoRequest, writer: asyncio.StreamWriter) -> None:
-        now = time.time()
-        if request.path.startswith("/backend-api/") and not request.headers.get("authorization"):
-            writer.write(_demo_reply(401, {"detail": "Unauthorized"}))
-        elif (request.method, request.path) == ("POST", "/backend-api/codex/responses"):
-            await self._turn(request, writer, now)
-        elif (request.method, request.path) == ("GET", "/backend-api/codex/models"):
-            known = request.headers.get("if-none-match") == _DEMO_ETAG
-            value = None if known else {"models": _demo_models()}
-            writer.write(_demo_reply(304 if known else 200, value, {"etag": _DEMO_ETAG}))
-        elif (request.method, request.path) == ("GET", "/backend-api/wham/usage"):
-            writer.write(_demo_reply(200, _demo_usage(self._turns, now)))
-        elif (request.method, request.path) == ("POST", "/oauth/token"):
-            writer.write(_demo_reply(*_demo_refresh(request, now)))
-        else:
-            writer.write(_demo_reply(404, {"detail": "Not Found"}))
-        await writer.drain()
+    def _answer(self, call: str, headers: Json, body: Json) -> tuple[int, Json | None]:
+        """(status, JSON to send); None: the events of a turn instead."""
+        if "/backend-api/" in call and "authorization" not in headers:
+            return 401, {"detail": "Unauthorized"}
+        if call == "POST /backend-api/codex/responses":
+            return _demo_refusal(body)
+        if call == "GET /backend-api/codex/models":
+            is_known = headers.get("if-none-match") == _DEMO_ETAG
+            return 304 if is_known else 200, {"models": list(_DEMO_MODELS.values())}
+        if call == "GET /backend-api/wham/usage":
+            windows = {
+                f"{name}_window": state | {"limit_window_seconds": state["window_minutes"] * 60}
+                for name, state in self._windows.items()
+            }
+            return 200, {"plan_type": "plus", "rate_limit": windows}
+        if call != "POST /oauth/token":
+            return 404, {"detail": "Not Found"}
+        if str(body.get("refresh_token")).startswith("rt_demo"):
+            return 200, demo_account(time.time()) | {"expires_in": _DEMO_TOKEN_S}
+        return 401, {"error": {"code": "refresh_token_invalidated", "message": "Not a demo token."}}
 
-    async def _turn(self, request: _DemoRequest, writer: asyncio.StreamWriter, now: float) -> None:
-        """One model call: a refusal with its status, or 200 and events at the pace of a model."""
-        self._turns += 1
-        headers = _demo_quota_headers(self._turns, now)
-        body = _demo_body(request)
-        word = _demo_word(body)
-        refusal = _demo_refusal(body, word, now)
-        if refusal is not None:
-            writer.write(_demo_reply(*refusal, headers))
-            return
-        headers |= {"content-type": "text/event-stream", "x-request-id": f"demo-{self._turns}"}
-        writer.write(_demo_head(200, headers | {"transfer-encoding": "chunked"}))
-        pace_s = max(self._pace_s, _DEMO_SLOW_PACE_S) if word == "slow" else self._pace_s
-        deltas = 0
-        for number, event in enumerate(_demo_events(body, word, self._turns, now)):
-            data = encode_event({"type": event["type"], "sequence_number": number, **event})
-            writer.write(b"%x\r\n%s\r\n" % (len(data), data))
+    async def _stream(self, body: Json, writer: asyncio.StreamWriter) -> None:
+        """The events of one turn at the pace of a model, or as far as `demo:cut` lets them."""
+        _said, word = _demo_said(body)
+        limits = {"type": "codex.rate_limits", "plan_type": "plus", "rate_limits": self._windows}
+        words = 0
+        for number, event in enumerate((limits, *_demo_events(body, word))):
+            writer.write(encode_event(event | {"sequence_number": number}))
             if event["type"].endswith(".delta"):
-                deltas += 1
-                if word == "cut" and deltas == 5:
-                    raise ConnectionAbortedError("demo:cut")
+                words += 1
+                if word == "cut" and words == 5:
+                    return
                 await writer.drain()
-                await asyncio.sleep(pace_s)
-        writer.write(b"0\r\n\r\n")
+                await asyncio.sleep(_DEMO_SLOW_PACE_S if word == "slow" else self._pace_s)
 
 
-async def _read_demo_request(reader: asyncio.StreamReader) -> _DemoRequest:
-    """raises EOFError when the client left, ValueError for what is no HTTP/1.1."""
-    head = await reader.readuntil(b"\r\n\r\n")
-    line, *fields = head.decode("latin-1").rstrip().split("\r\n")
-    method, target, _version = line.split(" ")
-    pairs = (field.partition(":") for field in fields)
-    headers = {name.lower(): value.strip() for name, _colon, value in pairs}
-    body = bytearray()
-    if headers.get("transfer-encoding") == "chunked":
-        while size := int((await reader.readline()).partition(b";")[0], 16):
-            body += await reader.readexactly(size)
-            await reader.readline()
-        await reader.readline()
-    else:
-        body += await reader.readexactly(int(headers.get("content-length", "0")))
-    return _DemoRequest(method, target.partition("?")[0], headers, bytes(body))
+def _demo_refusal(body: Json) -> tuple[int, Json | None]:
+    """What the backend refuses before any stream: faulty calls (codex-upstream.md 3.6), a limit."""
+    model = body.get("model")
+    faults = {
+        "Stream must be set to true": body.get("stream") is not True,
+        "Store must be set to false": body.get("store") is not False,
+        "Input must be a list": not isinstance(body.get("input"), list),
+        **{f"Unsupported parameter: {name}": name in body for name in _DEMO_REFUSED},
+        f"The '{model}' model is {_NOT_FOR_CHATGPT}.": model not in _DEMO_MODELS,
+    }
+    if fault := next((detail for detail, is_fault in faults.items() if is_fault), None):
+        return 400, {"detail": fault}
+    if _demo_said(body)[1] != "limit":
+        return 200, None
+    error = {"type": "usage_limit_reached", "message": "The usage limit has been reached"}
+    return 429, {"error": error | {"resets_at": int(time.time()) + _DEMO_REST_S}}
 
 
-def _demo_head(status: int, headers: Mapping[str, str]) -> bytes:
-    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    return f"HTTP/1.1 {status} Demo\r\n{lines}\r\n".encode("latin-1")
+def _demo_said(body: Json) -> tuple[str, str]:
+    """The text of the last user message, and the word after its `demo:`."""
+    said = [item["content"] for item in body["input"] if item.get("role") == "user"][-1:]
+    parts = said[0] if said and isinstance(said[0], list) else [{"text": text} for text in said]
+    text = " ".join(part["text"] for part in parts if "text" in part).strip()
+    return text, "".join(re.findall(r"\bdemo:(\w+)", text)[:1])
 
 
-def _demo_reply(status: int, value: Json | None, headers: Mapping[str, str] | None = None) -> bytes:
-    data = b"" if value is None else encode_json(value)
-    own = {"content-type": "application/json", "content-length": str(len(data))}
-    return _demo_head(status, own | dict(headers or {})) + data
-
-
-def _demo_body(request: _DemoRequest) -> Json:
-    """The request as a dict. A coding that the standard library cannot undo (zstd) is not an error:
-    a Codex that compresses gets the plain answer."""
-    coding = request.headers.get("content-encoding", "identity")
-    if coding == "gzip":
-        return parse_event(zlib.decompress(request.body, 47)) or {}
-    if coding == "identity":
-        return parse_event(request.body) or {}
-    return {"model": _BUILT_IN_MODELS[0][0], "input": [], "stream": True, "store": False}
-
-
-def _demo_refusal(body: Json, word: str, now: float) -> tuple[int, Json] | None:
-    """What the backend answers before any stream: faulty requests and `demo:limit`."""
-    items = body.get("input")
-    if body.get("stream") is not True:
-        return 400, {"detail": "Stream must be set to true"}
-    if body.get("store") is not False:
-        return 400, {"detail": "Store must be set to false"}
-    if not isinstance(items, list):
-        return 400, {"detail": "Input must be a list"}
-    if refused := sorted(_DEMO_REFUSED & body.keys()):
-        return 400, {"detail": f"Unsupported parameter: {refused[0]}"}
-    if any(item.get("role") == "system" for item in items):
-        return 400, {"detail": "System messages are not allowed"}
-    if body.get("model") not in [slug for slug, *_more in _BUILT_IN_MODELS]:
-        return 400, {"detail": f"The '{body.get('model')}' model is {_NOT_FOR_CHATGPT}."}
-    calls = {item.get("call_id") for item in items if str(item.get("type")).endswith("_call")}
-    for item in items:
-        if _is_tool_output(item) and item.get("call_id") not in calls:
-            message = f"No tool call found for function call output with call_id {item['call_id']}."
-            error = {"message": message, "type": "invalid_request_error", "param": "input"}
-            return 400, {"error": {**error, "code": None}}
-    if word == "limit":
-        ends = {"resets_at": int(now) + _DEMO_REST_S, "resets_in_seconds": _DEMO_REST_S}
-        message = "The usage limit has been reached"
-        error = {"type": "usage_limit_reached", "message": message, "plan_type": "plus"}
-        return 429, {"error": error | ends}
-    return None
-
-
-def _is_tool_output(item: Json) -> bool:
-    return str(item.get("type")).endswith("_call_output")
-
-
-def _demo_events(body: Json, word: str, turn: int, now: float) -> Iterator[Json]:
+def _demo_events(body: Json, word: str) -> Iterator[Json]:
     """The events of one turn in the order of the real backend, `output` of the last one empty."""
-    yield {"type": "codex.rate_limits", **_demo_limits(turn, now)}
-    response = _demo_response(body, turn, now)
+    ident = secrets.token_hex(8)
+    response: Json = {"id": f"resp_{ident}", "object": "response", "created_at": int(time.time())}
+    response |= {"model": body["model"], "status": "in_progress", "output": [], "usage": None}
     for step in ("created", "in_progress"):
         yield {"type": f"response.{step}", "response": response}
-    if word == "overload":
-        error = {"code": "server_is_overloaded", "message": "Our servers are currently overloaded."}
-        failed = response | {"status": "failed", "error": error}
-        yield {"type": "response.failed", "response": failed}
-        return
-    items = _demo_items(body, word, turn)
+    items = [] if word == "overload" else _demo_items(body, word, ident)
     for index, item in enumerate(items):
         yield from _demo_item_events(item, index)
-    ending: Json = {"status": "completed", "usage": _demo_tokens_used(body, items)}
-    if word == "incomplete":
-        ending |= {"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}}
+    read, written = len(encode_json(body["input"])) // 4, len(encode_json(items)) // 4
+    usage: Json = {"input_tokens": read, "output_tokens": written, "total_tokens": read + written}
+    ending = {"status": "completed", "usage": usage} | _DEMO_ENDINGS.get(word, {})
     yield {"type": f"response.{ending['status']}", "response": response | ending}
 
 
-def _demo_response(body: Json, turn: int, now: float) -> Json:
-    repeated = ("instructions", "model", "parallel_tool_calls", "prompt_cache_key", "reasoning")
-    return {
-        "id": f"resp_demo{turn:08x}",
-        "object": "response",
-        "created_at": int(now),
-        "status": "in_progress",
-        "error": None,
-        "incomplete_details": None,
-        **{name: body.get(name) for name in repeated},
-        "output": [],
-        "store": False,
-        "text": body.get("text") or {"format": {"type": "text"}},
-        "tool_choice": body.get("tool_choice", "auto"),
-        "tools": body.get("tools") or [],
-        "usage": None,
-        "metadata": {},
-    }
-
-
-def _demo_items(body: Json, word: str, turn: int) -> list[Json]:
-    """The finished output items of a turn; `_demo_item_events` lets them grow."""
-    tools = _demo_tools(body, word)
-    items: list[Json] = []
-    if word == "reason":
+def _demo_items(body: Json, word: str, ident: str) -> list[Json]:
+    """The finished items of an answer. The last member of an item and of its part is what grows."""
+    output = body["input"][-1].get("output") if body["input"] else None
+    wanted = (body.get("text") or {}).get("format") or {"type": "text"}
+    said, _word = _demo_said(body)
+    text = f'You said: "{said[:200]}". {_DEMO_HELP}'
+    if wanted["type"] != "text":
+        schema = wanted.get("schema") or {"properties": {"you_said": {"const": said}}}
+        text = json.dumps(_demo_value(schema, schema), ensure_ascii=False)
+    elif output is not None:
+        text = f"The tool answered: {str(output)[:200]}"
+    part: Json = {"type": "output_text", "annotations": [], "logprobs": [], "text": text}
+    if word == "refuse":
+        part = {"type": "refusal", "refusal": "I cannot help with that (demo)."}
+    items: list[Json] = [{"type": "message", "role": "assistant", "content": [part]}]
+    if output is None and (call := _demo_call(body, word)):
+        items = [{"call_id": f"call_{ident}", **call}]
+    elif word == "image":
+        items = [{"type": "image_generation_call", "output_format": "png", "result": _DEMO_PNG}]
+    elif word == "reason":
         thought = "**Reading the message** It asks for a demonstration: a short answer will do."
         summary = [{"type": "summary_text", "text": thought}]
-        secret = base64.b64encode(b"azt demo reasoning").decode()
-        fields = {"type": "reasoning", "summary": summary, "encrypted_content": secret}
-        items.append({"id": f"rs_{turn:08x}", **fields})
-    for tool in tools:
-        items.append({"status": "completed", **_demo_call(tool, f"{turn:08x}")})
-    if not tools:
-        part: Json = {"type": "refusal", "refusal": "I cannot help with that (demo)."}
-        if word != "refuse":
-            text = _demo_text(body)
-            part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-        head = {"id": f"msg_{turn:08x}", "type": "message", "status": "completed"}
-        tail = {"content": [part], "phase": "final_answer"}
-        items.append({**head, "role": "assistant", **tail})
-    return items
+        items.insert(0, {"type": "reasoning", "encrypted_content": "ZGVtbw==", "summary": summary})
+    return [{"id": f"{item['type']}_{ident}", "status": "completed", **item} for item in items]
 
 
-def _demo_tools(body: Json, word: str) -> list[Json]:
-    """The tool that this turn calls: for `demo:tool`, `demo:image`, or by force of `tool_choice`."""
+def _demo_call(body: Json, word: str) -> Json | None:
+    """The call that this turn makes, for `demo:tool` or forced by `tool_choice`."""
     choice = body.get("tool_choice")
-    forced = choice if isinstance(choice, dict) else {}
-    tools = [tool for tool in body.get("tools") or [] if tool.get("type") in ("custom", "function")]
-    if body["input"] and _is_tool_output(body["input"][-1]):
-        return []
-    if word == "image" or forced.get("type") == "image_generation":
-        return [{"type": "image_generation"}]
-    if forced.get("name"):
-        return [tool for tool in tools if tool.get("name") == forced["name"]]
-    wanted = word == "tool" or choice == "required" or forced.get("mode") == "required"
-    return tools[:1] if wanted else []
-
-
-def _demo_call(tool: Json, ident: str) -> Json:
-    if tool["type"] == "image_generation":
-        look = {"size": "96x96", "quality": "low", "background": "opaque", "output_format": "png"}
-        result = base64.b64encode(_demo_png(96)).decode()
-        item = {"id": f"ig_{ident}", "type": "image_generation_call", "result": result}
-        return {**item, **look, "action": "generate", "revised_prompt": "a colour gradient"}
-    called = {"call_id": f"call_{ident}", "name": tool["name"]}
-    if tool["type"] == "custom":
-        return {"id": f"ctc_{ident}", "type": "custom_tool_call", **called, "input": "demo input"}
-    arguments = json.dumps(_demo_value(tool.get("parameters") or {}))
-    return {"id": f"fc_{ident}", "type": "function_call", **called, "arguments": arguments}
-
-
-def _demo_text(body: Json) -> str:
-    said = _demo_said(body)[:200]
-    wanted = (body.get("text") or {}).get("format") or {}
-    if wanted.get("type") == "json_schema":
-        return json.dumps(_demo_value(wanted.get("schema") or {}), ensure_ascii=False)
-    if wanted.get("type") == "json_object":
-        return json.dumps({"demo": True, "you_said": said}, ensure_ascii=False)
-    if body["input"] and _is_tool_output(body["input"][-1]):
-        return f"The tool answered: {str(body['input'][-1].get('output'))[:200]}"
-    return f'You said: "{said}". {_DEMO_HELP}' if said else _DEMO_HELP
-
-
-def _demo_said(body: Json) -> str:
-    """The text of the last user message."""
-    for item in reversed(body.get("input") or []):
-        if item.get("role") == "user":
-            content = item.get("content")
-            parts = [{"text": content}] if isinstance(content, str) else content or []
-            return " ".join(str(part["text"]) for part in parts if "text" in part).strip()
-    return ""
-
-
-def _demo_word(body: Json) -> str:
-    items = body.get("input")
-    found = re.search(r"\bdemo:(\w+)", _demo_said(body)) if isinstance(items, list) else None
-    return found[1].lower() if found else ""
+    name = choice.get("name") if isinstance(choice, dict) else None
+    is_wanted = word == "tool" or choice == "required" or name
+    for tool in body.get("tools") or [] if is_wanted else []:
+        if tool["type"] == "function" and name in (None, tool["name"]):
+            schema = tool.get("parameters") or {}
+            arguments = json.dumps(_demo_value(schema, schema))
+            return {"type": "function_call", "name": tool["name"], "arguments": arguments}
+        if tool["type"] == "custom" and name in (None, tool["name"]):
+            return {"type": "custom_tool_call", "name": tool["name"], "input": "demo input"}
+    return None
 
 
 def _demo_item_events(item: Json, index: int) -> Iterator[Json]:
     """A finished item -> the events by which it grows (codex-upstream.md 4.2 to 4.9)."""
     at = {"item_id": item["id"], "output_index": index}
-    grows = {"message": "content", "reasoning": "summary", "image_generation_call": "result"}
-    field = grows.get(item["type"]) or _DEMO_CALLS[item["type"]][1]
-    hollow = {**item, field: type(item[field])()}
-    if "status" in item:
-        hollow["status"] = "in_progress"
-    hollow.pop("result", None)
+    grows, grown = list(item.items())[-1]
+    hollow = item | {"status": "in_progress", grows: type(grown)()}
     yield {"type": "response.output_item.added", "output_index": index, "item": hollow}
-    if item["type"] == "image_generation_call":
-        for step in ("in_progress", "generating", "completed"):
-            yield {"type": f"response.image_generation_call.{step}", **at}
-    elif item["type"] in _DEMO_CALLS:
-        yield from _demo_text_events(_DEMO_CALLS[item["type"]][0], at, field, item[field])
+    if grows == "result":
+        yield {"type": "response.image_generation_call.generating", **at}
     else:
-        for number, part in enumerate(item[field]):
-            part_event, text_event, index_name, text_field = _DEMO_PARTS[part["type"]]
-            here = {**at, index_name: number}
-            yield {"type": f"{part_event}.added", **here, "part": {**part, text_field: ""}}
-            extra: Json = {"logprobs": []} if part["type"] == "output_text" else {}
-            yield from _demo_text_events(text_event, here | extra, text_field, part[text_field])
-            yield {"type": f"{part_event}.done", **here, "part": part}
+        part = grown[0] if isinstance(grown, list) else item
+        inside, around, place = _DEMO_TEXTS[part["type"]]
+        member, text = list(part.items())[-1]
+        if around:
+            at[place] = 0
+            yield {"type": f"response.{around}.added", **at, "part": part | {member: ""}}
+        for word in re.findall(r"\S+\s*|\s+", text):
+            yield {"type": f"response.{inside}.delta", **at, "delta": word}
+        yield {"type": f"response.{inside}.done", **at, member: text}
+        if around:
+            yield {"type": f"response.{around}.done", **at, "part": part}
     yield {"type": "response.output_item.done", "output_index": index, "item": item}
 
 
-def _demo_text_events(kind: str, at: Json, field: str, text: str) -> Iterator[Json]:
-    for word in re.findall(r"\S+\s*|\s+", text):
-        yield {"type": f"{kind}.delta", **at, "delta": word}
-    yield {"type": f"{kind}.done", **at, field: text}
-
-
-def _demo_value(schema: Json, name: str = "demo", root: Json | None = None, depth: int = 0) -> Any:
+def _demo_value(schema: Json, root: Json, name: str = "demo", depth: int = 0) -> Any:
     """A value that fits a JSON Schema, for the keywords that structured output allows."""
-    root = schema if root is None else root
+    # Far down, take what ends a recursive schema: the last option (`null`), required members only.
+    place = -1 if depth > 4 else 0
     if "$ref" in schema:
-        target: Any = root
-        for step in str(schema["$ref"]).split("/")[1:]:
-            target = target[step]
-        return _demo_value(target, name, root, depth + 1)
-    if "const" in schema or schema.get("enum"):
+        schema = functools.reduce(dict.__getitem__, schema["$ref"].split("/")[1:], root)
+    if options := schema.get("anyOf") or schema.get("oneOf") or schema.get("allOf"):
+        return _demo_value(options[place], root, name, depth + 1)
+    if "const" in schema or "enum" in schema:
         return schema["const"] if "const" in schema else schema["enum"][0]
-    options = schema.get("anyOf") or schema.get("oneOf") or schema.get("allOf")
-    if options:
-        # The last option of a recursive schema is the one that ends it: `null`.
-        return _demo_value(options[-1 if depth > 4 else 0], name, root, depth + 1)
     kind = schema.get("type", "object" if "properties" in schema or depth == 0 else "string")
-    if isinstance(kind, list):
-        kind = kind[-1 if depth > 4 else 0]
+    kind = kind[place] if isinstance(kind, list) else kind
     if kind == "object":
-        members: Json = schema.get("properties") or {}
-        needed = members if depth <= 4 else schema.get("required") or []
-        return {key: _demo_value(members[key], key, root, depth + 1) for key in needed}
+        members = schema.get("properties") or {}
+        wanted = members if place == 0 else schema.get("required", ())
+        return {key: _demo_value(members[key], root, key, depth + 1) for key in wanted}
     if kind == "array":
-        length = max(schema.get("minItems", 0), 1 if depth <= 4 else 0)
-        return [_demo_value(schema.get("items") or {}, name, root, depth + 1)] * length
-    if kind in ("integer", "number"):
-        return schema.get("minimum", 1)
-    if kind in ("boolean", "null"):
-        return True if kind == "boolean" else None
-    return _DEMO_FORMATS.get(schema.get("format", ""), f"demo {name}")
-
-
-def _demo_png(size: int) -> bytes:
-    """A real picture: a square colour gradient, 8 bits RGB (W3C PNG, sections 5 and 11.2)."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        checksum = zlib.crc32(kind + data).to_bytes(4, "big")
-        return len(data).to_bytes(4, "big") + kind + data + checksum
-
-    shades = [value * 255 // (size - 1) for value in range(size)]
-    rows = b"".join(b"\0" + bytes(part for x in shades for part in (x, 96, y)) for y in shades)
-    head = size.to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
-    parts = ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, data) for kind, data in parts)
-
-
-def _demo_tokens_used(body: Json, items: list[Json]) -> Json:
-    """Plausible counts: four bytes to a token; a second turn finds its prefix in the cache."""
-    read = len(encode_json(body["input"])) // 4 + 8
-    written = len(encode_json(items)) // 4
-    turns = sum(item.get("role") == "user" for item in body["input"])
-    thought = 32 if any(item["type"] == "reasoning" for item in items) else 0
-    return {
-        "input_tokens": read,
-        "input_tokens_details": {"cached_tokens": read // 2 if turns > 1 else 0},
-        "output_tokens": written + thought,
-        "output_tokens_details": {"reasoning_tokens": thought},
-        "total_tokens": read + written + thought,
-    }
-
-
-def _demo_limits(turns: int, now: float) -> Json:
-    """The `codex.rate_limits` event: two windows that fill as the demo is used."""
-    windows = {
-        name: {
-            "used_percent": min(99, start + turns // 2),
-            "window_minutes": minutes,
-            "reset_after_seconds": minutes * 30,
-            "reset_at": int(now) + minutes * 30,
-        }
-        for name, start, minutes in (("primary", 12, 300), ("secondary", 31, 10080))
-    }
-    limits = {"allowed": True, "limit_reached": False, **windows}
-    credit = {"has_credits": False, "unlimited": False, "balance": "0"}
-    return {"plan_type": "plus", "rate_limits": limits, "credits": credit}
-
-
-def _demo_quota_headers(turns: int, now: float) -> dict[str, str]:
-    limits = _demo_limits(turns, now)["rate_limits"]
-    headers = {
-        f"x-codex-{window}-{name.replace('_', '-')}": str(value)
-        for window in ("primary", "secondary")
-        for name, value in limits[window].items()
-    }
-    return headers | {"x-codex-plan-type": "plus", "x-models-etag": _DEMO_ETAG}
-
-
-def _demo_usage(turns: int, now: float) -> Json:
-    """GET wham/usage: the same windows in its own spelling (seconds instead of minutes)."""
-    limits = _demo_limits(turns, now)
-    for name in ("primary", "secondary"):
-        window = limits["rate_limits"].pop(name)
-        window["limit_window_seconds"] = window.pop("window_minutes") * 60
-        limits["rate_limits"][f"{name}_window"] = window
-    limits["rate_limit"] = limits.pop("rate_limits")
-    return limits
-
-
-def _demo_models() -> list[Json]:
-    return [
-        {
-            "slug": slug,
-            "display_name": f"{name} (demo)",
-            "visibility": "list",
-            "priority": number,
-            "supported_in_api": True,
-            "minimal_client_version": "0.98.0",
-            "default_reasoning_level": "medium",
-            "supported_reasoning_levels": [
-                {"effort": word, "description": word} for word in efforts
-            ],
-            "support_verbosity": True,
-            "context_window": 272000,
-            "input_modalities": ["text", "image"],
-        }
-        for number, (slug, name, efforts) in enumerate(_BUILT_IN_MODELS, start=1)
-    ]
-
-
-def _demo_refresh(request: _DemoRequest, now: float) -> tuple[int, Json]:
-    """POST /oauth/token, JSON or form: the tokens are renewed as long as they are the demo's."""
-    form = dict(urllib.parse.parse_qsl(request.body.decode("utf-8", "replace")))
-    fields = parse_event(request.body) or form
-    if not str(fields.get("refresh_token")).startswith("rt_demo"):
-        message = "Your refresh token has been revoked. Please try signing in again."
-        error = {"message": message, "code": "refresh_token_invalidated"}
-        return 401, {"error": {**error, "type": "invalid_request_error", "param": None}}
-    account = demo_account(now)
-    names = ("access_token", "refresh_token", "id_token")
-    return 200, {**{name: account[name] for name in names}, "expires_in": _DEMO_TOKEN_S}
+        items = [schema.get("items") or {}] * max(schema.get("minItems", 0), 1 + place)
+        return [_demo_value(one, root, name, depth + 1) for one in items]
+    number = schema.get("minimum", 1)
+    text = _DEMO_FORMATS.get(schema.get("format", ""), f"demo {name}")
+    return {"integer": number, "number": number, "boolean": True, "null": None}.get(kind, text)
 
 
 def demo_account(now: float) -> Json:
     """The demo's account as `azt accounts import` takes it: unsigned, worthless elsewhere."""
-    person = {"chatgpt_account_id": "demo-account", "chatgpt_user_id": "demo-user"}
-    claims = {
-        "iat": int(now),
-        "exp": int(now) + _DEMO_TOKEN_S,
-        "email": "demo@example.com",
-        "https://api.openai.com/auth": {**person, "chatgpt_plan_type": "plus"},
-        "https://api.openai.com/profile": {"email": "demo@example.com"},
-    }
-    parts = (encode_json({"alg": "none", "typ": "JWT"}), encode_json(claims), b"unsigned")
+    auth = {"chatgpt_account_id": "demo-account", "chatgpt_plan_type": "plus"}
+    person = {"email": "demo@example.com", "https://api.openai.com/auth": auth}
+    claims = person | {"exp": int(now) + _DEMO_TOKEN_S}
+    parts = (encode_json({"alg": "none"}), encode_json(claims), b"unsigned")
     token = ".".join(base64.urlsafe_b64encode(part).rstrip(b"=").decode() for part in parts)
-    return {
-        "access_token": token,
-        "refresh_token": f"rt_demo{int(now)}",
-        "id_token": token,
-        "account_id": person["chatgpt_account_id"],
-        "email": claims["email"],
-        "expires_at": claims["exp"],
-    }
+    return {"access_token": token, "refresh_token": f"rt_demo{int(now)}", "id_token": token}
 # ==================================================================================================
 # 18. Command line
 #     argparse, exit codes, and the only print. Every command but `start` speaks to the gateway over HTTP:
@@ -8555,34 +8223,28 @@ EXIT_OK, EXIT_FAILED, EXIT_UNUSABLE, EXIT_PORT_TAKEN = range(4)
 
 
 def say(text: str, end: str = "\n", to_stderr: bool = False) -> None:
-    """The only print. A reader that left (`azt models | head`) is no error."""
-    with contextlib.suppress(BrokenPipeError, ValueError):
+    """The only print. A reader that left (`azt models | head`) or a closed terminal ends nothing."""
+    with contextlib.suppress(OSError, ValueError):
         print(text, end=end, file=sys.stderr if to_stderr else sys.stdout, flush=True)
 
 
 # -- Serving ----------------------------------------------------------------------------------------
 
 
-class _PortTaken(AztError):
-    def __init__(self, host: str, port: int) -> None:
-        super().__init__(
-            500,
-            "port_in_use",
-            f"Port {port} on {host} is taken by another program. Stop it, or start azt with `--port {port + 1}` "
-            "(`--port 0` picks a free one).",
-        )
-
-
 @contextlib.asynccontextmanager
 async def _serving(gw: Gateway, host: str, port: int) -> AsyncIterator[HttpServer]:
     """A loaded gateway that listens; on the way out it drains."""
-    server = HttpServer(routes_of(gw), gw, lambda: policy_of(gw))
+    server = HttpServer(routes_of(gw), gw, policy_source(gw))
     try:
         gw.listening = await server.listen(host, port)
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise _PortTaken(host, port) from None
-        raise AztError(500, "cannot_listen", f"azt cannot listen on {host}:{port} ({error.strerror}).") from None
+        taken = error.errno == errno.EADDRINUSE
+        raise AztError(
+            500,
+            "port_in_use" if taken else "cannot_listen",
+            f"azt cannot listen on {host}:{port} ({error.strerror}). Stop the program that holds the "
+            f"port, or start azt with another `--host` or `--port` (`--port 0` picks a free port).",
+        ) from None
     try:
         yield server
     finally:
@@ -8602,7 +8264,9 @@ async def _serve(gw: Gateway, lock: HomeLock, opens_browser: bool) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, signals.put_nowait, number)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a closed terminal does not end the gateway
-    async with _serving(gw, gw.settings.text("server.host"), gw.settings.number("server.port")) as server:
+    async with _serving(
+        gw, gw.settings.text("server.host"), gw.settings.number("server.port")
+    ) as server:
         url = _local_url(gw.listening)
         await in_thread(gw.files, lock.write, url)
         say(f"azt is ready: {url}")
@@ -8621,7 +8285,9 @@ async def _serve(gw: Gateway, lock: HomeLock, opens_browser: bool) -> None:
 def _log_situation(gw: Gateway, url: str) -> None:
     log.info("base URL for clients: %s/v1", url)
     if gw.store.active is None:
-        log.info("no account yet: `azt accounts import ~/.codex/auth.json` takes over the sign-in of Codex")
+        log.info(
+            "no account yet: `azt accounts import ~/.codex/auth.json` takes over that of Codex"
+        )
     if gw.listening[0][0] not in ("127.0.0.1", "::1"):
         who = "open to this network" if gw.settings.flag("server.lanApi") else "for this machine"
         lock = "with a key" if gw.keys else "without a key (`azt keys add NAME` sets one)"
@@ -8651,9 +8317,10 @@ async def _run(environment: Environment, flags: Json, opens_browser: bool) -> No
     holder = await in_thread(gw.files, lock.acquire)
     if holder is not None:
         where = f" at {holder['url']}" if holder.get("url") else ""
-        raise StateError(f"Another azt (pid {holder['pid']}) serves this home{where}. Use it, or stop it first.")
+        raise StateError(
+            f"Another azt (pid {holder['pid']}) serves this home{where}. Use it, or stop it first."
+        )
     await in_thread(gw.files, gw.load)
-    start_logging(gw.settings.text("log.level"))
     try:
         await _serve(gw, lock, opens_browser)
     finally:
@@ -8661,7 +8328,9 @@ async def _run(environment: Environment, flags: Json, opens_browser: bool) -> No
         gw.pool.close()
 
 
-async def _run_demo(environment: Environment, flags: Json, folder: Path, opens_browser: bool) -> None:
+async def _run_demo(
+    environment: Environment, flags: Json, folder: Path, opens_browser: bool
+) -> None:
     """The gateway with the embedded upstream, in a throw-away home: it never touches the person's files."""
     demo = DemoUpstream()
     base = await demo.start()
@@ -8703,35 +8372,35 @@ class _Client:
     @blocking
     def call(self, method: str, path: str, body: Json | None = None) -> Json:
         """One request, its JSON answer. Raises AztError with the gateway's own sentence."""
-        raw = b"" if body is None else encode_json(body)
-        answer = open_response(self._pool, Call(method, self.url + path, self._headers, raw), Wire())
-        value = parse_event(answer.body) or {}
-        if answer.status >= 400:
-            raise _answered(answer.status, value)
-        return value
+        return parse_event(self._open(method, path, body).body) or {}
 
     @blocking
     def events(self, path: str, body: Json) -> Iterator[Json]:
         """The events of a streamed answer, as they arrive."""
-        answer = open_response(self._pool, Call("POST", self.url + path, self._headers, encode_json(body)), Wire())
-        if answer.sock is None or answer.framing is None:
-            raise _answered(answer.status, parse_event(answer.body) or {})
-        parser = SSEParser()
-        data = answer.rest
-        answer.sock.settimeout(None)
+        answer = self._open("POST", path, body)
+        sock, framing = cast(socket.socket, answer.sock), cast(Framing, answer.framing)
+        sock.settimeout(None)
+        parser, data = SSEParser(), answer.rest
         while True:
-            for event in parser.feed(answer.framing.feed(data)):
-                if (value := parse_event(event)) is not None:
-                    yield value
-            if answer.framing.ended or not (data := answer.sock.recv(READ_BYTES)):
-                answer.close()
-                return
+            yield from filter(None, map(parse_event, parser.feed(framing.feed(data))))
+            if framing.ended or not (data := sock.recv(READ_BYTES)):
+                return answer.close()
+
+    def _open(self, method: str, path: str, body: Json | None) -> Answer:
+        raw = b"" if body is None else encode_json(body)
+        answer = open_response(
+            self._pool, Call(method, self.url + path, self._headers, raw), Wire()
+        )
+        if answer.status >= 400:
+            raise _answered(answer.status, parse_event(answer.body) or {})
+        return answer
 
 
 def _answered(status: int, value: Json) -> AztError:
     error = value.get("error")
     inner = error if isinstance(error, dict) else {}
-    return AztError(status, inner.get("code"), str(inner.get("message") or f"The gateway answered {status}."))
+    message = str(inner.get("message") or f"The gateway answered {status}.")
+    return AztError(status, inner.get("code"), message)
 
 
 def _on_gateway(function: Callable[[_Client], T], must_run: bool = False) -> T:
@@ -8745,10 +8414,14 @@ def _on_gateway(function: Callable[[_Client], T], must_run: bool = False) -> T:
             break
         time.sleep(0.1)  # another command is at work; it takes a moment
     else:
-        raise StateError(f"Another azt (pid {holder['pid'] if holder else '?'}) is using this home. Try again.")
+        raise StateError(
+            f"Another azt (pid {holder['pid'] if holder else '?'}) is using this home. Try again."
+        )
     try:
         if holder is not None:
-            return function(_Client(str(holder["url"]), read_or_make_secret(environment.paths.admin_token)))
+            return function(
+                _Client(str(holder["url"]), read_or_make_secret(environment.paths.admin_token))
+            )
         if must_run:
             raise AztError(503, "not_running", "azt is not running. Start it with `azt start`.")
         return asyncio.run(_privately(environment, function))
@@ -8758,8 +8431,9 @@ def _on_gateway(function: Callable[[_Client], T], must_run: bool = False) -> T:
 
 async def _privately(environment: Environment, function: Callable[[_Client], T]) -> T:
     """A gateway on a free loopback port for as long as `function` runs, which does so in a thread."""
-    gw = Gateway(environment, {"log.level": "warning"})
+    gw = Gateway(environment, {})
     start_logging("warning")
+    logging.disable(logging.INFO)  # whatever log.level says: this is the log of one command
     await in_thread(gw.files, gw.load)
     async with _serving(gw, "127.0.0.1", 0) as server:
         client = _Client(_local_url(gw.listening), gw.admin_token)
@@ -8784,16 +8458,15 @@ def _table(*rows: Sequence[str]) -> list[str]:
     """Columns as wide as their widest cell; control characters never reach the terminal."""
     clean = [[mask(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*clean, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in clean)
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in clean
+    )
     return [line.rstrip() for line in lines]
 
 
 def _when(ms: int | None) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(ms / 1000)) if ms else "-"
-
-
-def _quoted(text: str) -> str:
-    return urllib.parse.quote(text, safe="")
 
 
 _Run = Callable[[argparse.Namespace], int]
@@ -8808,7 +8481,8 @@ def _admin(
     """A command that is one admin call; {name} in `path` is an argument of the command line."""
 
     def run(args: argparse.Namespace) -> int:
-        texts = {name: _quoted(value) for name, value in vars(args).items() if isinstance(value, str)}
+        words = ((name, value) for name, value in vars(args).items() if isinstance(value, str))
+        texts = {name: urllib.parse.quote(value, safe="") for name, value in words}
         sent = body(args) if body else None if method == "GET" else {}
         result = _on_gateway(lambda client: client.call(method, ADMIN + path.format(**texts), sent))
         return _show(args, result, lines(result))
@@ -8831,7 +8505,12 @@ def _status(args: argparse.Namespace) -> int:
         ("base URL", gateway["baseUrl"]),
         ("listens on", ", ".join(gateway["listen"])),
         ("keys", str(gateway["keys"] or "none: the API asks for none")),
-        ("serving", f"{active['email'] or active['id']} ({active['plan']}, {active['status']})" if active else "no account"),
+        (
+            "serving",
+            f"{active['email'] or active['id']} ({active['plan']}, {active['status']})"
+            if active
+            else "no account",
+        ),
         ("accounts", str(len(accounts))),
         ("model", f"{state['defaultModel']} ({models['count']} listed, from {models['source']})"),
         ("state", gateway["stateDir"]),
@@ -8840,7 +8519,8 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _ask(args: argparse.Namespace) -> int:
-    text = " ".join(args.text) or ("" if sys.stdin.isatty() else sys.stdin.read())
+    piped = sys.stdin is not None and not sys.stdin.isatty()
+    text = " ".join(args.text) or (sys.stdin.read() if piped else "")
     if not text.strip():
         raise BadRequest('Say what to ask: azt ask "What is a lock file?"', "text")
     body: Json = {"messages": [{"role": "user", "content": text}], "stream": True}
@@ -8867,44 +8547,75 @@ def _models(args: argparse.Namespace) -> int:
 
 
 def _model_lines(models: Json) -> list[str]:
-    rows = [(one["id"], "default" if one["default"] else "", " ".join(one["efforts"])) for one in models["items"]]
+    rows = [
+        (one["id"], "default" if one["default"] else "", " ".join(one["efforts"]))
+        for one in models["items"]
+    ]
     return _table(("MODEL", "", "REASONING EFFORTS"), *rows)
 
 
 def _account_lines(accounts: Json) -> list[str]:
     rows = [
-        ("*" if one["active"] else "", one["id"], one["label"] or one["email"], one["plan"], one["status"],
-         _when(one["tokenExpiresAt"]))
+        (
+            "*" if one["active"] else "",
+            one["id"],
+            one["label"] or one["email"],
+            one["plan"],
+            one["status"],
+            _when(one["tokenExpiresAt"]),
+        )
         for one in accounts["items"]
     ]
     if not rows:
-        return ["No account yet. `azt accounts import ~/.codex/auth.json` takes over the sign-in of Codex."]
+        return [
+            "No account yet. `azt accounts import ~/.codex/auth.json` takes over the sign-in of Codex."
+        ]
     return _table(("", "ID", "ACCOUNT", "PLAN", "STATE", "TOKEN UNTIL"), *rows)
 
 
 def _import_body(args: argparse.Namespace) -> Json:
     entries: list[Json] = []
-    for name in args.files:
+    for name in args.file:
         try:
-            entries += read_entries(read_foreign(Path(name).expanduser(), IMPORT_MAX_BYTES))
+            entries += read_entries(read_foreign(Path(os.path.expanduser(name)), IMPORT_MAX_BYTES))
         except OSError as error:
-            raise BadRequest(f"{name} cannot be read ({error.strerror or error}).", "file") from None
+            raise BadRequest(
+                f"{name} cannot be read ({error.strerror or error}).", "file"
+            ) from None
     return {"payload": entries}
 
 
 def _import_lines(result: Json) -> list[str]:
-    return _table(*[(one["result"], one["id"], one["email"], one["plan"]) for one in result["items"]])
+    return _table(
+        *[(one["result"], one["id"], one["email"], one["plan"]) for one in result["items"]]
+    )
+
+
+def _now_serving(result: Json) -> str:
+    return f"{result['account']['email'] or result['activeId']} serves the API now."
+
+
+def _removed_lines(result: Json) -> list[str]:
+    return [f"Removed: {result['removed']}."]
 
 
 def _settings_get(args: argparse.Namespace) -> int:
-    values = flattened(_on_gateway(lambda client: client.call("GET", f"{ADMIN}/settings"))["values"])
+    values = flattened(
+        _on_gateway(lambda client: client.call("GET", f"{ADMIN}/settings"))["values"]
+    )
     key = args.key or ""
     if key in values:
         return _show(args, values[key], [json.dumps(values[key], ensure_ascii=False)])
-    found = {name: value for name, value in sorted(values.items()) if name.startswith(key and key + ".")}
+    found = {
+        name: value for name, value in sorted(values.items()) if name.startswith(key and key + ".")
+    }
     if not found:
         check_setting(key, None)
-    return _show(args, found, [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in found.items()])
+    return _show(
+        args,
+        found,
+        [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in found.items()],
+    )
 
 
 def _settings_set(args: argparse.Namespace) -> int:
@@ -8919,125 +8630,116 @@ def _settings_set(args: argparse.Namespace) -> int:
 
 
 def _key_lines(keys: Json) -> list[str]:
-    rows = [(one["id"], one["name"], one["prefix"] + "…", _when(one["createdAt"])) for one in keys["items"]]
-    return _table(*rows) if rows else ["No keys: the API asks for none. `azt keys add NAME` adds one."]
+    rows = [
+        (one["id"], one["name"], one["prefix"] + "…", _when(one["createdAt"]))
+        for one in keys["items"]
+    ]
+    return (
+        _table(*rows) if rows else ["No keys: the API asks for none. `azt keys add NAME` adds one."]
+    )
 
 
 def _new_key_lines(result: Json) -> list[str]:
     lines = [result["key"], "Shown only this once. Clients send it as their API key."]
     if result["first"]:
         lines.append("From now on every call needs a key, also on this machine.")
-        lines.append("`azt settings set apiKeys.loopbackExempt true` exempts programs on this machine.")
+        lines.append(
+            "`azt settings set apiKeys.loopbackExempt true` exempts programs on this machine."
+        )
     return lines
 
 
-_Argument = tuple[str, Json]
-_ACCOUNT = "label, e-mail or the beginning of an id"
-_SERVE: tuple[_Argument, ...] = (
-    ("--host", {"help": "address to listen on (default 0.0.0.0)"}),
-    ("--port", {"type": int, "help": "port to listen on (default 8787; 0 picks a free one)"}),
-    ("--demo", {"action": "store_true", "help": "with an embedded upstream: no account, no network"}),
-    ("--log-level", {"choices": ("debug", "info", "warning", "error"), "help": "default info"}),
-)
-_NO_OPEN: _Argument = ("--no-open", {"action": "store_true", "help": "do not open the console in a browser"})
-_MODEL: _Argument = ("--model", {"help": "default: the setting defaultModel"})
-_REFRESH: _Argument = ("--refresh", {"action": "store_true", "help": "ask the upstream for the current list"})
+# Every argument of every command, in argparse's terms.
+_ARGUMENTS: dict[str, Json] = {
+    "--demo": {"action": "store_true", "help": "embedded upstream: no account, no network"},
+    "--host": {"help": "address to listen on (default 0.0.0.0)"},
+    "--json": {"action": "store_true", "help": "print JSON"},
+    "--log-level": {"choices": ("debug", "info", "warning", "error"), "help": "default info"},
+    "--model": {"help": "default: the setting defaultModel"},
+    "--no-open": {"action": "store_true", "help": "do not open the console in a browser"},
+    "--port": {"type": int, "help": "port to listen on (default 8787; 0 picks a free one)"},
+    "--refresh": {"action": "store_true", "help": "ask the upstream for the current list"},
+    "ACCOUNT": {"help": "label, e-mail or the beginning of an id"},
+    "ACCOUNT...": {"nargs": "+", "help": "label, e-mail or the beginning of an id"},
+    "FILE...": {"nargs": "+", "help": "JSON such as Codex's auth.json, or a ZIP of such files"},
+    "KEY": {"help": "a setting such as defaultModel"},
+    "KEY?": {"nargs": "?", "help": "a setting such as defaultModel, or a group such as server"},
+    "NAME": {"help": "what the key is for, or its id"},
+    "TEXT*": {"nargs": "*", "help": "the question; read from standard input when left out"},
+    "VALUE": {"help": "a JSON value; bare words need no quotes"},
+}
 
-# Command (a group's has two words) -> what it does, how, and its arguments. `--json` is added to all
-# but start and serve.
-_COMMANDS: dict[str, tuple[str, _Run, tuple[_Argument, ...]]] = {
-    "start": ("start the gateway", _start, (*_SERVE, _NO_OPEN)),
-    "serve": ("start the gateway without opening a browser", _start, _SERVE),
-    "status": ("what runs, and who serves", _status, ()),
-    "ask": (
-        "ask a model; the answer streams to the terminal",
-        _ask,
-        (("text", {"nargs": "*", "help": "the question; read from standard input when left out"}), _MODEL),
-    ),
-    "models": ("list the models", _models, (_REFRESH,)),
-    "accounts list": ("list the accounts", _admin("GET", "/accounts", _account_lines), ()),
-    "accounts import": (
-        "add accounts from files, such as Codex's auth.json",
+# Command, with its arguments -> what it is for, and what runs.
+_COMMANDS: dict[str, tuple[str, _Run]] = {
+    "start --host --port --demo --log-level --no-open": ("start the gateway", _start),
+    "serve --host --port --demo --log-level": ("start it without opening a browser", _start),
+    "status --json": ("what runs, and who serves", _status),
+    "ask TEXT* --model --json": ("ask a model; the answer streams to the terminal", _ask),
+    "models --refresh --json": ("list the models", _models),
+    "accounts list --json": ("list them", _admin("GET", "/accounts", _account_lines)),
+    "accounts import FILE... --json": (
+        "add accounts from files",
         _admin("POST", "/accounts/import", _import_lines, _import_body),
-        (("files", {"nargs": "+", "metavar": "FILE", "help": "JSON, or a ZIP of JSON files"}),),
     ),
-    "accounts use": (
-        "serve the API with this account",
-        _admin(
-            "POST",
-            "/accounts/{account}/activate",
-            lambda result: [f"{result['account']['email'] or result['activeId']} serves the API now."],
-        ),
-        (("account", {"metavar": "ACCOUNT", "help": _ACCOUNT}),),
+    "accounts use ACCOUNT --json": (
+        "serve the API with this one",
+        _admin("POST", "/accounts/{account}/activate", lambda result: [_now_serving(result)]),
     ),
-    "accounts remove": (
-        "forget accounts",
-        _admin(
-            "POST",
-            "/accounts/remove",
-            lambda result: [f"Removed {result['removed']}."],
-            lambda args: {"ids": args.accounts},
-        ),
-        (("accounts", {"nargs": "+", "metavar": "ACCOUNT", "help": _ACCOUNT}),),
+    "accounts remove ACCOUNT... --json": (
+        "forget them",
+        _admin("POST", "/accounts/remove", _removed_lines, lambda args: {"ids": args.account}),
     ),
-    "settings get": (
-        "show one setting, a group, or all",
-        _settings_get,
-        (("key", {"nargs": "?", "metavar": "KEY", "help": "for example server.port"}),),
-    ),
-    "settings set": (
-        "change one setting",
-        _settings_set,
-        (
-            ("key", {"metavar": "KEY", "help": "for example defaultModel"}),
-            ("value", {"metavar": "VALUE", "help": "a JSON value; bare words need no quotes"}),
-        ),
-    ),
-    "keys list": ("list the keys that clients may use", _admin("GET", "/keys", _key_lines), ()),
-    "keys add": (
-        "make a key; it is shown once",
+    "settings get KEY? --json": ("show one, a group, or all", _settings_get),
+    "settings set KEY VALUE --json": ("change one", _settings_set),
+    "keys list --json": ("list them", _admin("GET", "/keys", _key_lines)),
+    "keys add NAME --json": (
+        "make one; it is shown once",
         _admin("POST", "/keys", _new_key_lines, lambda args: {"name": args.name}),
-        (("name", {"metavar": "NAME", "help": "what the key is for"}),),
     ),
-    "keys revoke": (
-        "make a key useless",
-        _admin("DELETE", "/keys/{key}", lambda _: ["It is revoked."]),
-        (("key", {"metavar": "KEY", "help": "its id or name"}),),
+    "keys revoke NAME --json": (
+        "make one useless",
+        _admin("DELETE", "/keys/{name}", lambda _: ["It is revoked."]),
     ),
 }
-_GROUPS = {"accounts": "who is signed in", "keys": "keys for clients", "settings": "read and change settings"}
+_GROUPS = {"accounts": "who is signed in", "keys": "keys of clients", "settings": "every knob"}
 
 
 def _parser() -> argparse.ArgumentParser:
     about = "Your own ChatGPT/Codex sign-in as an OpenAI-compatible API on your machine."
     parser = argparse.ArgumentParser(prog="azt", description=about)
     parser.add_argument("--version", action="version", version=f"azt {VERSION}")
-    places = {"": parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command")}
-    for name, (text, run, arguments) in _COMMANDS.items():
-        group, _, action = name.rpartition(" ")
-        if group not in places:
-            parent = places[""].add_parser(group, help=_GROUPS[group], description=_GROUPS[group])
-            places[group] = parent.add_subparsers(required=True, metavar="ACTION")
-        command = places[group].add_parser(action, help=text, description=text)
+    top = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command")
+    groups: dict[str, Any] = {}
+    for line, (text, run) in _COMMANDS.items():
+        name, *words = line.split()
+        place: Any = top
+        if name in _GROUPS:
+            if name not in groups:
+                group = top.add_parser(name, help=_GROUPS[name], description=_GROUPS[name])
+                groups[name] = group.add_subparsers(required=True, metavar="ACTION")
+            place, name, *words = groups[name], *words
+        command = place.add_parser(name, help=text, description=text)
         command.set_defaults(run=run)
-        for flag, options in arguments:
-            command.add_argument(flag, **options)
-        if run is not _start:
-            command.add_argument("--json", action="store_true", help="print JSON")
+        for word in words:
+            plain = word.rstrip(".?*")
+            shown = {} if word.startswith("--") else {"metavar": plain}
+            command.add_argument(plain.lower(), **shown, **_ARGUMENTS[word])
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command `azt`. Exit codes: 0 fine, 1 failed, 2 wrong use or state unusable, 3 port taken."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not None, as a closed one is
+            stream.reconfigure(errors="backslashreplace")
     args = _parser().parse_args(argv)
     try:
         return cast(int, args.run(args))
-    except _PortTaken as error:
-        code, message = EXIT_PORT_TAKEN, error.message
     except (BadRequest, StateError) as error:
         code, message = EXIT_UNUSABLE, error.message
     except AztError as error:
-        code, message = EXIT_FAILED, error.message
+        code = EXIT_PORT_TAKEN if error.code == "port_in_use" else EXIT_FAILED
+        message = error.message
     except KeyboardInterrupt:
         code, message = 130, "Interrupted."
     say(f"azt: {mask(message)}", to_stderr=True)

@@ -3,9 +3,9 @@
 Arguments go to pytest, and then only pytest runs: `python3 tests -k stream`.
 
 The environment lies in `.azt-test-env` in the checkout (ignored by git) and is made anew when
-`pyproject.toml`, this file or the Python version changes. Needs Python 3.11 with venv; with npm the
-official Node libraries are installed too and their tests run. Nothing outside the checkout changes,
-but for Debian packages that are missing when this runs as root (a fresh container).
+`pyproject.toml`, the Node packages below or the Python version change. Needs Python 3.11 with venv;
+with npm the official Node libraries are installed too and their tests run. Nothing outside the
+checkout changes, but for Debian packages that are missing when this runs as root (containers).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ NODE_PACKAGES = {
 }
 
 CHECKS = {
-    "format": ["ruff", "format", "--check", "."],
-    "lint": ["ruff", "check", "."],
+    "format": ["ruff", "format", "--check", "--output-format", "concise", "."],
+    "lint": ["ruff", "check", "--output-format", "concise", "."],
     "types": ["mypy", "--strict", "azt.py"],
 }
 
@@ -78,8 +78,8 @@ def prepare() -> None:
 
 def fingerprint() -> str:
     """Changes with everything that the environment is made from."""
-    parts = [sys.version, sys.prefix, str(ROOT), str(shutil.which("npm"))]
-    parts += [path.read_text() for path in (ROOT / "pyproject.toml", Path(__file__))]
+    parts = [sys.version, sys.prefix, str(ROOT), str(shutil.which("npm")), repr(NODE_PACKAGES)]
+    parts.append((ROOT / "pyproject.toml").read_text())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

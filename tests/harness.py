@@ -62,16 +62,20 @@ class Gateway:
         self.arguments = arguments
         self.url = ""
 
-    def azt(self, *arguments: str, timeout: float = 30.0) -> subprocess.CompletedProcess[str]:
-        """Run one `azt` command in this home."""
-        return subprocess.run(
-            [sys.executable, "-m", "azt", *arguments],
-            env=self.environment,
-            cwd=self.home,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+    @property
+    def state(self) -> Path:
+        return Path(self.environment["AI_ZERO_TOKEN_HOME"]) / ".state"
+
+    def proof(self) -> dict[str, str]:
+        """The headers by which the owner of this home makes changes."""
+        token = (self.state / "admin-token").read_text().strip()
+        return {"X-AZT-Admin": "1", "Authorization": f"Bearer {token}"}
+
+    def azt(self, *arguments: str, **how: Any) -> subprocess.CompletedProcess[str]:
+        """Run one `azt` command in this home; `how` is for `subprocess.run`."""
+        how = {"env": self.environment, "cwd": self.home, "timeout": 30.0, **how}
+        command = [sys.executable, "-m", "azt", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, **how)
 
     def import_account(self, account: Json) -> None:
         file = self.home / f"{account['account_id']}.json"

@@ -47,13 +47,11 @@ class Demo:
         path: str,
         body: bytes | Any = None,
         headers: dict[str, str] | None = None,
-        chunked: bool = False,
     ) -> tuple[int, dict[str, str], bytes]:
         data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         connection = self.connect()
-        payload = iter([data[:7], data[7:]]) if chunked and data is not None else data
         sent = {"authorization": "Bearer demo"} if headers is None else headers
-        connection.request(method, path, payload, sent, encode_chunked=chunked)
+        connection.request(method, path, data, sent)
         reply = connection.getresponse()
         read = reply.read()
         connection.close()
@@ -210,14 +208,7 @@ def test_a_tool_output_is_answered_in_text(demo: Demo) -> None:
     assert text_of(events) == "The tool answered: 12 degrees"
 
 
-@pytest.mark.parametrize(
-    "choice",
-    [
-        "required",
-        {"type": "function", "name": "get_weather"},
-        {"type": "allowed_tools", "mode": "required", "tools": []},
-    ],
-)
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "get_weather"}])
 def test_a_forced_tool_is_called_without_the_word(demo: Demo, choice: Any) -> None:
     events = demo.ask("hello", tools=[TOOL], tool_choice=choice)
 
@@ -239,7 +230,7 @@ def test_image_word_makes_a_real_png(demo: Demo) -> None:
     rows = zlib.decompress(picture[picture.index(b"IDAT") + 4 : picture.index(b"IEND") - 8])
 
     assert picture.startswith(b"\x89PNG\r\n\x1a\n")
-    assert len(rows) == 96 * (1 + 3 * 96)
+    assert len(rows) == 64 * (1 + 64 // 8)
 
 
 def test_refuse_word_refuses(demo: Demo) -> None:
@@ -280,11 +271,11 @@ def test_cut_word_breaks_the_connection_within_the_answer(demo: Demo) -> None:
     connection.request("POST", RESPONSES, body, {"authorization": "Bearer demo"})
     reply = connection.getresponse()
 
-    with pytest.raises(http.client.IncompleteRead) as broken:
-        reply.read()
+    events = events_in(reply.read())
     connection.close()
 
-    assert len(text_of(events_in(broken.value.partial)).split()) == 5
+    assert len(text_of(events).split()) == 5
+    assert events[-1]["type"] == "response.output_text.delta"
 
 
 def test_a_json_schema_gets_a_value_that_fits(demo: Demo) -> None:
@@ -317,8 +308,18 @@ def test_a_json_schema_gets_a_value_that_fits(demo: Demo) -> None:
     assert value["next"]["kind"] == "k"
 
 
-def test_an_optional_recursive_member_ends(demo: Demo) -> None:
-    schema = {"type": "object", "properties": {"child": {"$ref": "#"}}}
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "properties": {"child": {"$ref": "#"}}},
+        {
+            "type": "object",
+            "required": ["child"],
+            "properties": {"child": {"type": "array", "items": {"$ref": "#"}}},
+        },
+    ],
+)
+def test_a_recursive_schema_ends(demo: Demo, schema: dict[str, Any]) -> None:
     wanted = {"type": "json_schema", "name": "tree", "schema": schema}
 
     assert "child" in json.loads(text_of(demo.ask("x", text={"format": wanted})))
@@ -327,7 +328,7 @@ def test_an_optional_recursive_member_ends(demo: Demo) -> None:
 def test_json_object_mode_gets_an_object(demo: Demo) -> None:
     events = demo.ask("say json", text={"format": {"type": "json_object"}})
 
-    assert json.loads(text_of(events)) == {"demo": True, "you_said": "say json"}
+    assert json.loads(text_of(events)) == {"you_said": "say json"}
 
 
 @pytest.mark.parametrize(
@@ -337,7 +338,6 @@ def test_json_object_mode_gets_an_object(demo: Demo) -> None:
         ({"store": True}, "Store must be set to false"),
         ({"input": "hi"}, "Input must be a list"),
         ({"temperature": 1}, "Unsupported parameter: temperature"),
-        ({"input": [{"role": "system", "content": "x"}]}, "System messages are not allowed"),
         (
             {"model": "nope"},
             "The 'nope' model is not supported when using Codex with a ChatGPT account.",
@@ -353,43 +353,10 @@ def test_faulty_requests_are_refused_as_by_the_real_backend(
     assert json.loads(data) == {"detail": detail}
 
 
-def test_a_tool_output_without_its_call_is_refused(demo: Demo) -> None:
-    orphan = {"type": "function_call_output", "call_id": "call_x", "output": "1"}
-
-    status, _headers, data = demo.send("POST", RESPONSES, turn("", input=[orphan]))
-
-    assert status == 400
-    assert "call_x" in json.loads(data)["error"]["message"]
-
-
 def test_a_call_without_credentials_is_refused(demo: Demo) -> None:
     status, _headers, data = demo.send("POST", RESPONSES, turn("hi"), headers={})
 
     assert (status, json.loads(data)) == (401, {"detail": "Unauthorized"})
-
-
-def test_chunked_gzip_and_unknown_codings_are_read(demo: Demo) -> None:
-    plain = json.dumps(turn("packed words")).encode()
-    packer = zlib.compressobj(wbits=31)
-    packed = packer.compress(plain) + packer.flush()
-    head = {"authorization": "Bearer demo"}
-
-    chunked = demo.send("POST", RESPONSES, plain, chunked=True)[2]
-    gzipped = demo.send("POST", RESPONSES, packed, {**head, "content-encoding": "gzip"})[2]
-    unknown = demo.send("POST", RESPONSES, b"\x28\xb5", {**head, "content-encoding": "zstd"})[2]
-
-    assert "packed words" in text_of(events_in(chunked))
-    assert "packed words" in text_of(events_in(gzipped))
-    assert "demo backend" in text_of(events_in(unknown))
-
-
-def test_one_connection_serves_several_calls(demo: Demo) -> None:
-    connection = demo.connect()
-    for text in ("first", "second"):
-        body = json.dumps(turn(text))
-        connection.request("POST", RESPONSES, body, {"authorization": "Bearer demo"})
-        assert text in text_of(events_in(connection.getresponse().read()))
-    connection.close()
 
 
 def test_models_come_with_an_etag_that_is_honoured(demo: Demo) -> None:
@@ -412,15 +379,12 @@ def test_usage_shows_both_windows(demo: Demo) -> None:
     assert limit["secondary_window"]["used_percent"] > 0
 
 
-@pytest.mark.parametrize(
-    "body",
-    [b'{"grant_type":"refresh_token","refresh_token":"rt_demo1"}', b"refresh_token=rt_demo1"],
-)
-def test_refresh_renews_the_tokens(demo: Demo, body: bytes) -> None:
-    status, _headers, data = demo.send("POST", "/oauth/token", body)
+def test_refresh_renews_the_tokens(demo: Demo) -> None:
+    status, _headers, data = demo.send("POST", "/oauth/token", {"refresh_token": "rt_demo1"})
 
     assert status == 200
     assert json.loads(data)["access_token"].count(".") == 2
+    assert json.loads(data)["refresh_token"].startswith("rt_demo")
 
 
 def test_a_foreign_refresh_token_is_refused(demo: Demo) -> None:
@@ -437,13 +401,12 @@ def test_other_paths_are_not_found(demo: Demo) -> None:
 
 
 def test_the_demo_account_carries_the_claims_of_a_plus_plan() -> None:
-    account = azt.demo_account(1_800_000_000.0)
-    payload = account["access_token"].split(".")[1]
-    claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+    [account] = azt.to_accounts([azt.demo_account(1_800_000_000.0)], 1_800_000_000.0)
 
-    assert claims["https://api.openai.com/auth"]["chatgpt_plan_type"] == "plus"
-    assert claims["https://api.openai.com/auth"]["chatgpt_account_id"] == account["account_id"]
-    assert claims["exp"] == account["expires_at"] == 1_800_000_000 + 864_000
+    assert account.plan == "plus"
+    assert account.account_id == "demo-account"
+    assert account.email == "demo@example.com"
+    assert account.expires_at == 1_800_000_000 + 864_000
 
 
 def test_stopping_ends_running_streams() -> None:
@@ -454,7 +417,20 @@ def test_stopping_ends_running_streams() -> None:
     reply.read1()
 
     demo.close()
-
-    with pytest.raises((http.client.IncompleteRead, ConnectionError)):
-        reply.read()
+    rest = reply.read()
     connection.close()
+
+    assert b"response.completed" not in rest
+
+
+def test_stopping_is_silent_while_a_connection_idles(caplog: pytest.LogCaptureFixture) -> None:
+    demo = Demo(pace_s=0)
+    idle = demo.connect()
+    idle.connect()
+    # The demo accepts in order: after this answer it waits for a call of the idle connection.
+    demo.ask("hello")
+
+    demo.close()
+    idle.close()
+
+    assert caplog.records == []

@@ -1,4 +1,4 @@
-"""The strict gate: malformed requests, whole and split at every byte, pure and over a real socket."""
+"""The strict gate: malformed requests, whole and split at every byte, pure and over sockets."""
 
 from __future__ import annotations
 
@@ -77,7 +77,15 @@ MALFORMED: list[tuple[int, bytes]] = [
     ],
     *[
         (505, b"GET /v1/models " + version + b"\r\n" + HOST + b"\r\n")
-        for version in (b"HTTP/0.9", b"HTTP/1.2", b"HTTP/1.9", b"HTTP/2.0", b"HTTP/3.0", b"HTTP/9.9", b"HTTP/0.0")
+        for version in (
+            b"HTTP/0.9",
+            b"HTTP/1.2",
+            b"HTTP/1.9",
+            b"HTTP/2.0",
+            b"HTTP/3.0",
+            b"HTTP/9.9",
+            b"HTTP/0.0",
+        )
     ],
     (505, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
     *[
@@ -224,7 +232,12 @@ MALFORMED: list[tuple[int, bytes]] = [
     (400, post(b"Content-Length: 3\r\nContent-Length: 3\r\n", b"abc")),
     (400, post(b"Content-Length: 3\r\nContent-Length: 30\r\n", b"abc")),
     (400, post(b"Content-Length: 0\r\ncontent-length: 3\r\n", b"abc")),
-    (400, post(b"Content-Type: application/json\r\nContent-Type: text/plain\r\nContent-Length: 0\r\n")),
+    (
+        400,
+        post(
+            b"Content-Type: application/json\r\nContent-Type: text/plain\r\nContent-Length: 0\r\n"
+        ),
+    ),
     (400, post(b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n", b"0\r\n\r\n")),
     (400, post(b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n", b"0\r\n\r\n")),
     # framing
@@ -357,7 +370,7 @@ WELL_FORMED = [
 
 @dataclass
 class Verdict:
-    """What the gate makes of some bytes: a status (0: nothing wrong) and what it read of the body."""
+    """What the gate makes of some bytes: a status (0: nothing wrong) and the body it read."""
 
     status: int = 0
     body: bytes = b""
@@ -409,7 +422,11 @@ def test_malformed_request_is_refused_whole(status: int, raw: bytes) -> None:
 def test_malformed_request_is_refused_split_at_every_byte(status: int, raw: bytes) -> None:
     # Long runs of filler add nothing: cut within the first and last bytes and at the limits.
     size = len(raw)
-    near = [at for at in range(1, size) if at < 400 or size - at < 200 or abs(at - azt.MAX_HEAD_BYTES) < 3]
+    near = [
+        at
+        for at in range(1, size)
+        if at < 400 or size - at < 200 or abs(at - azt.MAX_HEAD_BYTES) < 3
+    ]
     wrong = [at for at in near if judge([raw[:at], raw[at:]]).status != status]
     assert not wrong
 
@@ -581,7 +598,9 @@ def answers(port: int, pieces: list[bytes]) -> bytes:
 
 
 @pytest.mark.parametrize(("status", "raw"), [v for v in MALFORMED[::4] if len(v[1]) < 4000])
-def test_malformed_request_gets_one_answer_and_a_closed_connection(port: int, status: int, raw: bytes) -> None:
+def test_malformed_request_gets_one_answer_and_a_closed_connection(
+    port: int, status: int, raw: bytes
+) -> None:
     # What follows a broken request is never read as one.
     received = answers(port, [raw + GOOD])
     assert received.startswith(b"HTTP/1.1 %d " % status)
@@ -591,7 +610,9 @@ def test_malformed_request_gets_one_answer_and_a_closed_connection(port: int, st
 
 
 @pytest.mark.parametrize(("status", "raw"), [v for v in MALFORMED[1::16] if len(v[1]) < 400])
-def test_malformed_request_in_two_packets_gets_the_same_answer(port: int, status: int, raw: bytes) -> None:
+def test_malformed_request_in_two_packets_gets_the_same_answer(
+    port: int, status: int, raw: bytes
+) -> None:
     middle = len(raw) // 2
     received = answers(port, [raw[:middle], raw[middle:]])
     assert received.startswith(b"HTTP/1.1 %d " % status)

@@ -54,7 +54,10 @@ class Stream:
         self.first = first
         self.may_probe = True
         self.calls: list[str] = []
-        self.events = {name: threading.Event() for name in ("start", "pause", "resume", "probe", "cancel", "stop")}
+        self.events = {
+            name: threading.Event()
+            for name in ("start", "pause", "resume", "probe", "cancel", "stop")
+        }
 
     def _called(self, name: str) -> None:
         self.calls.append(name)
@@ -71,6 +74,7 @@ class Stream:
 
     def resume(self) -> None:
         self._called("resume")
+        self.sink.finish()
 
     def probe(self) -> bool:
         self._called("probe")
@@ -147,6 +151,10 @@ async def bad_header(context: Context, request: azt.Request) -> azt.Reply:
     return azt.Reply(200, b"x", [("x-split", "a\r\nset-cookie: b")])
 
 
+async def own_id(context: Context, request: azt.Request) -> azt.Reply:
+    return azt.Reply(200, b"x", [("X-Request-Id", "upstream-1")])
+
+
 async def empty(context: Context, request: azt.Request) -> azt.Reply:
     return azt.Reply(204)
 
@@ -173,6 +181,7 @@ ROUTES = [
     azt.Route("GET", "/v1/items/{id}", echo, "api"),
     azt.Route("GET", "/v1/items/{id}/parts", echo, "api"),
     azt.Route("GET", "/v1/large", large, "api"),
+    azt.Route("GET", "/v1/own-id", own_id, "api"),
     azt.Route("GET", "/v1/pieces", pieces, "api"),
     azt.Route("GET", "/v1/stream", stream, "api"),
     azt.Route("GET", "/v1/wait", wait, "api"),
@@ -197,7 +206,9 @@ class Server:
         self.policy = POLICY
         self._runner = asyncio.Runner()
         self.loop = self._runner.get_loop()
-        self.context = Context([], Stream(), threading.Event(), threading.Event(), self._runner.run(self._event()))
+        self.context = Context(
+            [], Stream(), threading.Event(), threading.Event(), self._runner.run(self._event())
+        )
         self.http = azt.HttpServer(ROUTES, self.context, lambda: self.policy)
         self.addresses = self._runner.run(self.http.listen("127.0.0.1", 0))
         self.port = self.addresses[0][1]
@@ -269,7 +280,9 @@ def ask(
     try:
         connection.request(method, path, body, headers or {})
         response = connection.getresponse()
-        return Answer(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
+        return Answer(
+            response.status, {k.lower(): v for k, v in response.getheaders()}, response.read()
+        )
     finally:
         connection.close()
 
@@ -279,19 +292,33 @@ class Client(socket.socket):
 
     def __init__(self, server: Server, address: str = "127.0.0.1") -> None:
         super().__init__(socket.AF_INET, socket.SOCK_STREAM)
+        self._rest = b""
         self.settimeout(WAIT_S)
         self.bind((address, 0))
-        self.connect(("127.0.0.1", server.port))
+        try:
+            self.connect(("127.0.0.1", server.port))
+        except OSError:
+            self.close()
+            raise
         self.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
+    def read_some(self, most: int = 65536) -> bytes:
+        """What has arrived; empty when the server has closed."""
+        data, self._rest = self._rest or self.recv(most), b""
+        return data
+
     def read_until(self, end: bytes) -> bytes:
-        """Everything up to `end`, and not one byte more."""
-        received = b""
-        while not received.endswith(end):
-            byte = self.recv(1)
-            assert byte, f"closed after {received!r}"
-            received += byte
-        return received
+        """Everything up to `end`."""
+        received, at = bytearray(), -1
+        while at < 0:
+            data = self.read_some()
+            assert data, f"closed after {received[-1000:]!r}"
+            start = max(0, len(received) - len(end))
+            received += data
+            at = received.find(end, start)
+        at += len(end)
+        self._rest = bytes(received[at:])
+        return bytes(received[:at])
 
     def read_answer(self) -> Answer:
         """One answer with a content length."""
@@ -302,17 +329,18 @@ class Client(socket.socket):
         return Answer(int(lines[0].split()[1]), headers, self.read_exactly(size))
 
     def read_exactly(self, size: int) -> bytes:
-        received = b""
+        received = bytearray()
         while len(received) < size:
-            data = self.recv(size - len(received))
+            data = self.read_some()
             assert data, "closed"
             received += data
-        return received
+        self._rest = bytes(received[size:])
+        return bytes(received[:size])
 
     def read_all(self) -> bytes:
         """Everything until the server closes."""
         received = b""
-        while data := self.recv(65536):
+        while data := self.read_some():
             received += data
         return received
 
@@ -324,7 +352,11 @@ def client(server: Server) -> Iterator[Client]:
 
 
 def post(path: str, body: bytes, fields: str = "") -> bytes:
-    return f"POST {path} HTTP/1.1\r\nHost: localhost\r\n{fields}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    return (
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\n{fields}"
+        f"Content-Length: {len(body)}\r\n\r\n".encode()
+        + body
+    )
 
 
 # -- which handler
@@ -332,7 +364,18 @@ def post(path: str, body: bytes, fields: str = "") -> bytes:
 
 @pytest.mark.parametrize(
     "path",
-    ["/v1/echo", "/v1/echo/", "/echo", "/echo/", "/v1/v1/echo", "/v1/v1/v1/echo", "//v1//echo", "/v1//echo", "/v1/echo?a=b", "/v1/%65cho"],
+    [
+        "/v1/echo",
+        "/v1/echo/",
+        "/echo",
+        "/echo/",
+        "/v1/v1/echo",
+        "/v1/v1/v1/echo",
+        "//v1//echo",
+        "/v1//echo",
+        "/v1/echo?a=b",
+        "/v1/%65cho",
+    ],
 )
 def test_paths_that_people_get_wrong_are_forgiven(server: Server, path: str) -> None:
     assert ask(server, "GET", path).status == 200
@@ -378,7 +421,18 @@ def test_wrong_method_names_the_right_ones(server: Server) -> None:
     assert answer.headers["allow"] == "GET, HEAD, OPTIONS, POST"
 
 
-@pytest.mark.parametrize("path", ["/v1/%00", "/v1/../echo", "/v1/%2e%2e/echo", "/v1/./echo", "/v1/a%5cb", "/v1/%ff", "/v1/%0d%0a"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/%00",
+        "/v1/../echo",
+        "/v1/%2e%2e/echo",
+        "/v1/./echo",
+        "/v1/a%5cb",
+        "/v1/%ff",
+        "/v1/%0d%0a",
+    ],
+)
 def test_paths_no_honest_client_sends_are_refused(server: Server, path: str) -> None:
     answer = ask(server, "GET", path)
     assert (answer.status, answer.code) == (400, "invalid_url")
@@ -415,12 +469,19 @@ def test_answer_without_content_has_no_length(client: Client) -> None:
         ("GET", {"Expect": "200-ok"}, 417),
     ],
 )
-def test_what_azt_does_for_nobody(server: Server, method: str, headers: dict[str, str], status: int) -> None:
+def test_what_azt_does_for_nobody(
+    server: Server, method: str, headers: dict[str, str], status: int
+) -> None:
     assert ask(server, method, "/v1/echo", headers=headers).status == status
 
 
 def test_websocket_on_a_codex_responses_route_falls_back_at_once(server: Server) -> None:
-    answer = ask(server, "GET", "/codex/v1/responses", headers={"Connection": "upgrade", "Upgrade": "websocket"})
+    answer = ask(
+        server,
+        "GET",
+        "/codex/v1/responses",
+        headers={"Connection": "upgrade", "Upgrade": "websocket"},
+    )
     assert (answer.status, answer.code) == (426, "upgrade_refused")
 
 
@@ -436,7 +497,15 @@ def test_connection_is_kept_for_the_next_request(client: Client) -> None:
 
 
 def test_pipelined_requests_are_answered_in_order(server: Server, client: Client) -> None:
-    client.sendall(b"GET /v1/wait HTTP/1.1\r\n" + HOST + b"\r\n" + post("/v1/echo", b"abc") + b"GET /v1/items/last HTTP/1.1\r\n" + HOST + b"\r\n")
+    client.sendall(
+        b"GET /v1/wait HTTP/1.1\r\n"
+        + HOST
+        + b"\r\n"
+        + post("/v1/echo", b"abc")
+        + b"GET /v1/items/last HTTP/1.1\r\n"
+        + HOST
+        + b"\r\n"
+    )
     assert server.context.started.wait(WAIT_S)
     server.call(server.context.go.set)
     answers = [client.read_answer().json for _ in range(3)]
@@ -446,11 +515,13 @@ def test_pipelined_requests_are_answered_in_order(server: Server, client: Client
 
 
 def test_many_pipelined_requests_in_one_write_are_all_answered(client: Client) -> None:
-    client.sendall(GET * 3000)
-    assert all(client.read_answer().status == 200 for _ in range(3000))
+    client.sendall(GET * 1500)
+    assert all(client.read_answer().status == 200 for _ in range(1500))
 
 
-def test_pipelining_beyond_the_limit_stops_the_reading_until_the_answer(server: Server, client: Client) -> None:
+def test_pipelining_beyond_the_limit_stops_the_reading_until_the_answer(
+    server: Server, client: Client
+) -> None:
     client.sendall(b"GET /v1/wait HTTP/1.1\r\n" + HOST + b"\r\n")
     assert server.context.started.wait(WAIT_S)
     client.sendall(GET * (4 * azt.PIPELINE_BYTES // len(GET)))
@@ -459,6 +530,18 @@ def test_pipelining_beyond_the_limit_stops_the_reading_until_the_answer(server: 
     server.call(server.context.go.set)
     assert client.read_answer().json == {"waited": True}
     assert client.read_answer().status == 200
+
+
+def test_client_that_does_not_read_gets_no_further_answers_meanwhile(
+    server: Server, client: Client
+) -> None:
+    client.sendall((b"GET /v1/large HTTP/1.1\r\n" + HOST + b"\r\n") * 3)
+    server.until(lambda: bool(connections(server)) and connections(server)[0].is_paused)
+    waiting = server.call(lambda: connections(server)[0].transport.get_write_buffer_size())
+    assert waiting < 33 * azt.MIB
+    for _ in range(3):
+        answer = client.read_answer()
+        assert len(answer.body) == 32 * azt.MIB
 
 
 def connections(server: Server) -> list[azt.Connection]:
@@ -478,10 +561,12 @@ def test_old_client_is_answered_and_closed(client: Client) -> None:
     assert b"\r\nconnection: close\r\n" in received.lower()
 
 
-def test_nagle_is_off_and_the_other_loopback_address_is_served(server: Server, client: Client) -> None:
+def test_nagle_is_off_and_the_other_loopback_address_is_served(
+    server: Server, client: Client
+) -> None:
     client.sendall(GET)
     client.read_answer()
-    sock = connections(server)[0]._transport.get_extra_info("socket")
+    sock = connections(server)[0].transport.get_extra_info("socket")
     assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
     if socket.has_ipv6:
         assert server.addresses == [("127.0.0.1", server.port), ("::1", server.port)]
@@ -511,7 +596,7 @@ def test_body_split_at_every_byte_arrives_whole(client: Client) -> None:
 def test_body_in_chunks_arrives_whole(server: Server, size: int) -> None:
     body = bytes(index % 251 for index in range(size))
     steps = (body[at : at + 70_001] for at in range(0, size, 70_001))
-    answer = ask(server, "POST", "/v1/echo", steps, {"Transfer-Encoding": "chunked"})
+    answer = ask(server, "POST", "/v1/echo", steps)
     assert (answer.json["size"], answer.json["crc"]) == (size, zlib.crc32(body))
 
 
@@ -523,23 +608,36 @@ def test_large_body_arrives_whole(server: Server) -> None:
 
 
 def test_next_request_follows_a_chunked_body(client: Client) -> None:
-    client.sendall(b"POST /v1/echo HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n" + GET)
+    client.sendall(
+        b"POST /v1/echo HTTP/1.1\r\n"
+        + HOST
+        + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
+        + GET
+    )
     assert client.read_answer().json["size"] == 3
     assert client.read_answer().json["method"] == "GET"
 
 
 def test_client_that_waits_is_told_to_continue(client: Client) -> None:
-    client.sendall(b"POST /v1/echo HTTP/1.1\r\n" + HOST + b"Expect: 100-continue\r\nContent-Length: 3\r\n\r\n")
+    client.sendall(
+        b"POST /v1/echo HTTP/1.1\r\n" + HOST + b"Expect: 100-continue\r\nContent-Length: 3\r\n\r\n"
+    )
     assert client.read_until(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
     client.sendall(b"abc")
     assert client.read_answer().json["size"] == 3
 
 
 @pytest.mark.parametrize(
-    ("path", "size", "status"), [("/v1/small", 11, 413), ("/v1/echo", 5_000_000, 413), ("/v1/nope", 3, 404)]
+    ("path", "size", "status"),
+    [("/v1/small", 11, 413), ("/v1/echo", 5_000_000, 413), ("/v1/nope", 3, 404)],
 )
-def test_client_that_waits_is_refused_before_it_sends(client: Client, path: str, size: int, status: int) -> None:
-    client.sendall(f"POST {path} HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: {size}\r\n\r\n".encode())
+def test_client_that_waits_is_refused_before_it_sends(
+    client: Client, path: str, size: int, status: int
+) -> None:
+    client.sendall(
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\n"
+        f"Expect: 100-continue\r\nContent-Length: {size}\r\n\r\n".encode()
+    )
     answer = client.read_answer()
     assert (answer.status, answer.headers["connection"]) == (status, "close")
 
@@ -565,7 +663,9 @@ def test_limit_of_a_route_counts_before_that_of_the_policy(server: Server) -> No
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_refused_request_with_a_small_body_keeps_the_connection(client: Client, chunked: bool) -> None:
+def test_refused_request_with_a_small_body_keeps_the_connection(
+    client: Client, chunked: bool
+) -> None:
     body = b"3\r\nabc\r\n0\r\n\r\n" if chunked else b"abc"
     framing = b"Transfer-Encoding: chunked\r\n" if chunked else b"Content-Length: 3\r\n"
     client.sendall(b"POST /v1/nope HTTP/1.1\r\n" + HOST + framing + b"\r\n" + body + GET)
@@ -577,7 +677,7 @@ def test_refused_request_with_a_small_body_keeps_the_connection(client: Client, 
 def test_refused_request_with_a_large_body_keeps_its_reason(server: Server, chunked: bool) -> None:
     body = b"x" * (3 * azt.MIB)
     sent: Any = iter([body[:100], body]) if chunked else body
-    answer = ask(server, "POST", "/v1/nope", sent, {"Transfer-Encoding": "chunked"} if chunked else {})
+    answer = ask(server, "POST", "/v1/nope", sent)
     assert (answer.status, answer.code) == (404, "unknown_url")
 
 
@@ -605,6 +705,10 @@ def test_handler_may_free_the_body_early(server: Server) -> None:
 TEXT = b'{"model": "m", "messages": []}' * 1000
 
 
+def gz(data: bytes, level: int = 9) -> bytes:
+    return gzip.compress(data, level, mtime=0)
+
+
 def raw_deflate(data: bytes) -> bytes:
     packer = zlib.compressobj(wbits=-15)
     return packer.compress(data) + packer.flush()
@@ -613,14 +717,14 @@ def raw_deflate(data: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("coding", "body"),
     [
-        ("gzip", gzip.compress(TEXT)),
-        ("x-gzip", gzip.compress(TEXT)),
-        ("GZIP", gzip.compress(TEXT)),
+        ("gzip", gz(TEXT)),
+        ("x-gzip", gz(TEXT)),
+        ("GZIP", gz(TEXT)),
         ("deflate", zlib.compress(TEXT)),
         ("deflate", raw_deflate(TEXT)),
-        ("gzip, deflate", zlib.compress(gzip.compress(TEXT))),
+        ("gzip, deflate", zlib.compress(gz(TEXT))),
         ("identity", TEXT),
-        ("gzip", gzip.compress(b"")[:]),
+        ("gzip", gz(b"")),
     ],
 )
 def test_compressed_body_is_unpacked(server: Server, coding: str, body: bytes) -> None:
@@ -631,7 +735,7 @@ def test_compressed_body_is_unpacked(server: Server, coding: str, body: bytes) -
 
 def test_large_compressed_body_is_unpacked_in_a_thread(server: Server) -> None:
     text = bytes(index % 256 for index in range(3 * azt.MIB))
-    answer = ask(server, "POST", "/v1/echo", gzip.compress(text, 1), {"Content-Encoding": "gzip"})
+    answer = ask(server, "POST", "/v1/echo", gz(text, 1), {"Content-Encoding": "gzip"})
     assert (answer.json["size"], answer.json["crc"]) == (len(text), zlib.crc32(text))
     assert server.http.workers.threads == 1
 
@@ -644,31 +748,37 @@ def test_large_compressed_body_is_unpacked_in_a_thread(server: Server) -> None:
         ("gzip, gzip, gzip", b"x", 415),
         ("gzip", b"not gzip", 400),
         ("deflate", b"not deflate", 400),
-        ("gzip", gzip.compress(TEXT)[:-1], 400),
-        ("gzip", gzip.compress(TEXT)[:30], 400),
+        ("gzip", gz(TEXT)[:-1], 400),
+        ("gzip", gz(TEXT)[:30], 400),
         ("deflate", zlib.compress(TEXT)[:-1], 400),
-        ("gzip", gzip.compress(TEXT) + b"x", 400),
-        ("gzip", gzip.compress(TEXT) * 2, 400),
-        ("gzip, gzip", gzip.compress(TEXT), 400),
-        ("gzip", gzip.compress(bytes(5 * azt.MIB)), 413),
-        ("gzip, gzip", gzip.compress(gzip.compress(bytes(1000 * azt.MIB), 1)), 413),
+        ("gzip", gz(TEXT) + b"x", 400),
+        ("gzip", gz(TEXT) * 2, 400),
+        ("gzip, gzip", gz(TEXT), 400),
+        ("gzip", gz(bytes(5 * azt.MIB)), 413),
+        ("gzip, gzip", gz(gz(bytes(1000 * azt.MIB), 1)), 413),
         ("deflate", raw_deflate(bytes(64 * azt.MIB)), 413),
     ],
 )
-def test_hostile_compressed_body_is_refused(server: Server, coding: str, body: bytes, status: int) -> None:
+def test_hostile_compressed_body_is_refused(
+    server: Server, coding: str, body: bytes, status: int
+) -> None:
     answer = ask(server, "POST", "/v1/echo", body, {"Content-Encoding": coding})
     assert answer.status == status
     assert ask(server, "GET", "/v1/echo").status == 200
 
 
-def test_zstd_is_unpacked_where_python_can_and_refused_with_advice_elsewhere(server: Server) -> None:
+def test_zstd_is_unpacked_where_python_can_and_refused_with_advice_elsewhere(
+    server: Server,
+) -> None:
     zstd = server.http.zstd
     body = zstd.compress(TEXT) if zstd else b"\x28\xb5\x2f\xfd"
     answer = ask(server, "POST", "/v1/echo", body, {"Content-Encoding": "zstd"})
     if zstd:
         assert answer.json["crc"] == zlib.crc32(TEXT)
         for damaged in (body[:-1], body + b"x", body * 2, b"x" + body):
-            assert ask(server, "POST", "/v1/echo", damaged, {"Content-Encoding": "zstd"}).status == 400
+            assert (
+                ask(server, "POST", "/v1/echo", damaged, {"Content-Encoding": "zstd"}).status == 400
+            )
         bomb = zstd.compress(bytes(100 * azt.MIB))
         assert ask(server, "POST", "/v1/echo", bomb, {"Content-Encoding": "zstd"}).status == 413
     else:
@@ -678,7 +788,9 @@ def test_zstd_is_unpacked_where_python_can_and_refused_with_advice_elsewhere(ser
 
 
 def test_raw_route_takes_a_compressed_body_as_it_came(server: Server) -> None:
-    answer = ask(server, "POST", "/codex/v1/responses", b"\x28\xb5\x2f\xfd", {"Content-Encoding": "zstd"})
+    answer = ask(
+        server, "POST", "/codex/v1/responses", b"\x28\xb5\x2f\xfd", {"Content-Encoding": "zstd"}
+    )
     assert answer.json["size"] == 4
     assert answer.json["headers"]["content-encoding"] == "zstd"
 
@@ -690,7 +802,12 @@ def test_error_of_a_handler_has_the_openai_shape(server: Server) -> None:
     answer = ask(server, "POST", "/v1/refuse", b"{}")
     assert (answer.status, answer.headers["retry-after"]) == (429, "1")
     assert answer.json == {
-        "error": {"message": "Too fast: wait a second.", "type": "rate_limit_error", "param": None, "code": "slow_down"}
+        "error": {
+            "message": "Too fast: wait a second.",
+            "type": "rate_limit_error",
+            "param": None,
+            "code": "slow_down",
+        }
     }
 
 
@@ -711,7 +828,17 @@ def test_header_that_would_split_the_answer_is_a_500(server: Server) -> None:
 
 @pytest.mark.parametrize("name", ["x-request-id", "x-client-request-id"])
 def test_request_id_of_the_client_is_kept(server: Server, name: str) -> None:
-    assert ask(server, "GET", "/v1/echo", headers={name: "abc-123"}).headers["x-request-id"] == "abc-123"
+    assert (
+        ask(server, "GET", "/v1/echo", headers={name: "abc-123"}).headers["x-request-id"]
+        == "abc-123"
+    )
+
+
+def test_request_id_of_a_handler_stands_alone(client: Client) -> None:
+    client.sendall(b"GET /v1/own-id HTTP/1.1\r\n" + HOST + b"\r\n")
+    head = client.read_until(b"\r\n\r\n").lower()
+    assert head.count(b"x-request-id: ") == 1
+    assert b"x-request-id: upstream-1" in head
 
 
 @pytest.mark.parametrize("value", ["a b", "a" * 129, "<x>", "caf\xe9"])
@@ -732,7 +859,12 @@ def test_record_is_closed_once_with_what_happened(server: Server) -> None:
     ask(server, "GET", "/v1/echo?secret=1")
     record = server.context.requests[0].record
     server.until(lambda: record.total_ms is not None)
-    assert (record.method, record.path, record.status, record.result) == ("GET", "/v1/echo", 200, "ok")
+    assert (record.method, record.path, record.status, record.result) == (
+        "GET",
+        "/v1/echo",
+        200,
+        "ok",
+    )
     assert server.http.running == 0
 
 
@@ -761,7 +893,9 @@ def test_page_of_this_machine_can_read_errors(server: Server) -> None:
         assert answer.headers["access-control-allow-origin"] == "http://localhost:3000"
 
 
-@pytest.mark.parametrize("path", ["/v1/echo", "/_gateway/admin/state", "/_gateway/health", "/", "/codex/v1/x"])
+@pytest.mark.parametrize(
+    "path", ["/v1/echo", "/_gateway/admin/state", "/_gateway/health", "/", "/codex/v1/x"]
+)
 def test_foreign_page_gets_no_cors_headers(server: Server, path: str) -> None:
     for method in ("GET", "OPTIONS"):
         answer = ask(server, method, path, headers={"Origin": "https://evil.com"})
@@ -785,6 +919,11 @@ def test_preflight_is_answered_where_the_call_would_be_allowed(server: Server) -
     assert "access-control-allow-credentials" not in answer.headers
 
 
+def test_preflight_for_a_method_that_is_not_there_is_refused(server: Server) -> None:
+    asked = {"Origin": "http://localhost:3000", "Access-Control-Request-Method": "PUT"}
+    assert ask(server, "OPTIONS", "/v1/echo", headers=asked).status == 405
+
+
 def test_options_without_a_page_says_what_is_allowed(server: Server) -> None:
     answer = ask(server, "OPTIONS", "/v1/items/a")
     assert (answer.status, answer.headers["allow"]) == (204, "DELETE, GET, HEAD, OPTIONS")
@@ -798,8 +937,15 @@ def test_relayed_request_needs_a_key(server: Server) -> None:
 
 def test_missing_and_wrong_key_are_told_apart(server: Server) -> None:
     server.policy = replace(POLICY, key_hashes=frozenset({"0" * 64}))
-    missing, wrong = ask(server, "GET", "/v1/echo"), ask(server, "GET", "/v1/echo", headers={"api-key": "x"})
-    assert (missing.status, missing.code, missing.headers["www-authenticate"]) == (401, None, "Bearer")
+    missing, wrong = (
+        ask(server, "GET", "/v1/echo"),
+        ask(server, "GET", "/v1/echo", headers={"api-key": "x"}),
+    )
+    assert (missing.status, missing.code, missing.headers["www-authenticate"]) == (
+        401,
+        None,
+        "Bearer",
+    )
     assert (wrong.status, wrong.code) == (401, "invalid_api_key")
 
 
@@ -815,7 +961,9 @@ def test_admin_change_must_be_json(server: Server) -> None:
 # -- streams
 
 
-def open_stream(server: Server, client: Client, first: bytes = b"", version: bytes = b"1.1") -> Stream:
+def open_stream(
+    server: Server, client: Client, first: bytes = b"", version: bytes = b"1.1"
+) -> Stream:
     """A running stream whose head has been read."""
     server.context.stream = body = Stream(first)
     client.sendall(b"GET /v1/stream HTTP/" + version + b"\r\n" + HOST + b"\r\n")
@@ -825,7 +973,9 @@ def open_stream(server: Server, client: Client, first: bytes = b"", version: byt
     return body
 
 
-def test_stream_is_written_in_chunks_and_the_connection_kept(server: Server, client: Client) -> None:
+def test_stream_is_written_in_chunks_and_the_connection_kept(
+    server: Server, client: Client
+) -> None:
     body = open_stream(server, client, b"first")
     assert client.read_until(b"first\r\n") == b"5\r\nfirst\r\n"
     server.write(b"")
@@ -861,8 +1011,13 @@ def test_cut_stream_is_seen_as_broken(server: Server, client: Client) -> None:
 
 def test_cut_stream_to_an_old_client_is_seen_as_broken(server: Server, client: Client) -> None:
     body = open_stream(server, client, version=b"1.0")
-    server.call(lambda: connections(server)[0]._transport.get_extra_info("socket").setsockopt(
-        socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)))
+    server.call(
+        lambda: (
+            connections(server)[0]
+            .transport.get_extra_info("socket")
+            .setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        )
+    )
     server.call(body.sink.cut)
     with pytest.raises(ConnectionResetError):
         client.read_all()
@@ -876,17 +1031,27 @@ def test_head_of_a_stream_is_answered_without_running_it(server: Server, client:
     assert body.calls == ["cancel"]
 
 
+def test_stream_that_fails_to_start_is_cut(server: Server, client: Client) -> None:
+    class Broken(Stream):
+        def start(self, sink: azt.Sink) -> None:
+            raise ZeroDivisionError
+
+    server.context.stream = Broken()
+    client.sendall(b"GET /v1/stream HTTP/1.1\r\n" + HOST + b"\r\n")
+    assert b"0\r\n\r\n" not in client.read_all()
+    assert ask(server, "GET", "/v1/echo").status == 200
+
+
 def test_slow_reader_pauses_the_stream_and_resumes_it(server: Server, client: Client) -> None:
     body = open_stream(server, client)
     piece = b"x" * 65536
     while not body.events["pause"].is_set():
         server.write(piece)
-    waiting = server.call(lambda: connections(server)[0]._transport.get_write_buffer_size())
+    waiting = server.call(lambda: connections(server)[0].transport.get_write_buffer_size())
     assert waiting <= azt.WRITE_BUFFER_BYTES + len(piece) + 16
-    while not body.events["resume"].is_set():
-        assert client.recv(65536)
-    server.call(body.sink.finish)
+    assert "resume" not in body.calls
     assert client.read_until(b"0\r\n\r\n")
+    assert body.events["resume"].wait(WAIT_S)
 
 
 def test_iterator_is_sent_piece_by_piece(server: Server, client: Client) -> None:
@@ -905,21 +1070,21 @@ def test_iterator_is_sent_piece_by_piece(server: Server, client: Client) -> None
 
 
 def test_iterator_waits_for_a_slow_reader(server: Server, client: Client) -> None:
-    sent = []
+    made = []
 
-    async def endless() -> AsyncIterator[bytes]:
-        while True:
-            sent.append(65536)
+    async def many() -> AsyncIterator[bytes]:
+        for _ in range(400):
+            made.append(65536)
             yield b"x" * 65536
 
-    server.context.pieces = endless()
+    server.context.pieces = many()
     client.sendall(b"GET /v1/pieces HTTP/1.1\r\n" + HOST + b"\r\n")
     server.until(lambda: bool(connections(server)) and connections(server)[0].is_paused)
-    before = len(sent)
+    before = len(made)
     server.call(lambda: None)
-    assert len(sent) == before
-    while len(sent) == before:
-        assert client.recv(65536)
+    assert len(made) == before < 400
+    assert client.read_until(b"0\r\n\r\n")
+    assert len(made) == 400
 
 
 def test_iterator_that_fails_cuts_the_answer(server: Server, client: Client) -> None:
@@ -961,7 +1126,11 @@ def test_client_that_leaves_cancels_the_handler_at_once(server: Server) -> None:
     assert time.monotonic() - left_s < 0.25
     record = server.context.requests[0].record
     server.until(lambda: server.http.running == 0)
-    assert (record.status, record.result, record.error_code) == (499, "cancelled", "client_closed_request")
+    assert (record.status, record.result, record.error_code) == (
+        499,
+        "cancelled",
+        "client_closed_request",
+    )
 
 
 def test_client_that_leaves_a_stream_cancels_it_at_once(server: Server) -> None:
@@ -982,7 +1151,10 @@ def test_client_that_resets_a_stream_cancels_it(server: Server) -> None:
     assert body.events["cancel"].wait(WAIT_S)
 
 
-@pytest.mark.parametrize("sent", [b"GET /v1/echo HT", b"POST /v1/echo HTTP/1.1\r\n" + HOST + b"Content-Length: 9\r\n\r\nabc"])
+@pytest.mark.parametrize(
+    "sent",
+    [b"GET /v1/echo HT", b"POST /v1/echo HTTP/1.1\r\n" + HOST + b"Content-Length: 9\r\n\r\nabc"],
+)
 def test_client_that_leaves_inside_its_request_is_forgotten(server: Server, sent: bytes) -> None:
     with Client(server) as client:
         client.sendall(sent)
@@ -1030,7 +1202,14 @@ def test_half_closed_stream_goes_on(server: Server, client: Client, may_probe: b
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every time limit is over at the next tick but one."""
     monkeypatch.setattr(azt, "TICK_S", 0.02)
-    for name in ("HEAD_TIMEOUT_S", "BODY_STALL_S", "KEEP_ALIVE_S", "WRITE_STALL_S", "LINGER_S", "LINGER_REFUSED_S"):
+    for name in (
+        "HEAD_TIMEOUT_S",
+        "BODY_STALL_S",
+        "KEEP_ALIVE_S",
+        "WRITE_STALL_S",
+        "LINGER_S",
+        "LINGER_REFUSED_S",
+    ):
         monkeypatch.setattr(azt, name, 0.1)
 
 
@@ -1047,7 +1226,9 @@ def test_slow_second_head_is_refused(quick: None, server: Server, client: Client
 
 
 @pytest.mark.parametrize("sent", [b"", GET])
-def test_idle_connection_is_closed_without_a_word(quick: None, server: Server, client: Client, sent: bytes) -> None:
+def test_idle_connection_is_closed_without_a_word(
+    quick: None, server: Server, client: Client, sent: bytes
+) -> None:
     client.sendall(sent)
     if sent:
         client.read_answer()
@@ -1080,23 +1261,30 @@ def test_reader_that_stops_reading_is_cut(quick: None, server: Server, client: C
     server.until(lambda: not connections(server))
 
 
-def test_slow_reader_of_a_large_answer_gets_all_of_it(quick: None, server: Server, client: Client) -> None:
+def test_slow_reader_of_a_large_answer_gets_all_of_it(
+    quick: None, server: Server, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(azt, "WRITE_STALL_S", 2.0)
     client.sendall(b"GET /v1/large HTTP/1.1\r\n" + HOST + b"Connection: close\r\n\r\n")
     client.read_until(b"\r\n\r\n")
     size = 0
-    while data := client.recv(2 * azt.MIB):
+    while data := client.read_some(2 * azt.MIB):
         size += len(data)
         server.begin(asyncio.sleep(0.02)).result(WAIT_S)
     assert size == 32 * azt.MIB
 
 
-def test_client_that_never_closes_is_aborted_after_its_answer(quick: None, server: Server, client: Client) -> None:
+def test_client_that_never_closes_is_aborted_after_its_answer(
+    quick: None, server: Server, client: Client
+) -> None:
     client.sendall(b"GET /v1/echo HTTP/1.1\r\n" + HOST + b"Connection: close\r\n\r\n")
     client.read_all()
     server.until(lambda: not connections(server))
 
 
-def test_client_that_floods_after_a_malformed_request_is_cut(server: Server, client: Client) -> None:
+def test_client_that_floods_after_a_malformed_request_is_cut(
+    server: Server, client: Client
+) -> None:
     client.sendall(b"\x00")
     with pytest.raises(OSError):
         for _ in range(1000):
@@ -1106,7 +1294,9 @@ def test_client_that_floods_after_a_malformed_request_is_cut(server: Server, cli
 # -- how many
 
 
-def test_connections_of_one_peer_are_capped(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connections_of_one_peer_are_capped(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(azt, "MAX_CONNECTIONS_LOOPBACK", 2)
     with Client(server) as first, Client(server) as second:
         for client in (first, second):
@@ -1118,18 +1308,28 @@ def test_connections_of_one_peer_are_capped(server: Server, monkeypatch: pytest.
     assert ask(server, "GET", "/v1/echo").status == 200
 
 
-def test_requests_of_one_network_address_are_capped(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_of_one_network_address_are_capped(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(azt, "MAX_LAN_STREAMS", 1)
     # Other loopback addresses stand in for the network.
     monkeypatch.setattr(azt, "_LOOPBACK_NETWORKS", (ipaddress.ip_network("127.0.0.1/32"),))
     server.policy = replace(POLICY, own_networks=(ipaddress.ip_network("127.0.0.0/8"),))
-    with Client(server, "127.0.0.2") as first, Client(server, "127.0.0.2") as second, Client(server, "127.0.0.3") as other:
+    with (
+        Client(server, "127.0.0.2") as first,
+        Client(server, "127.0.0.2") as second,
+        Client(server, "127.0.0.3") as other,
+    ):
         first.sendall(b"GET /v1/wait HTTP/1.1\r\n" + HOST + b"\r\n")
         assert server.context.started.wait(WAIT_S)
         second.sendall(GET)
         other.sendall(GET)
         refused = second.read_answer()
-        assert (refused.status, refused.code, refused.headers["retry-after"]) == (429, "concurrency_limit", "1")
+        assert (refused.status, refused.code, refused.headers["retry-after"]) == (
+            429,
+            "concurrency_limit",
+            "1",
+        )
         assert other.read_answer().status == 200
         server.call(server.context.go.set)
         assert first.read_answer().status == 200
@@ -1137,7 +1337,9 @@ def test_requests_of_one_network_address_are_capped(server: Server, monkeypatch:
         assert second.read_answer().status == 200
 
 
-def test_own_machine_has_no_cap_on_requests(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_machine_has_no_cap_on_requests(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(azt, "MAX_LAN_STREAMS", 0)
     assert ask(server, "GET", "/v1/echo").status == 200
 
@@ -1147,7 +1349,8 @@ import asyncio, dataclasses, resource, socket, sys
 import azt
 
 async def main():
-    policy = azt.Policy(frozenset(), frozenset(), frozenset(), True, False, (), frozenset(), "", 1000)
+    none = frozenset()
+    policy = azt.Policy(none, none, none, True, False, (), none, "", 1000)
     async def ok(context, request):
         return azt.json_reply({})
     server = azt.HttpServer([azt.Route("GET", "/v1/x", ok, "api")], None, lambda: policy)
@@ -1160,7 +1363,8 @@ async def main():
     hogs = []
     clients = [socket.socket() for _ in range(20)]
     soft = max(client.fileno() for client in clients) + 3
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     loop = asyncio.get_running_loop()
     for client in clients:
         client.setblocking(False)
@@ -1189,7 +1393,9 @@ asyncio.run(asyncio.wait_for(main(), 20))
 def test_running_out_of_files_turns_new_connections_away_and_nothing_else() -> None:
     folder = str(Path(azt.__file__).parent)
     script = f"import sys; sys.path.insert(0, {folder!r})\n{OUT_OF_FILES}"
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    ran = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
     assert (ran.stdout, ran.returncode) == ("survived\n", 0), ran.stderr
     assert ran.stderr.count("Too many open files") == 1
 
@@ -1222,7 +1428,11 @@ def test_drain_ends_what_does_not_finish_in_time(server: Server) -> None:
         drained = server.begin(server.http.drain(0.05))
         assert streaming.read_all() == b"16\r\nstopped: shutting_down\r\n0\r\n\r\n"
         answer = waiting.read_answer()
-        assert (answer.status, answer.code, answer.headers["connection"]) == (503, "shutting_down", "close")
+        assert (answer.status, answer.code, answer.headers["connection"]) == (
+            503,
+            "shutting_down",
+            "close",
+        )
     drained.result(WAIT_S)
     assert body.calls == ["start", "stop"]
     assert not connections(server)
@@ -1238,7 +1448,11 @@ def test_new_request_on_a_kept_connection_is_told_of_the_shutdown(server: Server
         server.until(lambda: server.http.draining)
         late.sendall(GET[-2:])
         answer = late.read_answer()
-        assert (answer.status, answer.code, answer.headers["connection"]) == (503, "shutting_down", "close")
+        assert (answer.status, answer.code, answer.headers["connection"]) == (
+            503,
+            "shutting_down",
+            "close",
+        )
         server.call(server.context.go.set)
         assert running.read_answer().status == 200
     drained.result(WAIT_S)

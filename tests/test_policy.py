@@ -1,4 +1,4 @@
-"""The decision table of who may call what, row by row, and what a request's head says about its caller."""
+"""The decision table of who may call what, row by row, and what a head says of its caller."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def status(caller: Caller, access: Access, method: str = "GET", policy: Policy =
     return 200 if fault is None else fault.status
 
 
-# -- rows 1 to 3, 6 to 8, 10, 12 to 14: who x what, in each policy; columns own, relayed, lan, public
+# -- rows 1 to 3, 6 to 8, 10, 12 to 14: who x what, in each policy
+# columns: own, relayed, lan, public
 
 PLACES = {
     ("api", "none", "open"): (200, 403, 200, 403),
@@ -71,19 +72,41 @@ PLACES = {
     ("metrics", "none", "keyed"): (200, 401, 401, 401),
     ("metrics", "wrong", "keyed"): (200, 401, 401, 401),
     ("metrics", "good", "keyed"): (200, 200, 200, 200),
-    **{("health", key, policy): (200, 200, 200, 200) for key in ("none", "good") for policy in POLICIES},
-    **{("page", key, policy): (200, 403, 200, 403) for key in ("none", "good") for policy in POLICIES},
-    **{("admin_read", key, policy): (200, 403, 403, 403) for key in ("none", "good") for policy in POLICIES},
-    **{("admin_write", key, policy): (200, 403, 403, 403) for key in ("none", "good") for policy in POLICIES},
-    **{("admin_proof", key, policy): (401, 403, 403, 403) for key in ("none", "good") for policy in POLICIES},
+    **{
+        ("health", key, policy): (200, 200, 200, 200)
+        for key in ("none", "good")
+        for policy in POLICIES
+    },
+    **{
+        ("page", key, policy): (200, 403, 200, 403)
+        for key in ("none", "good")
+        for policy in POLICIES
+    },
+    **{
+        ("admin_read", key, policy): (200, 403, 403, 403)
+        for key in ("none", "good")
+        for policy in POLICIES
+    },
+    **{
+        ("admin_write", key, policy): (200, 403, 403, 403)
+        for key in ("none", "good")
+        for policy in POLICIES
+    },
+    **{
+        ("admin_proof", key, policy): (401, 403, 403, 403)
+        for key in ("none", "good")
+        for policy in POLICIES
+    },
 }
 
 
-@pytest.mark.parametrize(("row", "statuses"), PLACES.items(), ids=lambda value: " ".join(map(str, value)))
+@pytest.mark.parametrize(
+    ("row", "statuses"), PLACES.items(), ids=lambda value: " ".join(map(str, value))
+)
 def test_place_and_key_decide(row: tuple[Access, str, str], statuses: tuple[int, ...]) -> None:
     access, key, policy = row
     seen = tuple(
-        status(replace(caller, key=key, marked=True), access, "POST", POLICIES[policy])  # type: ignore[arg-type]
+        status(replace(caller, key=key, marked=True), access, "POST", POLICIES[policy])
         for caller in CALLERS.values()
     )
     assert seen == statuses
@@ -97,7 +120,9 @@ def test_every_peer_class_is_a_column() -> None:
     assert {caller.peer for caller in CALLERS.values()} == set(get_args(PeerClass))
 
 
-@pytest.mark.parametrize("access", [access for access in get_args(Access) if access != "admin_proof"])
+@pytest.mark.parametrize(
+    "access", [access for access in get_args(Access) if access != "admin_proof"]
+)
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_plain_call_on_loopback_is_never_refused(access: Access, method: str) -> None:
     assert status(replace(OWN, marked=True), access, method) == 200
@@ -121,7 +146,9 @@ def test_secrets_need_the_admin_token_for_reading_too() -> None:
 @pytest.mark.parametrize("caller", [RELAYED, LAN, PUBLIC])
 @pytest.mark.parametrize("access", ["admin_read", "admin_write", "admin_proof"])
 def test_no_token_opens_the_administration_elsewhere(caller: Caller, access: Access) -> None:
-    assert status(replace(caller, proof=True, key="good", marked=True), access, "POST", KEYED) == 403
+    assert (
+        status(replace(caller, proof=True, key="good", marked=True), access, "POST", KEYED) == 403
+    )
 
 
 def test_administration_says_the_same_to_everybody_elsewhere() -> None:
@@ -144,12 +171,22 @@ def test_administration_answers_to_loopback_names_only(host: str) -> None:
 
 @pytest.mark.parametrize("access", get_args(Access))
 @pytest.mark.parametrize("caller", CALLERS.values(), ids=CALLERS)
-@pytest.mark.parametrize("host", ["", "evil.com", "localhost.evil.com", "box.evil.com", "azt.example.com.evil.com"])
+@pytest.mark.parametrize(
+    "host", ["", "evil.com", "localhost.evil.com", "box.evil.com", "azt.example.com.evil.com"]
+)
 def test_foreign_host_is_refused_everywhere(access: Access, caller: Caller, host: str) -> None:
-    assert status(replace(caller, host=host, key="good", proof=True, marked=True), access, "GET", KEYED) == 403
+    assert (
+        status(
+            replace(caller, host=host, key="good", proof=True, marked=True), access, "GET", KEYED
+        )
+        == 403
+    )
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "a.localhost", "10.1.2.3", "fe80::1", "box", "box.local"])
+@pytest.mark.parametrize(
+    "host",
+    ["127.0.0.1", "::1", "localhost", "a.localhost", "10.1.2.3", "fe80::1", "box", "box.local"],
+)
 @pytest.mark.parametrize("access", ["api", "codex", "health", "page"])
 def test_own_names_and_addresses_are_answered(access: Access, host: str) -> None:
     assert status(replace(OWN, host=host), access) == 200
@@ -157,7 +194,14 @@ def test_own_names_and_addresses_are_answered(access: Access, host: str) -> None
 
 @pytest.mark.parametrize(
     ("access", "expected"),
-    [("api", 200), ("codex", 200), ("health", 200), ("page", 403), ("admin_read", 403), ("metrics", 403)],
+    [
+        ("api", 200),
+        ("codex", 200),
+        ("health", 200),
+        ("page", 403),
+        ("admin_read", 403),
+        ("metrics", 403),
+    ],
 )
 def test_internal_names_reach_the_api_only(access: Access, expected: int) -> None:
     assert status(replace(OWN, host="host.docker.internal"), access) == expected
@@ -171,7 +215,15 @@ def test_refused_host_is_told_the_setting() -> None:
 
 # -- rows 4, 5, 11: pages
 
-FOREIGN = ["https://evil.com", "http://192.168.1.99:8787", "chrome-extension://abc", "file://", "null", "", "http://localhost.evil.com"]
+FOREIGN = [
+    "https://evil.com",
+    "http://192.168.1.99:8787",
+    "chrome-extension://abc",
+    "file://",
+    "null",
+    "",
+    "http://localhost.evil.com",
+]
 
 
 @pytest.mark.parametrize("access", get_args(Access))
@@ -188,7 +240,14 @@ def test_cross_site_request_without_origin_is_refused_everywhere(access: Access)
 
 
 @pytest.mark.parametrize(
-    "origin", ["http://localhost:3000", "https://localhost", "http://127.0.0.1:5173", "http://[::1]:80", "http://localhost"]
+    "origin",
+    [
+        "http://localhost:3000",
+        "https://localhost",
+        "http://127.0.0.1:5173",
+        "http://[::1]:80",
+        "http://localhost",
+    ],
 )
 @pytest.mark.parametrize("site", ["", "same-site", "cross-site"])
 def test_page_of_this_machine_may_use_the_api_and_nothing_else(origin: str, site: str) -> None:
@@ -198,14 +257,24 @@ def test_page_of_this_machine_may_use_the_api_and_nothing_else(origin: str, site
     assert set(seen.values()) == {403}
 
 
-@pytest.mark.parametrize("origin", ["http://localhost:x", "http://localhost:3000/", "http://127.0.0.1.evil.com", "http://127.0.0.2:1"])
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "http://localhost:x",
+        "http://localhost:3000/",
+        "http://127.0.0.1.evil.com",
+        "http://127.0.0.2:1",
+    ],
+)
 def test_what_only_looks_like_loopback_is_foreign(origin: str) -> None:
     assert status(replace(OWN, origin=origin), "api", "POST") == 403
 
 
 def test_listed_origin_may_use_the_api_and_nothing_else() -> None:
     listed = replace(OPEN, cors_origins=frozenset({"https://app.example.com"}))
-    caller = replace(OWN, origin="https://app.example.com", fetch_site="cross-site", proof=True, marked=True)
+    caller = replace(
+        OWN, origin="https://app.example.com", fetch_site="cross-site", proof=True, marked=True
+    )
     seen = {access: status(caller, access, "POST", listed) for access in get_args(Access)}
     assert seen.pop("api") == 200
     assert set(seen.values()) == {403}
@@ -216,17 +285,24 @@ def test_star_counts_only_while_a_key_exists_and_never_for_null() -> None:
     page = replace(OWN, origin="https://app.example.com", key="good")
     assert status(page, "api", "POST", replace(OPEN, cors_origins=star)) == 403
     assert status(page, "api", "POST", replace(KEYED, cors_origins=star)) == 200
-    assert status(replace(page, origin="null"), "api", "POST", replace(KEYED, cors_origins=star)) == 403
+    assert (
+        status(replace(page, origin="null"), "api", "POST", replace(KEYED, cors_origins=star))
+        == 403
+    )
 
 
 def test_page_of_this_machine_is_not_exempt_from_keys() -> None:
     assert status(replace(OWN, origin="http://localhost:3000"), "api", "POST", EXEMPT) == 401
 
 
-@pytest.mark.parametrize("access", ["admin_read", "admin_write", "api", "page", "metrics", "health"])
+@pytest.mark.parametrize(
+    "access", ["admin_read", "admin_write", "api", "page", "metrics", "health"]
+)
 @pytest.mark.parametrize("site", ["", "none", "same-origin"])
 def test_own_page_may_call(access: Access, site: str) -> None:
-    caller = replace(OWN, origin="http://localhost:8787", own_origin=True, fetch_site=site, marked=True)
+    caller = replace(
+        OWN, origin="http://localhost:8787", own_origin=True, fetch_site=site, marked=True
+    )
     assert status(caller, access, "POST") == 200
 
 
@@ -239,7 +315,10 @@ def test_neighbour_site_is_refused_outside_the_api(access: Access, site: str) ->
 @pytest.mark.parametrize("site", ["same-origin", "same-site", "cross-site"])
 def test_no_page_at_all_may_use_the_codex_routes(site: str) -> None:
     assert status(replace(OWN, fetch_site=site), "codex") == 403
-    assert status(replace(OWN, origin="http://localhost:8787", own_origin=True), "codex", "POST") == 403
+    assert (
+        status(replace(OWN, origin="http://localhost:8787", own_origin=True), "codex", "POST")
+        == 403
+    )
 
 
 def test_link_from_another_page_opens_the_page_but_no_frame_and_no_form_does() -> None:
@@ -255,25 +334,57 @@ def test_link_from_another_page_opens_the_page_but_no_frame_and_no_form_does() -
 
 ADDRESSES = {
     "own": ["127.0.0.1", "127.8.9.10", "::1", "::ffff:127.0.0.1"],
-    "lan": ["10.0.0.1", "172.16.0.1", "172.31.255.255", "192.168.9.9", "169.254.1.1", "100.64.0.1", "fd00::1", "fe80::1%eth0", "::ffff:10.0.0.1", "203.0.113.7"],
-    "public": ["8.8.8.8", "172.32.0.1", "100.128.0.1", "192.169.0.1", "2001:db8::1", "::ffff:8.8.8.8", "0.0.0.0"],
+    "lan": [
+        "10.0.0.1",
+        "172.16.0.1",
+        "172.31.255.255",
+        "192.168.9.9",
+        "169.254.1.1",
+        "100.64.0.1",
+        "fd00::1",
+        "fe80::1%eth0",
+        "::ffff:10.0.0.1",
+        "203.0.113.7",
+    ],
+    "public": [
+        "8.8.8.8",
+        "172.32.0.1",
+        "100.128.0.1",
+        "192.169.0.1",
+        "2001:db8::1",
+        "::ffff:8.8.8.8",
+        "0.0.0.0",
+    ],
 }
 
 
-@pytest.mark.parametrize(("place", "address"), [(p, a) for p, addresses in ADDRESSES.items() for a in addresses])
+@pytest.mark.parametrize(
+    ("place", "address"), [(p, a) for p, addresses in ADDRESSES.items() for a in addresses]
+)
 def test_address_of_the_peer_tells_the_place(place: str, address: str) -> None:
     assert azt.peer_place(address, (ipaddress.ip_network("203.0.113.0/24"),)) == place
 
 
 @pytest.mark.parametrize(
-    "header", ["forwarded", "via", "x-real-ip", "x-forwarded-for", "x-forwarded-proto", "cf-connecting-ip", "x-client-ip"]
+    "header",
+    [
+        "forwarded",
+        "via",
+        "x-real-ip",
+        "x-forwarded-for",
+        "x-forwarded-proto",
+        "cf-connecting-ip",
+        "x-client-ip",
+    ],
 )
 def test_relay_headers_are_seen(header: str) -> None:
     assert azt.is_relayed({"host": "localhost", header: "127.0.0.1"})
 
 
 def test_ordinary_headers_are_no_relay() -> None:
-    assert not azt.is_relayed({"host": "localhost", "user-agent": "curl", "x-request-id": "1", "x-stainless-os": "Linux"})
+    assert not azt.is_relayed(
+        {"host": "localhost", "user-agent": "curl", "x-request-id": "1", "x-stainless-os": "Linux"}
+    )
 
 
 @pytest.mark.parametrize(
@@ -328,14 +439,18 @@ def test_own_origin_is_that_of_the_host_header(origin: str, own: bool) -> None:
         ({"authorization": "Bearer caf\xe9"}, "wrong", False),
     ],
 )
-def test_key_and_proof_are_read_from_the_headers(headers: dict[str, str], key: str, proof: bool) -> None:
+def test_key_and_proof_are_read_from_the_headers(
+    headers: dict[str, str], key: str, proof: bool
+) -> None:
     caller = azt.read_caller("own", {"host": "localhost", **headers}, KEYED, "api")
     assert (caller.key, caller.proof) == (key, proof)
 
 
 def test_empty_admin_token_proves_nothing() -> None:
     without = replace(OPEN, admin_token_hash="")
-    caller = azt.read_caller("own", {"host": "localhost", "authorization": "Bearer "}, without, "admin_proof")
+    caller = azt.read_caller(
+        "own", {"host": "localhost", "authorization": "Bearer "}, without, "admin_proof"
+    )
     assert not caller.proof
 
 
@@ -358,7 +473,7 @@ def test_browser_marks_are_read() -> None:
 def test_every_refusal_says_what_to_do_and_names_no_secret(access: Access, policy: Policy) -> None:
     for caller in CALLERS.values():
         for key in ("none", "wrong"):
-            fault = azt.may(replace(caller, key=key), access, "POST", policy)  # type: ignore[arg-type]
+            fault = azt.may(replace(caller, key=key), access, "POST", policy)
             text = azt.error_body(fault)["error"]["message"] if fault else "Nothing is wrong."
             assert text.endswith(".")
             assert "***" not in text

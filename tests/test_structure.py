@@ -1,5 +1,5 @@
-"""The shape of azt.py: rooms in order, each using only what stands above it, and the answers to what an
-auditor searches for. The README is held to the program here too."""
+"""The shape of azt.py: rooms in order, each using only what stands above it, and short answers to
+what an auditor searches for. The README is held to the program here too."""
 
 from __future__ import annotations
 
@@ -22,13 +22,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 RULE = "# " + "=" * 98
 LINES_MAX = 6000
 FUNCTION_LINES_MAX = 60
-LONG_FUNCTIONS = {
-    "_demo_models",
-}
+LONG_FUNCTIONS: set[str] = set()
 PACKAGES = {"certifi", "h11", "truststore"}
 SECRET = re.compile(r"(_token|_secret|api_key)$")
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 # -- Rooms ----------------------------------------------------------------------------------------
@@ -57,7 +56,7 @@ def definitions() -> dict[str, int]:
     found: dict[str, int] = {}
     for node in TREE.body:
         room = room_of(node.lineno)
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
             found[node.name] = room
         elif room and isinstance(node, (ast.Assign, ast.AnnAssign)):
             for name in stored_names(node):
@@ -72,15 +71,13 @@ def stored_names(tree: ast.AST) -> set[str]:
 
 def local_names(tree: ast.AST) -> set[str]:
     """What a definition binds itself: parameters, variables, nested functions."""
-    found = (
-        stored_names(tree) if isinstance(tree, (ast.FunctionDef, ast.AsyncFunctionDef)) else set()
-    )
+    found = stored_names(tree) if isinstance(tree, FUNCTIONS) else set()
     for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+        if isinstance(node, (*FUNCTIONS, ast.Lambda)):
             found |= {
                 argument.arg for argument in ast.walk(node.args) if isinstance(argument, ast.arg)
             }
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        if isinstance(node, FUNCTIONS):
             found |= stored_names(node)
     return found
 
@@ -98,7 +95,7 @@ def dotted(node: ast.AST) -> str:
 
 def functions() -> Iterator[Function]:
     for node in ast.walk(TREE):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        if isinstance(node, FUNCTIONS):
             yield node
 
 
@@ -107,7 +104,7 @@ def own_nodes(function: Function) -> Iterator[ast.AST]:
     waiting: list[ast.AST] = list(function.body)
     while waiting:
         node = waiting.pop()
-        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+        if not isinstance(node, (*FUNCTIONS, ast.Lambda)):
             yield node
             waiting.extend(ast.iter_child_nodes(node))
 
@@ -154,9 +151,6 @@ def test_no_name_is_defined_twice() -> None:
     names = [node.name for node in TREE.body if isinstance(node, (*FUNCTIONS, ast.ClassDef))]
 
     assert sorted(names) == sorted(set(names))
-
-
-FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 # -- What an auditor searches for -----------------------------------------------------------------
@@ -263,14 +257,17 @@ def test_the_file_stays_readable_in_length() -> None:
     assert len(LINES) < LINES_MAX
 
 
-def test_functions_fit_a_screen() -> None:
-    long = {
-        function.name
-        for function in functions()
-        if (function.end_lineno or 0) - function.lineno + 1 > FUNCTION_LINES_MAX
-    }
+def length(function: Function) -> int:
+    """Lines without the docstring: a translator's ledger of fields may be long."""
+    text = ast.get_docstring(function, clean=False)
+    lines = (function.end_lineno or 0) - function.lineno + 1
+    return lines - (len(text.splitlines()) if text else 0)
 
-    assert long - LONG_FUNCTIONS == set()
+
+def test_functions_fit_a_screen() -> None:
+    long = {function.name for function in functions() if length(function) > FUNCTION_LINES_MAX}
+
+    assert long == LONG_FUNCTIONS
 
 
 def test_nothing_names_the_machine_it_was_written_on() -> None:
@@ -293,7 +290,7 @@ def test_nothing_names_the_machine_it_was_written_on() -> None:
     assert found == []
 
 
-# -- The README says what the program does ----------------------------------------------------------
+# -- The README says what the program does --------------------------------------------------------
 
 
 def azt_help(*command: str) -> str:
@@ -331,7 +328,7 @@ def test_the_readme_lists_every_command() -> None:
 
 def test_the_readme_mentions_no_other_command() -> None:
     groups = {command.split()[0] for command in commands_in_help()}
-    mentioned = set(re.findall(r"`azt ([a-z]+)", README))
+    mentioned = set(re.findall(r"`azt (?!is ready)([a-z]+)", README))
 
     assert mentioned <= groups
 
@@ -370,13 +367,11 @@ def test_the_readme_lists_every_host() -> None:
 
 def test_the_readme_lists_every_state_file() -> None:
     paths = azt.Paths(ROOT / "home", ROOT / "codex")
-    names = {name for name, value in vars(azt.Paths).items() if isinstance(value, property)}
-    files = {getattr(paths, name) for name in names} - {paths.state}
-    inside = {path.name for path in files if path.parent == paths.state}
+    files = {path for path in vars(paths).values() if path.parent == paths.state}
+    _before, _mark, section = README.partition("| file | content |")
+    listed = re.findall(r"^\| `([\w.-]+)` \|", section.partition("\n\n")[0], re.MULTILINE)
 
-    assert inside == set(re.findall(r"^\| `([\w.-]+)` \| [a-z]", README, re.MULTILINE)) - set(
-        azt.OUTBOUND
-    ) - set(azt.SETTINGS)
+    assert sorted(path.name for path in files) == listed
 
 
 @pytest.mark.parametrize("word", re.findall(r"demo:\w+", azt._DEMO_HELP))
