@@ -6,8 +6,8 @@
 """azt (AI Zero Token): your own ChatGPT/Codex sign-in as an OpenAI-compatible API on your machine.
 
 What it does: `azt start` listens on one port and answers `/v1/models`, `/v1/chat/completions` and
-`/v1/responses` by calling the Codex backend with the account that you imported, translating requests
-and streaming every delta on as soon as it has arrived.
+`/v1/responses` by calling the Codex backend with the account that you imported; it translates the
+requests and streams every delta on as soon as it has arrived.
 
 What it does not do: no telemetry, no update check, no prompt or answer on disk, no call to any host
 that is not in the table `OUTBOUND` (room 1) unless you set it, no browser impersonation.
@@ -39,7 +39,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import binascii
 import collections
 import contextlib
 import email.utils
@@ -49,7 +48,7 @@ import functools
 import hashlib
 import hmac
 import http.client
-import importlib.resources
+import importlib.util
 import io
 import ipaddress
 import json
@@ -75,8 +74,17 @@ import uuid
 import webbrowser
 import zipfile
 import zlib
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from dataclasses import KW_ONLY, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast
@@ -103,80 +111,55 @@ OUTBOUND = {
     "auth.openai.com": "refresh of the tokens",
     "chatgpt.com": "model calls and the model list",
 }
-"""Every host that azt calls, and what for. `open_response` refuses any other, unless the user named it
-himself: a proxy, or a base URL from the environment (mirrors, company relays, the demo)."""
+"""Every host that azt calls, and what for. `open_response` refuses any other, unless the user named
+it himself: a proxy, or a base URL from the environment (mirrors, company relays, the demo)."""
 
 CODEX_BASE_URL = "https://chatgpt.com/backend-api/codex"
 CHATGPT_BASE_URL = "https://chatgpt.com/backend-api"
 AUTH_BASE_URL = "https://auth.openai.com"
 OAUTH_CLIENT_ID = "app_EMoamEEZ73f0CkXaXp7hrann"
 
-# The backend hides models from clients older than their `minimal_client_version`, so the catalogue is
-# asked for as a recent Codex would ask. Only the list depends on it, no model call carries it.
+# The backend hides models from clients older than their `minimal_client_version`, so the catalogue
+# is asked for as a recent Codex would ask. Only the list depends on it, no model call carries it.
 CATALOGUE_CLIENT_VERSION = "0.169.0"
 
-KIB = 1024
-MIB = 1024 * KIB
+KIB, MIB = 1024, 1024 * 1024
 
-MAX_HEAD_BYTES = 32 * KIB
-MAX_HEAD_FIELDS = 100
-MAX_BODY_BYTES = 128 * MIB
-MAX_BODIES_BYTES = 512 * MIB
-MAX_TRAILER_BYTES = 8 * KIB
-MAX_CHUNK_EXTENSION_BYTES = 256
-MAX_CODING_LAYERS = 2
-ZSTD_WINDOW_LOG = 23
+# What a client may send.
+MAX_HEAD_BYTES, MAX_HEAD_FIELDS = 32 * KIB, 100
+MAX_BODY_BYTES, MAX_BODIES_BYTES = 128 * MIB, 512 * MIB  # of one request, of all at once
+MAX_TRAILER_BYTES, MAX_CHUNK_EXTENSION_BYTES = 8 * KIB, 256
+MAX_CODING_LAYERS, ZSTD_WINDOW_LOG = 2, 23
 MAX_JSON_DEPTH = 64
-MAX_EVENT_BYTES = 48 * MIB
-MAX_HELD_BYTES = 1 * MIB
-MAX_REPLY_BYTES = 64 * MIB
-MAX_CONNECTIONS = 4096
-MAX_CONNECTIONS_PER_PEER = 128
-MAX_CONNECTIONS_LOOPBACK = 2048
-MAX_LAN_STREAMS = 64
-MAX_CALL_THREADS = 1024
-
-WRITE_BUFFER_BYTES = 256 * KIB
-READ_BYTES = 64 * KIB
-PIPELINE_BYTES = 64 * KIB
+JSON_PIECES_MAX = 10_000
+MAX_CONNECTIONS, MAX_CONNECTIONS_PER_PEER, MAX_CONNECTIONS_LOOPBACK = 4096, 128, 2048
+MAX_LAN_STREAMS, MAX_CALL_THREADS = 64, 1024
 LISTEN_BACKLOG = 1024
 
-# A refused client may still be sending. Reading on for a while lets it see the answer instead of a reset:
-# briefly where the framing was broken, long enough for a large upload where only the request was refused.
-LINGER_BYTES = 64 * KIB
-LINGER_S = 1.0
-LINGER_REFUSED_BYTES = 256 * MIB
-LINGER_REFUSED_S = 5.0
+# What the upstream may send, and what is held of it until the client has its status.
+MAX_EVENT_BYTES, MAX_HELD_BYTES, MAX_REPLY_BYTES = 48 * MIB, 1 * MIB, 64 * MIB
+READ_BYTES, WRITE_BUFFER_BYTES, PIPELINE_BYTES = 64 * KIB, 256 * KIB, 64 * KIB
 
-HEAD_TIMEOUT_S = 20.0
-BODY_STALL_S = 30.0
+# A refused client may still be sending. Reading on for a while lets it see the answer instead of a
+# reset: briefly where the framing was broken, long enough for a large upload where only the request
+# was refused.
+LINGER_BYTES, LINGER_S = 64 * KIB, 1.0
+LINGER_REFUSED_BYTES, LINGER_REFUSED_S = 256 * MIB, 5.0
+
+HEAD_TIMEOUT_S, BODY_STALL_S, WRITE_STALL_S, KEEP_ALIVE_S = 20.0, 30.0, 60.0, 75.0
 BODY_MIN_BYTES_PER_S = 1024
-KEEP_ALIVE_S = 75.0
-WRITE_STALL_S = 60.0
-TICK_S = 0.5
-ACCEPT_PAUSE_S = 0.1
+TICK_S, ACCEPT_PAUSE_S, DRAIN_S = 0.5, 0.1, 30.0
 HALF_CLOSE_CHECKS_S = (0.02, 0.06, 0.15)
-DRAIN_S = 30.0
 
-CONNECT_TIMEOUT_S = 10.0
-RESOLVE_TIMEOUT_S = 5.0
-UPSTREAM_HEAD_TIMEOUT_S = 180.0
-UPSTREAM_IDLE_TIMEOUT_S = 300.0
-POOL_IDLE_S = 90.0
-HOLD_BACK_S = 15.0
-HEARTBEAT_S = 15.0
-REFRESH_AHEAD_S = 300.0
-ATTEMPTS_MAX = 3
-ATTEMPTS_WINDOW_S = 20.0
+CONNECT_TIMEOUT_S, RESOLVE_TIMEOUT_S = 10.0, 5.0
+UPSTREAM_HEAD_TIMEOUT_S, UPSTREAM_IDLE_TIMEOUT_S = 180.0, 300.0
+POOL_IDLE_S, HOLD_BACK_S, HEARTBEAT_S, REFRESH_AHEAD_S = 90.0, 15.0, 15.0, 300.0
 
-STORED_RESPONSES_MAX = 1000
-STORED_RESPONSES_BYTES = 64 * MIB
+STORED_RESPONSES_MAX, STORED_RESPONSES_BYTES = 1000, 64 * MIB
 STORED_RESPONSES_TTL_S = 24 * 3600.0
 
-OWN_HEADERS = {
-    "originator": "azt",
-    "user-agent": f"azt/{VERSION} (Python {platform.python_version()}; {platform.system()} {platform.machine()})",
-}
+_PYTHON = f"Python {platform.python_version()}; {platform.system()} {platform.machine()}"
+OWN_HEADERS = {"originator": "azt", "user-agent": f"azt/{VERSION} ({_PYTHON})"}
 """How azt names itself to the upstream: honestly (design.md 4)."""
 # ==================================================================================================
 # 2. Errors and logging
@@ -185,45 +168,27 @@ OWN_HEADERS = {
 
 log = logging.getLogger("azt")
 
+Fault = Literal["account", "token", "transient", "network", "request"]
+_ERROR_TYPES = {403: "permission_error", 429: "rate_limit_error"}
 
+
+@dataclass(eq=False, repr=False)
 class AztError(Exception):
-    """An error that has an answer: an HTTP status, a code for programs and a sentence for people.
+    """An error with an answer: an HTTP status, a code for programs and a sentence for people."""
 
-    status   HTTP status of the answer
-    code     stable word for programs, or None where OpenAI has none
-    type     OpenAI's error class; None derives it from the status
-    param    the offending request field as a path (`messages[2].content[0].type`)
-    headers  extra response headers (`retry-after`, `x-should-retry`, `allow`)
-    extra    extra keys inside the error object (`resets_at`, `plan_type`)
-    """
+    status: int
+    code: str | None  # stable word for programs, or None where OpenAI has none
+    message: str
+    _: KW_ONLY
+    type: str | None = None  # OpenAI's error class; None derives it from the status
+    param: str | None = None  # the offending field as a path (`messages[2].content[0].type`)
+    headers: dict[str, str] = field(default_factory=dict)  # `retry-after`, `x-should-retry`
+    extra: Json = field(default_factory=dict)  # further keys inside the error (`resets_at`)
 
-    def __init__(
-        self,
-        status: int,
-        code: str | None,
-        message: str,
-        *,
-        type: str | None = None,
-        param: str | None = None,
-        headers: dict[str, str] | None = None,
-        extra: Json | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
-        self.message = message
-        self.type = type or _ERROR_TYPES.get(
-            status, "server_error" if status >= 500 else "invalid_request_error"
-        )
-        self.param = param
-        self.headers = headers or {}
-        self.extra = extra or {}
-
-
-_ERROR_TYPES = {
-    403: "permission_error",
-    429: "rate_limit_error",
-}
+    def __post_init__(self) -> None:
+        super().__init__(self.message)
+        other = "server_error" if self.status >= 500 else "invalid_request_error"
+        self.type = self.type or _ERROR_TYPES.get(self.status, other)
 
 
 class BadRequest(AztError):
@@ -238,39 +203,21 @@ class BadRequest(AztError):
         status: int = 400,
         headers: dict[str, str] | None = None,
     ) -> None:
-        super().__init__(status, code, message, param=param, headers=headers)
+        super().__init__(status, code, message, param=param, headers=headers or {})
 
 
+@dataclass(eq=False, repr=False)
 class UpstreamError(AztError):
-    """The backend, or the way to it, failed.
+    """The backend, or the way to it, failed. `fault` is what rotation decides by:
 
-    `fault` is what rotation decides by:
-      "account"    this account cannot serve now (usage limit, plan, sign-in); another one may
-      "token"      the access token was refused: refresh once, then try again
-      "transient"  overload or a server error: another account may work
-      "network"    no connection, or reset before the response head
-      "request"    the request itself was refused: no other account helps
+    "account"    this account cannot serve now (usage limit, plan, sign-in); another one may
+    "token"      the access token was refused: refresh once, then try again
+    "transient"  overload or a server error: another account may work
+    "network"    no connection, or reset before the response head
+    "request"    the request itself was refused: no other account helps
     """
 
-    def __init__(
-        self,
-        status: int,
-        code: str | None,
-        message: str,
-        *,
-        fault: Fault = "request",
-        type: str | None = None,
-        param: str | None = None,
-        headers: dict[str, str] | None = None,
-        extra: Json | None = None,
-    ) -> None:
-        super().__init__(
-            status, code, message, type=type, param=param, headers=headers, extra=extra
-        )
-        self.fault: Fault = fault
-
-
-Fault = Literal["account", "token", "transient", "network", "request"]
+    fault: Fault = field(default="request", kw_only=True)
 
 
 class StateError(AztError):
@@ -282,14 +229,8 @@ class StateError(AztError):
 
 def error_body(error: AztError) -> Json:
     """The OpenAI error envelope: all four keys always present."""
-    inner: Json = {
-        "message": mask(error.message),
-        "type": error.type,
-        "param": error.param,
-        "code": error.code,
-    }
-    inner.update(error.extra)
-    return {"error": inner}
+    inner = {"message": mask(error.message), "type": error.type, "param": error.param}
+    return {"error": inner | {"code": error.code} | error.extra}
 
 
 # What must never leave in a message or a log line. Order matters: the first rule eats the value.
@@ -313,7 +254,7 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def mask(text: str) -> str:
-    """Text that may leave: secrets starred out, control characters escaped. Newlines become spaces."""
+    """Text that may leave, on one line: secrets starred out, control characters escaped."""
     for pattern, replacement in _SECRETS:
         text = pattern.sub(replacement, text)
     text = text.replace("\n", " ").replace("\t", " ")
@@ -321,7 +262,7 @@ def mask(text: str) -> str:
 
 
 class _MaskingFormatter(logging.Formatter):
-    """Scrubs every line. Those of a traceback are indented, so that none can pass for a log line."""
+    """Scrubs every line. Those of a traceback are indented: none can pass for a log line."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return mask(super().formatMessage(record))
@@ -335,9 +276,10 @@ def start_logging(level: str) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_MaskingFormatter("%(asctime)s %(levelname)s %(message)s"))
     log.handlers[:] = [handler]
-    log.propagate = False
+    log.propagate, logging.raiseExceptions = False, False
     log.setLevel(level.upper())
-    logging.raiseExceptions = False
+
+
 # ==================================================================================================
 # 3. Threads
 #    The only bridge between the event loop and worker threads. Knows nothing of HTTP or accounts.
@@ -352,7 +294,7 @@ def blocking(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
-        # `_get_running_loop` is the documented cheap form: None instead of an exception off the loop.
+        # `_get_running_loop` is the cheap form: None instead of an exception off the loop.
         if asyncio._get_running_loop() is not None:
             raise RuntimeError(f"{function.__name__} blocks and must not run on the event loop")
         return function(*args, **kwargs)
@@ -363,35 +305,30 @@ def blocking(function: Callable[P, T]) -> Callable[P, T]:
 class WorkerPool:
     """Threads that are reused last in, first out, so that a quiet gateway keeps a few warm ones.
 
-    An executor of the standard library hands work out first in, first out and starts at most a handful of
-    threads by default; one stalled upstream would then starve every other call. Threads are daemons: a
+    An executor of the standard library hands work out first in, first out. Threads are daemons: a
     call that hangs in the kernel must not keep the process alive after a drain.
     """
 
     def __init__(
         self, name: str, threads_max: int, waiting_max: int = 1 << 20, idle_s: float = 30.0
     ) -> None:
-        self._name = name
-        self._threads_max = threads_max
-        self._waiting_max = waiting_max
-        self._idle_s = idle_s
+        self._name, self._idle_s = name, idle_s
+        self._threads_max, self._waiting_max = threads_max, waiting_max
         self._lock = threading.Lock()
         self._idle: list[queue.SimpleQueue[Callable[[], None]]] = []
         self._waiting: collections.deque[Callable[[], None]] = collections.deque()
         self.threads = 0
 
     def submit(self, job: Callable[[], None]) -> bool:
-        """Run `job` on a worker, in order of arrival; False when no thread is free and none may wait."""
+        """Run `job` on a worker, in order of arrival; False when all are busy and none may wait."""
         with self._lock:
             if self._idle:
                 inbox = self._idle.pop()
             elif self.threads < self._threads_max:
                 inbox = queue.SimpleQueue()
-                worker = threading.Thread(
-                    target=self._work, args=(inbox,), name=f"azt-{self._name}", daemon=True
-                )
+                name, work = f"azt-{self._name}", functools.partial(self._work, inbox)
                 try:
-                    worker.start()
+                    threading.Thread(target=work, name=name, daemon=True).start()
                 except RuntimeError:  # the system gives no more threads
                     return False
                 self.threads += 1
@@ -415,7 +352,7 @@ class WorkerPool:
                     self._idle.remove(inbox)
                     self.threads -= 1
                 return
-            while job is not None:  # None: an idle thread must not keep the last request body alive
+            while job is not None:  # None: an idle thread must not keep the last body alive
                 job()
                 with self._lock:
                     job = self._waiting.popleft() if self._waiting else None
@@ -423,29 +360,32 @@ class WorkerPool:
                         self._idle.append(inbox)
 
 
+def _discard(value: Any) -> None:
+    """Drop a result that came too late; it may hold a connection."""
+    getattr(value, "close", lambda: None)()
+
+
 async def in_thread(pool: WorkerPool, function: Callable[..., T], *args: Any) -> T:
     """Run a `@blocking` function on a worker and await its value or its exception.
 
-    Cancelling the await does not stop the worker: whoever may cancel passes a `Wire` (room 6) along and
-    shuts its socket, which makes the worker's read raise. A late result is closed, where it can be.
+    Cancelling the await does not stop the worker: whoever may cancel passes a `Wire` (room 6) along
+    and shuts its socket: the worker's read raises. A late result is closed, where it can be.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 
-    def fulfil(value: T | None, error: BaseException | None) -> None:
+    def fulfil(value: Any, error: BaseException | None) -> None:
         if future.cancelled():
-            getattr(value, "close", lambda: None)()  # it may hold a connection
-            return
-        if isinstance(error, StopIteration):  # a future does not take it: the await would hang
-            error = RuntimeError("the call raised StopIteration")
-        if error is not None:
+            _discard(value)
+        elif isinstance(error, StopIteration):  # a future does not take it: the await would hang
+            future.set_exception(RuntimeError("the call raised StopIteration"))
+        elif error is not None:
             future.set_exception(error)
         else:
-            future.set_result(cast(T, value))
+            future.set_result(value)
 
     def job() -> None:
-        value: T | None = None
-        error: BaseException | None = None
+        value, error = None, None
         try:
             value = function(*args)
         except BaseException as caught:  # noqa: BLE001 - handed to the awaiting coroutine
@@ -454,13 +394,17 @@ async def in_thread(pool: WorkerPool, function: Callable[..., T], *args: Any) ->
             loop.call_soon_threadsafe(fulfil, value, error)
 
     if not pool.submit(job):
-        raise AztError(
-            503,
-            "overloaded",
-            "Too many calls are waiting for the upstream. Try again in a few seconds.",
-            headers={"retry-after": "5"},
-        )
-    return await future
+        text = "azt is busy with too many calls. Try again in a few seconds."
+        raise AztError(503, "overloaded", text, headers={"retry-after": "5"})
+    try:
+        return await future
+    except asyncio.CancelledError:
+        # Cancelled between the arrival of the value and its taking.
+        if future.done() and not future.cancelled() and future.exception() is None:
+            _discard(future.result())
+        raise
+
+
 # ==================================================================================================
 # 4. State files
 #    The only code that writes to disk: whole files, atomic, mode 0600. Knows no file's meaning.
@@ -482,83 +426,75 @@ class Paths:
         self.codex_models = codex_home / "models_cache.json"
 
 
+_OTHER_HOME = "Set AI_ZERO_TOKEN_HOME to a folder of your own."
+
+
 @blocking
 def prepare_home(paths: Paths) -> None:
-    """Make the folders 0700; mend a looser mode with a message.
-
-    raises  StateError when the home cannot be used, saying why
-    """
+    """Make the folders 0700; mend a looser mode. Raises StateError when they cannot be used."""
+    state = paths.state
     try:
-        for folder in (paths.home, paths.state):
+        for folder in (paths.home, state):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = paths.state.lstat()
+        status = state.lstat()
         if stat.S_ISLNK(status.st_mode):
-            raise StateError(f"{paths.state} is a symbolic link. Put a folder in its place.")
+            raise StateError(f"{state} is a symbolic link. Put a folder in its place.")
         if status.st_uid != os.getuid():
-            raise StateError(
-                f"{paths.state} belongs to another user. Set AI_ZERO_TOKEN_HOME to a folder of your own."
-            )
+            raise StateError(f"{state} belongs to another user. {_OTHER_HOME}")
         if status.st_mode & 0o077:
-            paths.state.chmod(0o700)
-            log.warning("%s was open to other users; its mode is 0700 now", paths.state)
-        for leftover in paths.state.glob(".*.tmp"):
+            state.chmod(0o700)
+            log.warning("%s was open to other users; its mode is 0700 now", state)
+        for leftover in state.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
     except OSError as error:
-        raise StateError(
-            f"The folder {paths.state} cannot be used ({error.strerror}). Set AI_ZERO_TOKEN_HOME to a writable folder."
-        ) from None
+        raise StateError(f"{state} cannot be used ({error.strerror}). {_OTHER_HOME}") from None
 
 
 @blocking
 def read_json(path: Path, version: int) -> Json | None:
     """The object in a state file; None when there is no such file.
 
-    An unreadable file never reads as an empty one: it is kept as `.corrupt-<time>` and the last good copy
-    (`.bak`, written after every save) takes its place.
+    An unreadable file never reads as an empty one: it is kept as `.corrupt-<time>` and the last
+    good copy (`.bak`, written after every save) takes its place.
     raises  StateError when neither can be used, or the file is from a newer azt
     """
-    value = _read_object(path)
-    damage = value if isinstance(value, str) else ""
+    value, damage = _read_object(path)
     if damage:
-        value = _read_object(_backup(path))
-        if not isinstance(value, dict):
-            raise StateError(f"{path} is damaged ({damage}) and so is its copy. Move it away, then import again.")
-    if isinstance(value, dict) and value["version"] > version:
-        raise StateError(f"{path} was written by a newer azt. Update azt, or set AI_ZERO_TOKEN_HOME to another folder.")
-    if damage:
-        # A copy, not a rename: dying in between must not leave a missing file, which reads as a new home.
+        value, _ = _read_object(Path(f"{path}.bak"))
+        if value is None:
+            raise StateError(
+                f"{path} is damaged ({damage}), its copy too. Move it away, import again."
+            )
+    if value is not None and value["version"] > version:
+        raise StateError(f"{path} was written by a newer azt. Update azt. {_OTHER_HOME}")
+    if value is not None and damage:
+        # A copy, not a rename: dying in between must not leave a missing file: that is a new home.
         kept = path.with_name(f"{path.name}.corrupt-{time.strftime('%Y%m%d-%H%M%S')}")
         write_bytes(kept, _read_own_file(path))
-        write_json(path, cast(Json, value))
-        log.error("%s was damaged (%s): kept as %s, using the last good copy", path, damage, kept.name)
-    return cast(Json | None, value)
+        write_json(path, value)
+        log.error("%s was damaged (%s), kept as %s; its copy serves", path, damage, kept.name)
+    return value
 
 
-def _backup(path: Path) -> Path:
-    return path.with_name(path.name + ".bak")
-
-
-def _read_object(path: Path) -> Json | str | None:
-    """The object; None where there is no file; the reason as text where it cannot be read."""
+def _read_object(path: Path) -> tuple[Json | None, str]:
+    """(object, ""); (None, "") where there is no file; (None, what is wrong with it)."""
     try:
-        raw = _read_own_file(path)
+        value = json.loads(_read_own_file(path).decode("utf-8-sig"))
     except FileNotFoundError:
-        return None
-    try:
-        value = json.loads(raw.decode("utf-8-sig"))
+        return None, ""
     except (ValueError, RecursionError):
-        return "no valid JSON"
+        return None, "no valid JSON"
     is_ours = isinstance(value, dict) and isinstance(value.get("version"), int)
-    return value if is_ours else "not the expected object"
+    return (value, "") if is_ours else (None, "not the expected object")
 
 
-def _open_own(path: str, flags: int) -> int:
-    # O_NONBLOCK: a pipe in place of a state file would hold the start for ever.
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+def _open_own(path: str | Path, flags: int) -> int:
+    # Through no link, 0600 from the start; O_NONBLOCK, for a pipe here would hold us for ever.
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
 
 
 def _read_own_file(path: Path) -> bytes:
-    """Bytes of a regular file of this user, mended to 0600. Raises FileNotFoundError and StateError."""
+    """A regular file of this user, mended to 0600. Raises FileNotFoundError and StateError."""
     try:
         with open(path, "rb", opener=_open_own) as file:
             status = os.fstat(file.fileno())
@@ -573,7 +509,8 @@ def _read_own_file(path: Path) -> bytes:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise StateError(f"{path} cannot be read ({error.strerror}). Mend its owner and mode (0600).") from None
+        text = f"{path} cannot be read ({error.strerror}). Mend its owner and mode (0600)."
+        raise StateError(text) from None
 
 
 @blocking
@@ -588,50 +525,39 @@ def read_foreign(path: Path, bytes_max: int) -> bytes:
 
 @blocking
 def write_json(path: Path, value: Json) -> None:
-    """Replace a state file so that a crash leaves the old or the new content whole, then its copy."""
-    raw = json.dumps(value, indent=1, ensure_ascii=True).encode() + b"\n"
+    """Replace a state file (a crash leaves the old or the new content whole), then its copy."""
+    raw = json.dumps(value, indent=1).encode() + b"\n"
     write_bytes(path, raw)
     try:
-        write_bytes(_backup(path), raw)
-    except AztError as error:  # saved all the same: only the copy for the day of damage is an older one
+        write_bytes(Path(f"{path}.bak"), raw)
+    except AztError as error:  # saved all the same: only the copy is an older one
         log.error("%s", error.message)
 
 
 @blocking
 def write_bytes(path: Path, raw: bytes) -> None:
-    """Temporary file in the same folder, fsync, rename, fsync of the folder; mode 0600 from the start.
+    """Temporary file in the same folder, fsync, rename, fsync of the folder.
 
     raises  AztError 507 (disk full) or 500; the old content is then still there
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with open(temporary, "xb", opener=_open_own) as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            with open(handle, "wb") as file:
-                file.write(raw)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
-        _sync_folder(path.parent)
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise AztError(
-            507 if full else 500,
-            "state_not_saved",
-            f"{path} could not be written ({error.strerror}); the old content is kept. Free some space or mend its mode.",
-        ) from None
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        status = 507 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 500
+        text = f"{path} could not be written ({error.strerror}). Free some space or mend its mode."
+        raise AztError(status, "state_not_saved", text) from None
 
 
 @blocking
@@ -659,19 +585,20 @@ class HomeLock:
 
     @blocking
     def acquire(self) -> Json | None:
-        """None when the lock is ours now, else what its holder wrote."""
+        """None when the lock is ours now, else what its holder wrote. Raises StateError."""
+        handle = -1
         try:
-            handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        except OSError as error:
-            raise StateError(
-                f"{self._path} cannot be opened ({error.strerror}). Set AI_ZERO_TOKEN_HOME to a writable folder."
-            ) from None
-        try:
+            handle = _open_own(self._path, os.O_RDWR | os.O_CREAT)
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = _holder(handle)
+        except BlockingIOError:
+            holder = None
+            with contextlib.suppress(ValueError, RecursionError):
+                holder = json.loads(os.pread(handle, 4096, 0))
             os.close(handle)
-            return holder
+            return holder if isinstance(holder, dict) else {"pid": 0, "url": None}
+        except OSError as error:
+            text = f"{self._path} cannot be locked ({error.strerror}). {_OTHER_HOME}"
+            raise StateError(text) from None
         self._handle = handle
         self.write(None)
         return None
@@ -690,14 +617,6 @@ class HomeLock:
             self._handle = None
 
 
-def _holder(handle: int) -> Json:
-    try:
-        value = json.loads(os.pread(handle, 4096, 0))
-    except ValueError:
-        value = None
-    return value if isinstance(value, dict) else {"pid": 0, "url": None}
-
-
 @dataclass(frozen=True, slots=True)
 class Page:
     """One static file of the console, in memory: no request ever touches the file system."""
@@ -714,10 +633,10 @@ _PAGE_TYPES = {
     ".svg": "image/svg+xml",
     ".webmanifest": "application/manifest+json",
 }
-
 _NO_PAGES = b"""<!doctype html><meta charset="utf-8"><title>azt</title>
 <p>azt is running and its API answers under <code>/v1</code>. The console's pages are not beside
-<code>azt.py</code>: install the package (<code>pipx install azt</code>) or put the folder <code>azt_web</code> next to it.
+<code>azt.py</code>: install the package (<code>pipx install azt</code>) or put the folder
+<code>azt_web</code> next to it.
 """
 
 
@@ -726,25 +645,24 @@ def read_pages() -> dict[str, Page]:
     """Request path -> page, for every file in `azt_web` of a known type."""
     folder = Path(__file__).resolve().parent / "azt_web"
     files = {
-        f"/{path.relative_to(folder).as_posix()}": path
+        f"/{path.relative_to(folder).as_posix()}": (path.read_bytes(), _PAGE_TYPES[path.suffix])
         for path in folder.rglob("*")
-        if path.is_file()
+        if path.suffix in _PAGE_TYPES and path.is_file()
     }
-    pages = {
-        name: _page(path.read_bytes(), _PAGE_TYPES[path.suffix])
-        for name, path in files.items()
-        if path.suffix in _PAGE_TYPES
+    files["/"] = files.get("/index.html", (_NO_PAGES, _PAGE_TYPES[".html"]))
+    return {
+        name: Page(body, content_type, f'"{hashlib.sha256(body).hexdigest()[:24]}"')
+        for name, (body, content_type) in files.items()
     }
-    pages["/"] = pages.get("/index.html") or _page(_NO_PAGES, _PAGE_TYPES[".html"])
-    return pages
 
 
-def _page(body: bytes, content_type: str) -> Page:
-    return Page(body, content_type, f'"{hashlib.sha256(body).hexdigest()[:24]}"')
 # ==================================================================================================
 # 5. Settings
 #    Defaults < file < environment < flags. The only reader of the environment. Never writes.
 # ==================================================================================================
+
+
+_Kind = tuple[Callable[[Any], bool], str]  # what a setting may be: as a test, and in words
 
 
 @dataclass(frozen=True, slots=True)
@@ -755,77 +673,52 @@ class Setting:
     check: Callable[[Any], bool]
     allowed: str
     env: str = ""
-    widens: bool = False
-    """A change needs proof: it can let more callers in or send traffic elsewhere (trust.md row 9)."""
+    widens: bool = False  # a change needs proof: it may let in more callers (trust.md row 9)
 
 
-def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool)
+def _text(words: str, pattern: str = ".*") -> _Kind:
+    def check(value: Any) -> bool:
+        is_text = isinstance(value, str) and len(value) <= 2048 and value.isprintable()
+        return is_text and re.fullmatch(pattern, value) is not None
+
+    return check, words
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= 2048 and value.isprintable()
-
-
-def _is_words(value: Any) -> bool:
+def _texts(words: str, pattern: str) -> _Kind:
+    one, _ = _text(words, pattern)
     return (
-        isinstance(value, list)
-        and len(value) <= 256
-        and all(_is_text(word) and word for word in value)
+        lambda value: isinstance(value, list) and len(value) <= 256 and all(map(one, value)),
+        words,
     )
 
 
-def _is_origins(value: Any) -> bool:
-    return _is_words(value) and all(
-        word == "*"
-        or re.fullmatch(r"https?://[^/\s*]+", word)
-        or re.fullmatch(r"[a-z-]+-extension://[a-zA-Z0-9-]+", word)
-        for word in value
-    )
+def _number(low: int, high: int) -> _Kind:
+    return lambda value: type(value) is int and low <= value <= high, f"{low} to {high}"
 
 
-def _is_proxy(value: Any) -> bool:
-    return _is_text(value) and (value == "" or bool(re.fullmatch(r"https?://[^\s/]+/?", value)))
-
-
-def _in_range(low: int, high: int) -> Callable[[Any], bool]:
-    return lambda value: (
-        isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-    )
-
-
-_YES_NO = "true or false"
-_TEXT = "a text"
-_WORDS = "a list of texts"
+_YES_NO: _Kind = (lambda value: isinstance(value, bool), "true or false")
+_ORIGIN = r"\*|https?://[^/\s*]+|[a-z-]+-extension://[a-zA-Z0-9-]+"
+_ORIGINS = _texts("a list of origins such as https://app.example", _ORIGIN)
+_PROXY = _text("http://host:port or https://host:port", r"(https?://[^\s/]+/?)?")
+_LEVEL = _text("debug, info, warning or error", "debug|info|warning|error")
+_WORDS = _texts("a list of texts", ".+")
+_TEXT = _text("a text")
 
 SETTINGS: dict[str, Setting] = {
-    "apiKeys.loopbackExempt": Setting(False, _is_bool, _YES_NO, widens=True),
-    "defaultModel": Setting("gpt-5.4", _is_text, _TEXT),
-    "limits.bodyMb": Setting(128, _in_range(1, 4096), "1 to 4096", "AZT_BODY_LIMIT_MB"),
-    "log.level": Setting(
-        "info",
-        lambda value: value in ("debug", "info", "warning", "error"),
-        "debug, info, warning or error",
-        "AZT_LOG_LEVEL",
-    ),
-    "networkProxy.enabled": Setting(False, _is_bool, _YES_NO, widens=True),
-    "networkProxy.noProxy": Setting("localhost,127.0.0.1,::1", _is_text, _TEXT, widens=True),
-    "networkProxy.url": Setting(
-        "", _is_proxy, "http://host:port or https://host:port", widens=True
-    ),
-    "server.allowedHosts": Setting([], _is_words, _WORDS, widens=True),
-    "server.corsOrigins": Setting(
-        [],
-        _is_origins,
-        "a list of origins such as https://app.example",
-        "AZT_CORS_ORIGIN",
-        widens=True,
-    ),
-    "server.host": Setting("0.0.0.0", _is_text, "an address to listen on", "AZT_HOST", widens=True),
-    "server.lanApi": Setting(True, _is_bool, _YES_NO, widens=True),
-    "server.port": Setting(8787, _in_range(0, 65535), "0 to 65535", "AZT_PORT", widens=True),
+    "apiKeys.loopbackExempt": Setting(False, *_YES_NO, widens=True),
+    "defaultModel": Setting("gpt-5.4", *_TEXT),
+    "limits.bodyMb": Setting(128, *_number(1, 4096), "AZT_BODY_LIMIT_MB"),
+    "log.level": Setting("info", *_LEVEL, "AZT_LOG_LEVEL"),
+    "networkProxy.enabled": Setting(False, *_YES_NO, widens=True),
+    "networkProxy.noProxy": Setting("localhost,127.0.0.1,::1", *_TEXT, widens=True),
+    "networkProxy.url": Setting("", *_PROXY, widens=True),
+    "server.allowedHosts": Setting([], *_WORDS, widens=True),
+    "server.corsOrigins": Setting([], *_ORIGINS, "AZT_CORS_ORIGIN", widens=True),
+    "server.host": Setting("0.0.0.0", *_text("an address to listen on"), "AZT_HOST", widens=True),
+    "server.lanApi": Setting(True, *_YES_NO, widens=True),
+    "server.port": Setting(8787, *_number(0, 65535), "AZT_PORT", widens=True),
 }
-"""Every knob. Sorted; one entry a line where it fits."""
+"""Every knob, sorted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -840,28 +733,27 @@ class Environment:
     proxy_url: str
     no_proxy: str
     fast: bool
-    pinned: Mapping[str, Any]
-    """Settings that an environment variable fixes: key -> value."""
+    pinned: Mapping[str, Any]  # settings that an environment variable fixes
 
 
 def read_environment(environ: Mapping[str, str] | None = None) -> Environment:
     """raises  BadRequest naming a variable whose value cannot be used"""
     env = os.environ if environ is None else environ
-    user_home = Path(env.get("HOME") or tempfile.gettempdir())
-    home = Path(env.get("AI_ZERO_TOKEN_HOME") or user_home / ".ai-zero-token").expanduser()
-    codex_home = Path(env.get("CODEX_HOME") or user_home / ".codex").expanduser()
+
+    def first(*names: str) -> str:
+        return next((env[name] for name in names if env.get(name)), "")
+
+    user_home = first("HOME") or tempfile.gettempdir()
+    home = first("AI_ZERO_TOKEN_HOME") or f"{user_home}/.ai-zero-token"
+    codex_home = first("CODEX_HOME") or f"{user_home}/.codex"
     return Environment(
-        paths=Paths(home, codex_home),
+        paths=Paths(Path(os.path.expanduser(home)), Path(os.path.expanduser(codex_home))),
         codex_base_url=_base_url(env, "AZT_CODEX_BASE_URL", CODEX_BASE_URL),
         chatgpt_base_url=_base_url(env, "AZT_CHATGPT_BASE_URL", CHATGPT_BASE_URL),
         auth_base_url=_base_url(env, "AZT_AUTH_BASE_URL", AUTH_BASE_URL),
-        ca_file=env.get("AZT_CA_FILE", ""),
-        proxy_url=env.get("HTTPS_PROXY")
-        or env.get("https_proxy")
-        or env.get("ALL_PROXY")
-        or env.get("all_proxy")
-        or "",
-        no_proxy=env.get("NO_PROXY") or env.get("no_proxy") or "",
+        ca_file=first("AZT_CA_FILE"),
+        proxy_url=first("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"),
+        no_proxy=first("NO_PROXY", "no_proxy"),
         fast=env.get("AZT_SLOW_PATHS") != "1",
         pinned={
             key: parse_setting(key, env[setting.env], setting.env)
@@ -873,9 +765,12 @@ def read_environment(environ: Mapping[str, str] | None = None) -> Environment:
 
 def _base_url(env: Mapping[str, str], name: str, default: str) -> str:
     url = (env.get(name) or default).rstrip("/")
-    if not re.fullmatch(r"https?://[^\s/]+(/\S*)?", url):
-        raise BadRequest(f"{name} must be an http or https URL.", name)
-    return url
+    with contextlib.suppress(ValueError):  # a port or an IPv6 address that is none
+        parts = urllib.parse.urlsplit(url)
+        is_web = re.fullmatch(r"https?://[^\s/]+(/\S*)?", url)
+        if is_web and parts.hostname and parts.port != 0:
+            return url
+    raise BadRequest(f"{name} must be an http or https URL.", name)
 
 
 def parse_setting(key: str, text: str, source: str = "") -> Any:
@@ -940,13 +835,11 @@ def load_settings(
         if setting is not None and setting.check(value):
             values[key] = value
         else:
-            log.warning(
-                "settings.json: %s is not usable and is left out; the default is in force", key
-            )
+            log.warning("settings.json: %s cannot be used; its default is in force", key)
     values.update(environment.pinned)
     values.update(flags)
     fixed = {key: SETTINGS[key].env for key in environment.pinned}
-    fixed.update(dict.fromkeys(flags, "command line"))
+    fixed |= dict.fromkeys(flags, "command line")
     revision = (saved or {}).get("revision", 0)
     return Settings(values, fixed, revision if isinstance(revision, int) else 0)
 
@@ -967,17 +860,17 @@ def flattened(tree: Mapping[str, Any], prefix: str = "") -> Json:
     """The nested object of the admin API -> dotted keys; also takes dotted keys as they are."""
     flat: Json = {}
     for name, value in tree.items():
-        if isinstance(value, dict):
-            flat.update(flattened(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value
+        key = prefix + name
+        flat |= flattened(value, key + ".") if isinstance(value, dict) else {key: value}
     return flat
+
+
 # ==================================================================================================
 # 6. Outbound HTTP
 #    TLS trust, proxy, connection pool: the only sockets out. Knows no account and no translator.
 #
-#    A call is made in a worker thread up to the response head. An event stream is then handed to the
-#    loop as a non-blocking socket; every other answer is read to its end in the thread.
+#    A call is made in a worker thread up to the response head. An event stream is then handed to
+#    the loop as a non-blocking socket; every other answer is read to its end in the thread.
 # ==================================================================================================
 
 
@@ -994,7 +887,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Egress:
-    """How azt gets out: a proxy, a company root, and the hosts the user named beyond `OUTBOUND`."""
+    """How azt gets out: a proxy, a company root, hosts that the user named beyond `OUTBOUND`."""
 
     proxy_url: str = ""
     no_proxy: str = ""
@@ -1005,8 +898,8 @@ class Egress:
 class Wire:
     """The thread's socket, so that the loop can end a call that nobody waits for any more.
 
-    `shutdown` wakes a thread that is blocked in `recv`; `close` would not, and the descriptor's number
-    could meanwhile belong to another connection (performance.md 3).
+    `shutdown` wakes a thread that is blocked in `recv`; `close` would not, and the descriptor's
+    number could meanwhile belong to another connection (performance.md 3).
     """
 
     def __init__(self) -> None:
@@ -1015,29 +908,22 @@ class Wire:
         self._ended = False
 
     def attach(self, sock: socket.socket | None) -> None:
+        """What `end` shuts from now on. Raises ConnectionAbortedError when the call was ended."""
         with self._lock:
             self._sock = sock
-            ended = self._ended
-        if ended and sock is not None:
-            _shut(sock)
-            raise ConnectionAbortedError("the call was ended")
+            if self._ended and sock is not None:
+                raise ConnectionAbortedError("the call was ended")
 
     def end(self) -> None:
-        with self._lock:
+        with self._lock, contextlib.suppress(OSError):
             self._ended = True
-            sock = self._sock
-        if sock is not None:
-            _shut(sock)
+            # Not `sock.shutdown`: that drops the TLS layer, and the reader would get ciphertext.
+            if self._sock is not None:
+                socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
 
 
-def _shut(sock: socket.socket) -> None:
-    # Not `sock.shutdown`: on a TLS socket that drops the TLS layer, and the reader would get ciphertext.
-    with contextlib.suppress(OSError):
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-
-_Key = tuple[str, str, int]
-"""Scheme, host, port: what a kept connection is good for."""
+_Key = tuple[str, str, int]  # scheme, host, port: what a kept connection is good for
+_PORTS = {"http": 80, "https": 443}
 
 
 class ConnectionPool:
@@ -1050,26 +936,27 @@ class ConnectionPool:
         self._context: ssl.SSLContext | None = None
 
     def tls(self) -> ssl.SSLContext:
-        """The trust store: the system's, else certifi's, plus AZT_CA_FILE. Built once and late: 40 ms."""
+        """The trust store, built once and late: that takes 40 ms."""
         with self._lock:
-            if self._context is None:
-                self._context = _tls_context(self.egress.ca_file)
+            self._context = self._context or _tls_context(self.egress.ca_file)
             return self._context
 
     def take(self, key: _Key) -> socket.socket | None:
         """A kept connection that is still open, or None."""
         while True:
             with self._lock:
-                kept = self._idle.get(key)
-                if not kept:
+                if not self._idle.get(key):
                     return None
-                since, sock = kept.pop()
-            if time.monotonic() - since < POOL_IDLE_S and not _has_news(sock):
+                since, sock = self._idle[key].pop()
+            # Readable while idle means closed by the other side, or garbage.
+            poller = select.poll()
+            poller.register(sock, select.POLLIN)
+            if time.monotonic() - since < POOL_IDLE_S and not poller.poll(0):
                 return sock
             sock.close()
 
     def give(self, key: _Key, sock: socket.socket) -> None:
-        """Keep a connection whose last answer was read to its very end; close those kept for too long."""
+        """Keep a connection whose last answer was read to its end; close those kept too long."""
         now = time.monotonic()
         with self._lock:
             kept = self._idle.setdefault(key, [])
@@ -1079,29 +966,31 @@ class ConnectionPool:
 
     def close(self) -> None:
         with self._lock:
-            kept = [sock for socks in self._idle.values() for _, sock in socks]
-            self._idle.clear()
-        for sock in kept:
-            sock.close()
+            kept, self._idle = self._idle, {}
+        for socks in kept.values():
+            for _, sock in socks:
+                sock.close()
 
 
 def _tls_context(ca_file: str) -> ssl.SSLContext:
+    """What is trusted: the system's roots, else certifi's; with AZT_CA_FILE both and that file."""
     import certifi
     import truststore
 
+    places = ssl.get_default_verify_paths()
+    has_roots = places.cafile or (places.capath and any(Path(places.capath).glob("*.0")))
     context: ssl.SSLContext
     if ca_file:
-        # truststore asks the system alone on some systems, so a company root joins certifi's list instead.
+        # truststore asks the system alone on some systems: the file joins certifi's list instead.
         context = ssl.create_default_context(cafile=certifi.where())
         context.load_default_certs()
         try:
             context.load_verify_locations(ca_file)
         except OSError as error:
             reason = getattr(error, "reason", "") or error.strerror
-            raise UpstreamError(
-                502, "upstream_tls", f"AZT_CA_FILE {ca_file} holds no usable certificate ({reason}).", fault="network"
-            ) from None
-    elif sys.platform == "linux" and not _has_system_roots():
+            text = f"AZT_CA_FILE {ca_file} holds no usable certificate ({reason})."
+            raise UpstreamError(502, "upstream_tls", text, fault="network") from None
+    elif sys.platform == "linux" and not has_roots:
         context = ssl.create_default_context(cafile=certifi.where())
     else:
         context = truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -1109,34 +998,19 @@ def _tls_context(ca_file: str) -> ssl.SSLContext:
     return context
 
 
-def _has_system_roots() -> bool:
-    places = ssl.get_default_verify_paths()
-    return bool(places.cafile or (places.capath and any(Path(places.capath).glob("*.0"))))
-
-
-def _has_news(sock: socket.socket) -> bool:
-    """Readable while idle means closed by the other side (or garbage): not reusable either way."""
-    poller = select.poll()
-    poller.register(sock, select.POLLIN)
-    return bool(poller.poll(0))
-
-
 @dataclass(slots=True)
 class Answer:
-    """A response whose head was read. `body` is whole, unless `is_stream`: then the socket carries it."""
+    """A response whose head was read. `body` is whole; of a stream `sock` carries it instead."""
 
     status: int
-    headers: dict[str, str]
-    """Lower-case names; of a repeated one the values are joined with ", "."""
+    headers: dict[str, str]  # lower-case names; values of a repeated one are joined with ", "
     body: bytes = b""
     is_stream: bool = False
     sock: socket.socket | None = None
     key: _Key = ("", "", 0)
-    rest: bytes = b""
-    """Body bytes that came along with the head."""
+    rest: bytes = b""  # body bytes that came along with the head
     framing: Framing | None = None
-    keep: bool = False
-    """The connection may be used again once the body has ended."""
+    keep: bool = False  # the connection may be used again once the body has ended
     connect_ms: int = 0
 
     def close(self) -> None:
@@ -1236,53 +1110,38 @@ class Framing:
 def open_response(pool: ConnectionPool, call: Call, wire: Wire) -> Answer:
     """Send `call`, read the response head, and the body unless it is an event stream.
 
-    A kept connection that turns out to be dead is replaced silently once, a fresh one that is reset before
-    any response byte once as well; nothing else is ever sent twice.
+    A kept connection that turns out to be dead is replaced silently once, a fresh one that is reset
+    before any response byte once as well; nothing else is ever sent twice.
     raises  UpstreamError
     """
     parts = urllib.parse.urlsplit(call.url)
     host = parts.hostname or ""
-    _check_outbound(host, pool.egress)
-    key = (parts.scheme, host, parts.port or (443 if parts.scheme == "https" else 80))
-    started = time.monotonic()
-    sock = pool.take(key)
+    if host not in OUTBOUND and host not in pool.egress.own_hosts:
+        text = f"azt does not call {host}: it is not in its table of hosts."
+        raise UpstreamError(502, "upstream_unreachable", text)
+    key = (parts.scheme, host, parts.port or _PORTS[parts.scheme])
     for last_try in (False, True):
-        is_kept = sock is not None
+        sock = None if last_try else pool.take(key)
+        started, is_kept = time.monotonic(), sock is not None
         try:
-            if sock is None:
-                sock = _open_socket(pool, key, wire)
-            else:
-                wire.attach(sock)
+            sock = sock or _open_socket(pool, key, wire)
+            wire.attach(sock)
+            connect_s = 0.0 if is_kept else time.monotonic() - started
             answer = _exchange(sock, key, call, parts)
-            answer.connect_ms = 0 if is_kept else round((time.monotonic() - started) * 1000)
             break
-        except _NoAnswer as error:
-            if sock is not None:
-                sock.close()
-                sock = None
-            if last_try:
-                raise _unreachable(host, error) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             if sock is not None:
                 sock.close()
-            raise _outbound_error(host, error) from None
+            if last_try or not isinstance(error, http.client.RemoteDisconnected):
+                raise _outbound_error(host, error) from None
     wire.attach(None)
-    if not answer.is_stream:
-        _settle(pool, answer)
+    answer.connect_ms = round(connect_s * 1000)
+    if answer.sock is not None and not answer.is_stream:
+        if answer.keep:
+            pool.give(key, answer.sock)
+            answer.sock = None
+        answer.close()
     return answer
-
-
-def _check_outbound(host: str, egress: Egress) -> None:
-    if host not in OUTBOUND and host not in egress.own_hosts:
-        raise UpstreamError(
-            502,
-            "upstream_unreachable",
-            f"azt does not call {host}: it is not in its table of hosts.",
-        )
-
-
-class _NoAnswer(Exception):
-    """The connection broke before the first response byte: the request was not answered at all."""
 
 
 class _HeadReader(io.BufferedReader):
@@ -1296,28 +1155,38 @@ class _HeadReader(io.BufferedReader):
 
 
 class _Response(http.client.HTTPResponse):
-    """http.client takes 102 and 103 for the final answer and hides whether any byte had come."""
+    """http.client takes 102 and 103 for the final answer and hides whether any byte had come.
+
+    Here RemoteDisconnected means that none had: the request was not answered at all.
+    """
 
     _heard = False
 
     def _read_status(self) -> tuple[str, int, str]:
         if not self._heard:
-            self.fp = _HeadReader(self.fp.detach())  # type: ignore[arg-type]  # a SocketIO
+            self.fp = _HeadReader(self.fp.detach())
             try:
                 self._heard = bool(self.fp.peek(1))
             except (ConnectionError, ssl.SSLEOFError) as error:
-                raise _NoAnswer(str(error)) from None
+                raise http.client.RemoteDisconnected(str(error)) from None
             if not self._heard:
-                raise _NoAnswer("the connection was closed")
+                raise http.client.RemoteDisconnected("the connection was closed")
         while True:
-            version, status, reason = super()._read_status()  # type: ignore[misc]  # not in typeshed
+            version, status, reason = super()._read_status()  # type: ignore[misc]  # no stub
             if not 102 <= status < 200:
                 return version, status, reason
             http.client.parse_headers(self.fp)
 
+    def buffered(self) -> bytes:
+        """What was read beyond the bytes taken so far. The socket is non-blocking by now."""
+        try:
+            return self.fp.peek()
+        except OSError:  # a TLS socket without a record, or a connection that has just died
+            return b""
+
 
 class _Connection(http.client.HTTPConnection):
-    """One exchange over a socket that azt opened. The socket stays ours: closing is room 6's business."""
+    """One exchange over a socket that azt opened, and that stays azt's own."""
 
     response_class = _Response
     body: bytes | bytearray = b""
@@ -1328,16 +1197,17 @@ class _Connection(http.client.HTTPConnection):
 
     def send(self, data: Any) -> None:
         """The head, which http.client sends alone: with a small body it is one packet, one call."""
+        if len(self.body) <= READ_BYTES:
+            data += self.body
+        self.sock.sendall(data)
         if len(self.body) > READ_BYTES:
-            self.sock.sendall(data)
-            data = b""
-        self.sock.sendall(data + self.body if data else self.body)
+            self.sock.sendall(self.body)
 
 
 def _exchange(
     sock: socket.socket, key: _Key, call: Call, parts: urllib.parse.SplitResult
 ) -> Answer:
-    """One request and its response head over an open socket."""
+    """One request and its response over an open socket."""
     sock.settimeout(call.head_timeout_s)
     connection = _Connection(key[1], key[2])
     connection.sock, connection.body = sock, call.body
@@ -1361,30 +1231,16 @@ def _answer(sock: socket.socket, key: _Key, response: _Response) -> Answer:
     for name, value in response.getheaders():
         name = name.lower()
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    is_stream = response.status == 200 and headers.get("content-type", "").lower().startswith(
-        "text/event-stream"
-    )
+    kind, coding = headers.get("content-type", ""), headers.get("content-encoding", "")
+    is_stream = response.status == 200 and kind.lower().startswith("text/event-stream")
     length = response.length
     framing = Framing(bool(response.chunked) and length is None, length)
-    answer = Answer(response.status, headers, b"", is_stream, sock, key, b"", framing, not response.will_close)
-    if is_stream:
-        if headers.get("content-encoding", "identity") != "identity":
-            raise ValueError("a compressed event stream that nobody asked for")
-        sock.settimeout(0)
-        answer.rest = _buffered(response)
-        return answer
-    answer.body = _read_body(response, framing)
-    sock.settimeout(0)
-    answer.keep = answer.keep and framing.ended and not (framing.rest or _buffered(response))
-    if headers.get("content-encoding"):
-        answer.body = decoded(answer.body, headers["content-encoding"], MAX_REPLY_BYTES)
-    return answer
-
-
-def _read_body(response: _Response, framing: Framing) -> bytes:
-    """The body to its end. http.client would take a cut one for whole and malformed chunks for good ones."""
+    answer = Answer(response.status, headers, b"", is_stream, sock, key, framing=framing)
+    if is_stream and coding not in ("", "identity"):
+        raise ValueError("a compressed event stream that nobody asked for")
+    # http.client would take a cut body for whole, and malformed chunks for good ones.
     body = bytearray()
-    while not framing.ended:
+    while not (is_stream or framing.ended):
         data = response.fp.read1(READ_BYTES)
         if not data and framing.left < 0:
             break  # the connection's end is the body's end
@@ -1393,72 +1249,80 @@ def _read_body(response: _Response, framing: Framing) -> bytes:
         body += framing.feed(data)
         if len(body) > MAX_REPLY_BYTES:
             raise ValueError("an answer larger than azt accepts")
-    return bytes(body)
+    if not is_stream:
+        answer.body = bytes(decoded(body, coding, MAX_REPLY_BYTES))
+    sock.settimeout(0)
+    answer.rest = response.buffered()
+    is_clean = is_stream or (framing.ended and not framing.rest and not answer.rest)
+    answer.keep = is_clean and not response.will_close
+    return answer
 
 
-def _buffered(response: _Response) -> bytes:
-    """What the reader holds beyond what was taken. The socket is non-blocking by now."""
-    try:
-        return bytes(response.fp.peek())
-    except OSError:  # a TLS socket without a record, or a connection that has just died
-        return b""
+class TooLarge(ValueError):
+    """Unpacked, the data is larger than allowed."""
 
 
-def _settle(pool: ConnectionPool, answer: Answer) -> None:
-    """Keep or close the connection of an answer that was read in the thread."""
-    if answer.sock is not None and answer.keep:
-        pool.give(answer.key, answer.sock)
-        answer.sock = None
-    answer.close()
+@functools.cache
+def find_zstd() -> Any:
+    """The zstd module of Python 3.14 or its backport, where one is installed; else None."""
+    for name in ("compression.zstd", "backports.zstd"):
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(name)
+    return None
 
 
-def decoded(body: bytes | bytearray, coding: str, bytes_max: int) -> bytes:
-    """Undo one gzip or deflate content coding, never holding more than `bytes_max`.
+def decoded(body: bytes | bytearray, coding: str, bytes_max: int) -> bytes | bytearray:
+    """Undo one content coding in bounded memory: gzip, deflate, and zstd where Python has it.
 
-    raises  ValueError for another coding, broken data or too much of it
+    raises  TooLarge; ValueError for other codings and data that is broken, cut or followed by more
     """
-    coding = coding.strip().lower()
+    coding = coding.strip().lower().removeprefix("x-")
     if coding in ("", "identity"):
-        return bytes(body)
-    if coding not in ("gzip", "x-gzip", "deflate"):
-        raise ValueError(f"content coding {coding!r}")
-    window = 31 if coding.endswith("gzip") else 15
-    try:
-        return _inflate_once(body, window, bytes_max)
-    except zlib.error as error:
-        if coding != "deflate":
-            raise ValueError(f"broken {coding} data ({error})") from None
-    try:
-        # Quirk: some senders mean raw deflate without the zlib frame.
-        return _inflate_once(body, -15, bytes_max)
-    except zlib.error as error:
-        raise ValueError(f"broken {coding} data ({error})") from None
+        return body
+    # Quirk: some senders mean raw deflate without the zlib frame.
+    windows = {"gzip": (31,), "deflate": (15, -15)}.get(coding, ())
+    engines: list[Any] = [zlib.decompressobj(window) for window in windows]
+    zstd = find_zstd()
+    if coding == "zstd" and zstd is not None:
+        options = {zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_LOG}
+        engines = [zstd.ZstdDecompressor(options=options)]
+    for engine in engines:
+        with contextlib.suppress(zlib.error, getattr(zstd, "ZstdError", zlib.error)):
+            return _inflated(body, engine, bytes_max)
+    raise ValueError(f"broken data, or an unknown content coding: {coding!r}")
 
 
-def _inflate_once(body: bytes | bytearray, window: int, bytes_max: int) -> bytes:
-    engine = zlib.decompressobj(window)
-    whole = engine.decompress(body, bytes_max + 1)
-    if len(whole) > bytes_max:
-        raise ValueError("too large")
-    if not engine.eof:
-        raise ValueError("the compressed data is cut off")
+def _inflated(body: bytes | bytearray, engine: Any, bytes_max: int) -> bytearray:
+    whole = bytearray()
+    # In slices, so that no single one of a bomb is large, nor what an engine copies for later.
+    for start in range(0, len(body), 8 * KIB):
+        if engine.eof:
+            raise ValueError("the compressed data is followed by more")
+        piece = body[start : start + 8 * KIB]
+        whole += engine.decompress(piece, bytes_max + 1 - len(whole))
+        if len(whole) > bytes_max:
+            raise TooLarge("too large")
+    if not engine.eof or engine.unused_data:
+        raise ValueError("the compressed data is cut off or followed by more")
     return whole
 
 
 def _open_socket(pool: ConnectionPool, key: _Key, wire: Wire) -> socket.socket:
+    from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]  # no stub
+
     scheme, host, port = key
-    proxy = _proxy_for(pool.egress, host)
-    if proxy is None:
-        sock = _dial(host, port, wire)
+    egress = pool.egress
+    if egress.proxy_url and not proxy_bypass_environment(host, {"no": egress.no_proxy}):
+        sock = _dial_proxy(pool, host, port, wire)
     else:
-        sock = _dial_proxy(pool, proxy, host, port, wire)
+        sock = _dial(host, port, wire)
     return _wrap(pool, sock, host, wire) if scheme == "https" else sock
 
 
 def _wrap(pool: ConnectionPool, sock: socket.socket, host: str, wire: Wire) -> ssl.SSLSocket:
     secure: ssl.SSLSocket | None = None
     try:
-        # The handshake takes the descriptor out of `sock`; a second one lets the loop end it meanwhile.
+        # The handshake takes the descriptor out of `sock`: by a second one `end` reaches it.
         with sock.dup() as twin:
             wire.attach(twin)
             secure = pool.tls().wrap_socket(sock, server_hostname=host)
@@ -1484,200 +1348,143 @@ def _dial(host: str, port: int, wire: Wire) -> socket.socket:
             error = caught
             if isinstance(caught, ConnectionAbortedError):
                 break
-    raise _ConnectFailed(error)
+    raise ConnectionError(str(error))  # also of a timeout: only a connected host may be silent
 
 
-class _ConnectFailed(OSError):
-    """No connection came about; the cause is the argument."""
-
-
-_Address = tuple[Any, Any, int, str, Any]
-
-
-def _resolve(host: str, port: int) -> list[_Address]:
-    """getaddrinfo has no timeout of its own: a dead resolver would hold the call for half a minute."""
-    inbox: queue.SimpleQueue[list[_Address] | OSError] = queue.SimpleQueue()
+def _resolve(host: str, port: int) -> list[Any]:
+    """getaddrinfo has no timeout: a dead resolver would hold the call for half a minute."""
+    inbox: queue.SimpleQueue[list[Any] | Exception] = queue.SimpleQueue()
 
     def look_up() -> None:
         try:
             inbox.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
         except (OSError, UnicodeError) as error:
-            inbox.put(OSError(str(error)))
+            inbox.put(error)
 
-    if _is_address(host):
+    if ":" in host or host.replace(".", "").isdecimal():  # an address
         look_up()
     else:
         threading.Thread(target=look_up, name="azt-resolve", daemon=True).start()
     try:
         found = inbox.get(timeout=RESOLVE_TIMEOUT_S)
     except queue.Empty:
-        raise _ConnectFailed(OSError(f"the name {host} could not be looked up in time")) from None
-    if isinstance(found, OSError):
-        raise _ConnectFailed(found)
+        raise ConnectionError(f"the name {host} could not be looked up in time") from None
+    if isinstance(found, Exception):
+        raise ConnectionError(str(found))
     return found
 
 
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host.strip("[]"))
-    except ValueError:
-        return False
-    return True
-
-
-def _proxy_for(egress: Egress, host: str) -> urllib.parse.SplitResult | None:
-    from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]  # not in typeshed
-
-    if not egress.proxy_url or proxy_bypass_environment(host, {"no": egress.no_proxy}):
-        return None
-    return urllib.parse.urlsplit(
-        egress.proxy_url if "://" in egress.proxy_url else f"http://{egress.proxy_url}"
-    )
-
-
-def _dial_proxy(
-    pool: ConnectionPool, proxy: urllib.parse.SplitResult, host: str, port: int, wire: Wire
-) -> socket.socket:
-    """A tunnel through the proxy: CONNECT, also for plain http, so that the rest never notices it."""
-    name = f"{proxy.hostname}:{proxy.port or (443 if proxy.scheme == 'https' else 80)}"
+def _dial_proxy(pool: ConnectionPool, host: str, port: int, wire: Wire) -> socket.socket:
+    """A tunnel through the proxy: CONNECT, for plain http too, so that the rest never notices."""
+    url = pool.egress.proxy_url
     sock: socket.socket | None = None
     try:
-        sock = _dial(
-            proxy.hostname or "", proxy.port or (443 if proxy.scheme == "https" else 80), wire
-        )
+        proxy = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
+        if proxy.scheme not in _PORTS:
+            raise ValueError("azt speaks to http:// and https:// proxies only")
+        sock = _dial(proxy.hostname or "", proxy.port or _PORTS[proxy.scheme], wire)
         if proxy.scheme == "https":
             sock = _wrap(pool, sock, proxy.hostname or "", wire)
-        status = _connect_request(
-            sock, proxy, f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        )
-    except (OSError, http.client.HTTPException) as error:
+        target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        head = f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n"
+        if proxy.username:
+            pair = urllib.parse.unquote(f"{proxy.username}:{proxy.password or ''}")
+            head += f"Proxy-Authorization: Basic {base64.b64encode(pair.encode()).decode()}\r\n"
+        sock.sendall(f"{head}\r\n".encode("latin-1"))
+        with contextlib.closing(http.client.HTTPResponse(sock, method="CONNECT")) as response:
+            response.begin()
+        if response.status != 200:
+            raise OSError(f"it answered {response.status}")
+    except (OSError, http.client.HTTPException, ValueError) as error:
         if sock is not None:
             sock.close()
-        raise _proxy_failed(name, str(error)) from None
-    if status != 200:
-        sock.close()
-        raise _proxy_failed(name, f"it answered {status}")
-    # One TLS layer cannot wrap another in Python: a pump in the middle turns the outer one into a plain socket.
+        name = url.rpartition("@")[2]
+        text = f"The proxy {name} did not work: {mask(str(error))}. "
+        text += "Check `azt settings get networkProxy` and HTTPS_PROXY."
+        raise UpstreamError(502, "proxy_failed", text, fault="network") from None
+    # One TLS layer cannot wrap another in Python: a pump turns the outer one into a plain socket.
     return _pumped(sock) if isinstance(sock, ssl.SSLSocket) else sock
-
-
-def _proxy_failed(name: str, why: str) -> UpstreamError:
-    return UpstreamError(
-        502,
-        "proxy_failed",
-        f"The proxy {name} did not work: {mask(why)}. Check `azt settings get networkProxy` and HTTPS_PROXY.",
-        fault="network",
-    )
-
-
-def _connect_request(sock: socket.socket, proxy: urllib.parse.SplitResult, authority: str) -> int:
-    head = f"CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\n"
-    if proxy.username:
-        pair = (
-            f"{urllib.parse.unquote(proxy.username)}:{urllib.parse.unquote(proxy.password or '')}"
-        )
-        head += f"Proxy-Authorization: Basic {base64.b64encode(pair.encode()).decode()}\r\n"
-    sock.sendall(head.encode("latin-1") + b"\r\n")
-    with contextlib.closing(http.client.HTTPResponse(sock, method="CONNECT")) as response:
-        response.begin()
-        return response.status
 
 
 def _pumped(outer: ssl.SSLSocket) -> socket.socket:
     """A plain socket whose bytes travel through `outer`; one daemon thread moves them."""
     near, far = socket.socketpair()
+    ways = {outer.fileno(): (outer, far), far.fileno(): (far, outer)}
+    poller = select.poll()
+    for number in ways:
+        poller.register(number, select.POLLIN)
 
     def pump() -> None:
         outer.settimeout(None)
-        try:
+        with outer, far, contextlib.suppress(OSError):
             while True:
-                ready = [outer] if outer.pending() else select.select([outer, far], [], [])[0]
-                for source in ready:
+                ready = [(outer.fileno(), 0)] if outer.pending() else poller.poll()
+                for number, _ in ready:
+                    source, target = ways[number]
                     data = source.recv(READ_BYTES)
                     if not data:
                         return
-                    (far if source is outer else outer).sendall(data)
-        except OSError:
-            return
-        finally:
-            far.close()
-            outer.close()
+                    target.sendall(data)
 
     threading.Thread(target=pump, name="azt-proxy", daemon=True).start()
     return near
 
 
-def _unreachable(host: str, error: BaseException) -> UpstreamError:
-    return UpstreamError(
-        502,
-        "upstream_unreachable",
-        f"azt could not reach {host}: {mask(str(error)) or 'the connection was closed'}. "
-        "Check the network, or set a proxy with `azt settings set networkProxy.url`.",
-        fault="network",
-    )
-
-
-def _outbound_error(host: str, error: BaseException) -> UpstreamError:
+def _outbound_error(host: str, error: Exception) -> UpstreamError:
     """Foreign exceptions under azt's own names."""
-    if isinstance(error, UpstreamError):
-        return error
-    if isinstance(error, _ConnectFailed):
-        return _unreachable(host, error.args[0])
     if isinstance(error, ssl.SSLError):
-        reason = getattr(error, "verify_message", "") or error.reason or "handshake failed"
-        return UpstreamError(
-            502,
-            "upstream_tls",
-            f"No trusted TLS connection to {host}: {reason}. If a company proxy opens TLS, name its root "
-            "certificate in AZT_CA_FILE.",
-            fault="network",
-        )
+        why = getattr(error, "verify_message", "") or error.reason or "handshake failed"
+        text = f"No trusted TLS connection to {host}: {why}. "
+        text += "If a company proxy opens TLS, name its root certificate in AZT_CA_FILE."
+        return UpstreamError(502, "upstream_tls", text, fault="network")
     if isinstance(error, TimeoutError):
-        return UpstreamError(
-            504, "upstream_timeout", f"{host} did not answer in time. Try again.", fault="network"
-        )
-    if isinstance(error, (http.client.HTTPException, ValueError)):
-        return UpstreamError(
-            502,
-            "upstream_error",
-            f"{host} answered with something that is no valid HTTP ({type(error).__name__}).",
-        )
-    return _unreachable(host, error)
+        text = f"{host} did not answer in time. Try again."
+        return UpstreamError(504, "upstream_timeout", text, fault="network")
+    if not isinstance(error, OSError):
+        text = f"{host} answered with something that is no valid HTTP ({type(error).__name__})."
+        return UpstreamError(502, "upstream_error", text)
+    text = f"azt could not reach {host}: {mask(str(error)) or 'the connection was closed'}. "
+    text += "Check the network, or set a proxy with `azt settings set networkProxy.url`."
+    return UpstreamError(502, "upstream_unreachable", text, fault="network")
+
+
 # ==================================================================================================
 # 7. Event streams
 #    JSON and SSE bytes <-> dicts. Pure: no I/O, no clock.
 # ==================================================================================================
 
 
+_UTF8, _ASCII = (json.JSONEncoder(ensure_ascii=a, separators=(",", ":")) for a in (False, True))
+
+
 def encode_json(value: Any) -> bytes:
     """Compact JSON as UTF-8. Lone surrogates, which no UTF-8 can carry, stay `\\uXXXX` escapes."""
     try:
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+        return _UTF8.encode(value).encode()
     except UnicodeEncodeError:
-        return json.dumps(value, separators=(",", ":")).encode()
+        return _ASCII.encode(value).encode()
 
 
 def encode_large_json(value: Any) -> bytes:
-    """The same bytes, made in pieces: one call of the encoder for all of it would stop every stream."""
-    parts: list[bytes] = []
-    _encode_pieces(value, parts)
-    return b"".join(parts)
+    """The same bytes, made in pieces: one call of the encoder would stop every stream."""
+    return b"".join(_pieces(value))
 
 
-def _encode_pieces(value: Any, parts: list[bytes]) -> None:
+def _pieces(value: Any) -> Iterator[bytes]:
     if isinstance(value, str):
-        pieces = (encode_json(value[at : at + MIB])[1:-1] for at in range(0, len(value), MIB))
-        parts += [b'"', *pieces, b'"']
+        yield b'"'
+        yield from (encode_json(value[at : at + MIB])[1:-1] for at in range(0, len(value), MIB))
+        yield b'"'
     elif isinstance(value, (dict, list)) and value:
         is_object = isinstance(value, dict)
-        for at, key in enumerate(value):
-            parts.append(b"," if at else b"{" if is_object else b"[")
+        for at, one in enumerate(value):
+            yield b"," if at else b"{" if is_object else b"["
             if is_object:
-                parts.append(encode_json(key) + b":")
-            _encode_pieces(value[key] if is_object else key, parts)
-        parts.append(b"}" if is_object else b"]")
+                yield encode_json(one) + b":"
+            yield from _pieces(value[one] if is_object else one)
+        yield b"}" if is_object else b"]"
     else:
-        parts.append(encode_json(value))
+        yield encode_json(value)
 
 
 def encode_data(value: Any) -> bytes:
@@ -1705,85 +1512,64 @@ def parse_json(body: bytes | bytearray) -> Any:
     """
     try:
         text = str(body, "utf-8-sig")
-        value = _parse_pieces(text) if len(text) > MIB else _DECODER.decode(text)
+        # The C scanner holds the interpreter lock for as long as one call takes: a 128 MiB document
+        # in one call stops every stream for a second. Between members other threads get their turn.
+        value, end = _parse_value(text, _skip(text, 0), 2 if len(text) > MIB else 0)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    if _skip(text, end) != len(text):
+        raise ValueError("extra data after the JSON value")
     if _is_deeper(value, MAX_JSON_DEPTH):
         raise ValueError(f"nested more than {MAX_JSON_DEPTH} levels deep")
     return value
 
 
-def _parse_pieces(text: str, levels: int = 2) -> Any:
-    """Decode a large document member by member for the outer levels.
-
-    The C scanner holds the interpreter lock for as long as one call takes: a 128 MiB document in one
-    call stops every stream for a second. Between members other threads get their turn.
-    """
-    value, end = _parse_value(text, _skip(text, 0), levels)
-    if _skip(text, end) != len(text):
-        raise ValueError("extra data after the JSON value")
-    return value
-
-
-def _skip(text: str, at: int) -> int:
-    found = _SPACE.match(text, at)
-    return found.end() if found else at
+def _skip(text: str, at: int, mark: str = "") -> int:
+    """The position behind `mark`, which must stand at `at`, and white space."""
+    if not text.startswith(mark, at):
+        raise ValueError(f"{mark} is missing at character {at}")
+    return cast(re.Match[str], _SPACE.match(text, at + len(mark))).end()
 
 
 def _parse_value(text: str, at: int, levels: int) -> tuple[Any, int]:
+    """The value at `at` and the position behind it; the outer `levels` member by member."""
     opening = text[at : at + 1]
     if levels == 0 or opening not in ("{", "["):
         return _DECODER.raw_decode(text, at)
-    is_object = opening == "{"
-    closing = "}" if is_object else "]"
-    members: Json = {}
-    items: list[Any] = []
-    at = _skip(text, at + 1)
-    if text[at : at + 1] == closing:
-        return (members if is_object else items), at + 1
-    while True:
-        if is_object:
-            if text[at : at + 1] != '"':
-                raise ValueError(f"a member name is missing at character {at}")
+    closing = "}" if opening == "{" else "]"
+    names: list[str] = []
+    values: list[Any] = []
+    start, at = at, _skip(text, at, opening)
+    while not text.startswith(closing, at):
+        at = _skip(text, at, ",") if values else at
+        if opening == "{":
+            _skip(text, at, '"')
             name, at = _DECODER.raw_decode(text, at)
-            at = _skip(text, at)
-            if text[at : at + 1] != ":":
-                raise ValueError(f"':' is missing at character {at}")
-            members[name], at = _parse_value(text, _skip(text, at + 1), levels - 1)
-        else:
-            item, at = _parse_value(text, at, levels - 1)
-            items.append(item)
+            names.append(name)
+            at = _skip(text, _skip(text, at), ":")
+        value, at = _parse_value(text, at, levels - 1)
+        values.append(value)
         at = _skip(text, at)
-        separator = text[at : at + 1]
-        if separator == closing:
-            return (members if is_object else items), at + 1
-        if separator != ",":
-            raise ValueError(f"',' or '{closing}' is missing at character {at}")
-        at = _skip(text, at + 1)
+        if len(values) > JSON_PIECES_MAX:  # many small members: one call of the scanner is faster
+            return _DECODER.raw_decode(text, start)
+    return dict(zip(names, values, strict=True)) if opening == "{" else values, at + 1
 
 
 def _is_deeper(value: Any, levels: int) -> bool:
-    """Whether containers nest deeper than `levels`. Walks level by level, so it never recurses."""
-    layer = [value] if isinstance(value, (dict, list)) else []
-    while layer:
-        if levels == 0:
-            return True
-        levels -= 1
-        layer = [
-            child
-            for parent in layer
-            for child in (parent.values() if isinstance(parent, dict) else parent)
-            if isinstance(child, (dict, list))
-        ]
-    return False
+    """Whether containers nest deeper than `levels`; goes no deeper itself."""
+    if levels == 0 or not isinstance(value, (dict, list)):
+        return isinstance(value, (dict, list))
+    children = value.values() if isinstance(value, dict) else value
+    inner = (child for child in children if isinstance(child, (dict, list)))
+    return any(_is_deeper(child, levels - 1) for child in inner)
 
 
 class SSEParser:
     """SSE bytes in any split -> the data of each complete event (WHATWG rules).
 
-    Knows CRLF, CR and LF line ends, also mixed; a BOM; comments; `data` without a space; several data
-    lines. An event is complete at its blank line; what follows the last one is never reported, and
-    `has_rest` tells that the stream was cut. Event names are dropped: the JSON repeats them as `type`.
+    Knows CRLF, CR and LF line ends, also mixed; a BOM; comments; `data` without a space; several
+    data lines. An event is complete at its blank line; what follows the last one is never reported,
+    and `has_rest` tells that the stream was cut. Event names are dropped: the JSON has a `type`.
 
     raises  UpstreamError when one event exceeds MAX_EVENT_BYTES
     """
@@ -1792,8 +1578,7 @@ class SSEParser:
 
     def __init__(self) -> None:
         self._buffer = bytearray()
-        self._at_start = True
-        self._after_cr = False
+        self._at_start, self._after_cr = True, False
 
     @property
     def has_rest(self) -> bool:
@@ -1816,12 +1601,8 @@ class SSEParser:
         end = buffer.rfind(b"\n\n", searched)
         if end < 0:
             if len(buffer) > MAX_EVENT_BYTES:
-                raise UpstreamError(
-                    502,
-                    "upstream_error",
-                    "The upstream sent an event larger than azt accepts.",
-                    fault="transient",
-                )
+                text = "The upstream sent an event larger than azt accepts."
+                raise UpstreamError(502, "upstream_error", text, fault="transient")
             return []
         blocks = bytes(buffer[:end])
         del buffer[: end + 2]
@@ -1829,11 +1610,8 @@ class SSEParser:
 
     def _newlines(self, chunk: bytes) -> bytes:
         """Every line end as LF, also a CRLF that two chunks share."""
-        if self._after_cr and chunk.startswith(b"\n"):
-            chunk = chunk[1:]
-            self._after_cr = False
-            if not chunk:
-                return chunk
+        if self._after_cr and chunk:
+            chunk, self._after_cr = chunk.removeprefix(b"\n"), False
         if chunk:
             self._after_cr = chunk.endswith(b"\r")
         return chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
@@ -1858,39 +1636,37 @@ _TYPE = re.compile(rb'\s*\{\s*"type"\s*:\s*"([^"\\]*)"')
 
 
 def event_type(data: bytes) -> str:
-    """The `type` of an event without decoding it where it stands first, as the backend writes it."""
+    """The `type` of an event; not decoded where it stands first, as the backend writes it."""
     found = _TYPE.match(data)
     if found:
         return found[1].decode("utf-8", "replace")
-    event = parse_event(data)
-    if event is None:
-        return ""
+    event = parse_event(data) or {}
     kind = event.get("type")
     return kind if isinstance(kind, str) else "error" if "error" in event else ""
 
 
 def parse_event(data: bytes) -> Json | None:
-    """The event as a dict, or None for what is no JSON object: a broken event is skipped, not fatal."""
+    """The event as a dict, or None for what is no JSON object: it is skipped, not fatal."""
     try:
         event = _DECODER.decode(data.decode("utf-8", "replace"))
     except (ValueError, RecursionError):
         return None
     return event if isinstance(event, dict) else None
+
+
 # ==================================================================================================
 # 8. Accounts
-#    Who is signed in, and the reading of account files. Pure: loading and saving are done by room 14.
+#    Who is signed in, and the reading of account files. Pure: room 14 loads and saves them.
 # ==================================================================================================
 
 ACCOUNTS_VERSION = 1
-IMPORT_MAX_BYTES = 16 * MIB
-IMPORT_MAX_ENTRIES = 1000
-IMPORT_MEMBER_MAX_BYTES = 1 * MIB
+IMPORT_MAX_BYTES, IMPORT_MEMBER_MAX_BYTES, IMPORT_MAX_ENTRIES = 16 * MIB, 1 * MIB, 1000
 IMPORT_BUDGET_S = 5.0
 
 
 @dataclass(slots=True)
 class Account:
-    """One signed-in identity: an account id together with a user id (two members of a workspace are two)."""
+    """One signed-in identity: an account id with a user id (two members of a workspace are two)."""
 
     id: str
     account_id: str
@@ -1901,12 +1677,10 @@ class Account:
     email: str = ""
     plan: str = "unknown"
     label: str = ""
-    expires_at: int = 0
-    """Unix seconds; 0 when the access token does not say."""
+    expires_at: int = 0  # unix seconds; 0 when the access token does not say
     created_at: int = 0
     refreshed_at: int = 0
-    rejected: str = ""
-    """Why the provider no longer accepts the sign-in; empty while it does."""
+    rejected: str = ""  # why the provider no longer accepts the sign-in
 
     @property
     def name(self) -> str:
@@ -1919,7 +1693,7 @@ def account_id_of(account_id: str, user_id: str) -> str:
 
 
 class AccountStore:
-    """All accounts and which one serves. Owned by the loop; `to_json` makes a snapshot for the disk."""
+    """All accounts and which one serves. Owned by the loop; the disk gets `to_json`, a snapshot."""
 
     def __init__(self) -> None:
         self.accounts: dict[str, Account] = {}
@@ -1930,7 +1704,7 @@ class AccountStore:
         return self.accounts.get(self.active_id or "")
 
     def add(self, account: Account) -> Literal["new", "update", "same"]:
-        """Add or renew an account. What the user set on it stays; the serving one stays unless there was none."""
+        """Add or renew. What the user set stays, and so does the serving one, if there is one."""
         old = self.accounts.get(account.id)
         if old is None:
             self.accounts[account.id] = account
@@ -1938,13 +1712,9 @@ class AccountStore:
             return "new"
         if (old.access_token, old.refresh_token) == (account.access_token, account.refresh_token):
             return "same"
-        self.accounts[account.id] = replace(
-            account,
-            label=account.label or old.label,
-            email=account.email or old.email,
-            id_token=account.id_token or old.id_token,
-            created_at=old.created_at,
-        )
+        names = ("label", "email", "id_token")
+        kept = {name: getattr(account, name) or getattr(old, name) for name in names}
+        self.accounts[account.id] = replace(account, created_at=old.created_at, **kept)
         return "update"
 
     def remove(self, account: Account) -> None:
@@ -1957,20 +1727,18 @@ class AccountStore:
         wanted = name.casefold()
         start = wanted.removeprefix("acc_")
         everyone = list(self.accounts.values()) if start else []
-        found = [
-            one for one in everyone if wanted in (one.label.casefold(), one.email.casefold(), one.id)
-        ] or [one for one in everyone if one.id.removeprefix("acc_").startswith(start)]
+        found = [a for a in everyone if wanted in (a.label.casefold(), a.email.casefold(), a.id)]
+        found = found or [a for a in everyone if a.id.removeprefix("acc_").startswith(start)]
         if len(found) == 1:
             return found[0]
-        what = "Several accounts match" if found else "No account matches"
-        raise AztError(
-            404, "account_not_found", f"{what} {name!r}. `azt accounts list` shows their ids."
-        )
+        text = "Several accounts match" if found else "No account matches"
+        text += f" {name!r}. `azt accounts list` shows their ids."
+        raise AztError(404, "account_not_found", text)
 
     def to_json(self) -> Json:
         entries = [
-            {slot: getattr(one, slot) for slot in Account.__slots__}
-            for one in self.accounts.values()
+            {slot: getattr(account, slot) for slot in Account.__slots__}
+            for account in self.accounts.values()
         ]
         return {"version": ACCOUNTS_VERSION, "active_id": self.active_id, "accounts": entries}
 
@@ -1981,30 +1749,27 @@ class AccountStore:
         if saved is None:
             return store
         try:
-            known = set(Account.__slots__)
             for entry in saved["accounts"]:
-                account = Account(**{name: value for name, value in entry.items() if name in known})
+                known = {name: entry[name] for name in Account.__slots__ if name in entry}
+                account = Account(**known)
                 for name, kind in Account.__annotations__.items():
                     if type(getattr(account, name)).__name__ != kind:
                         raise TypeError(f"{name} is no {kind}")
                 store.accounts[account.id] = account
             store.active_id = saved["active_id"] if saved["active_id"] in store.accounts else None
         except (KeyError, TypeError, AttributeError) as error:
-            raise StateError(
-                f"accounts.json has an unknown shape ({error}). Move it away and import again."
-            ) from None
+            text = f"accounts.json has an unknown shape ({error}). Move it away and import again."
+            raise StateError(text) from None
         store.active_id = store.active_id or next(iter(store.accounts), None)
         return store
 
 
-def token_claims(token: str) -> Json:
-    """The payload of a JWT, unverified (only the provider can verify it); {} when it is none."""
-    try:
-        part = token.split(".")[1]
-        claims = json.loads(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)))
-    except (IndexError, ValueError, RecursionError):
-        return {}
-    return claims if isinstance(claims, dict) else {}
+def _bad_file(code: str, message: str) -> BadRequest:
+    return BadRequest(message, "file", code)
+
+
+_ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError, OSError)
 
 
 def read_entries(raw: bytes) -> list[Json]:
@@ -2013,95 +1778,64 @@ def read_entries(raw: bytes) -> list[Json]:
     in      one object; an array; {"profiles": [...]}; Codex's auth.json; a ZIP of such files
     raises  BadRequest
     """
-    entries = [entry for name, text in _import_files(raw) for entry in import_entries(text, name)]
+    if len(raw) > IMPORT_MAX_BYTES:
+        raise _bad_file("too_large", "The file is larger than 16 MiB.")
+    files = [("", raw)]
+    if raw.startswith(b"PK"):
+        try:
+            with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+                files = list(_zip_members(archive))
+        except _ZIP_ERRORS as error:
+            text = f"The ZIP file cannot be read ({mask(str(error))[:120]})."
+            raise _bad_file("unreadable_zip", text) from None
+    entries = [entry for name, text in files for entry in import_entries(text, name)]
     if len(entries) > IMPORT_MAX_ENTRIES:
-        raise BadRequest(
-            f"More than {IMPORT_MAX_ENTRIES} accounts in one file.", "file", "too_large"
-        )
+        raise _bad_file("too_large", f"More than {IMPORT_MAX_ENTRIES} accounts in one file.")
     return entries
 
 
-def to_accounts(entries: list[Json], now: float) -> list[Account]:
-    """Entries of an account file -> accounts. All or nothing: raises BadRequest naming the first bad entry."""
-    if not entries:
-        raise BadRequest("There is no account in this file.", "file", "nothing_to_import")
-    return [_to_account(f"Entry {at + 1}", entry, now) for at, entry in enumerate(entries)]
-
-
-def _import_files(raw: bytes) -> list[tuple[str, bytes]]:
-    """(name prefix, bytes) of each JSON document. A ZIP is read in memory, its names only serve messages."""
-    if len(raw) > IMPORT_MAX_BYTES:
-        raise BadRequest("The file is larger than 16 MiB.", "file", "too_large")
-    if not raw.startswith(b"PK"):
-        return [("", raw)]
-    try:
-        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-            return _zip_members(archive)
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        NotImplementedError,
-        EOFError,
-        ValueError,
-        OSError,
-    ) as error:
-        raise BadRequest(
-            f"The ZIP file cannot be read ({mask(str(error))[:120]}).", "file", "unreadable_zip"
-        ) from None
-
-
-def _zip_members(archive: zipfile.ZipFile) -> list[tuple[str, bytes]]:
+def _zip_members(archive: zipfile.ZipFile) -> Iterator[tuple[str, bytes]]:
+    """(its name for messages, bytes) of each JSON document; nothing is ever written to disk."""
     members = sorted(archive.infolist(), key=lambda member: member.header_offset)
     if len(members) > IMPORT_MAX_ENTRIES:
         raise ValueError("too many members")
     deadline = time.monotonic() + IMPORT_BUDGET_S
-    found: list[tuple[str, bytes]] = []
     total = end = 0
     for member in members:
         if member.header_offset < end:
             raise ValueError("overlapping members")
         end = member.header_offset + member.compress_size
-        base = member.filename.rsplit("/", 1)[-1]
-        if member.is_dir() or base.startswith("._") or member.filename.startswith("__MACOSX"):
+        name = member.filename  # perhaps "", which `is_dir` stumbles over
+        base = name.rsplit("/", 1)[-1]
+        if name.endswith("/") or base.startswith("._") or name.startswith("__MACOSX"):
             continue
-        if member.flag_bits & 1 or member.compress_type not in (
-            zipfile.ZIP_STORED,
-            zipfile.ZIP_DEFLATED,
-        ):
+        if member.flag_bits & 1 or member.compress_type not in _ZIP_METHODS:
             raise ValueError("encrypted, or an unusual compression")
-        if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG) or not base.endswith(
-            ".json"
-        ):
+        kind = stat.S_IFMT(member.external_attr >> 16)
+        if kind not in (0, stat.S_IFREG) or not base.endswith(".json"):
             raise ValueError("members other than .json files")
         with archive.open(member) as file:
             text = file.read(IMPORT_MEMBER_MAX_BYTES + 1)
         total += len(text)
-        if (
-            len(text) > IMPORT_MEMBER_MAX_BYTES
-            or total > IMPORT_MAX_BYTES
-            or time.monotonic() > deadline
-        ):
+        is_large = len(text) > IMPORT_MEMBER_MAX_BYTES or total > IMPORT_MAX_BYTES
+        if is_large or time.monotonic() > deadline:
             raise ValueError("too large once unpacked")
-        found.append((f"{mask(member.filename)[:80]}: ", text))
-    return found
+        yield f"{mask(name)[:80]}: ", text
 
 
-def import_entries(document: bytes | Any, name: str = "") -> list[Json]:
-    """The entries of one document, as bytes or already parsed."""
-    value: Any = document
+def import_entries(document: Any, name: str = "") -> list[Json]:
+    """The entries of one document, as bytes or already parsed. Raises BadRequest."""
     if isinstance(document, bytes):
         try:
-            value = parse_json(document)
+            document = parse_json(document)
         except ValueError as error:
-            raise BadRequest(
-                f"{name}this is not valid JSON ({error}).", "file", "not_json"
-            ) from None
-    if isinstance(value, dict) and isinstance(value.get("profiles"), list):
-        value = value["profiles"]
-    entries: list[Any] = value if isinstance(value, list) else [value]
+            raise _bad_file("not_json", f"{name}this is not valid JSON ({error}).") from None
+    if isinstance(document, dict) and isinstance(document.get("profiles"), list):
+        document = document["profiles"]
+    entries: list[Any] = document if isinstance(document, list) else [document]
     for at, entry in enumerate(entries):
         if not isinstance(entry, dict):
-            raise BadRequest(f"{name}entry {at + 1} is no object.", "file", "unknown_format")
+            raise _bad_file("unknown_format", f"{name}entry {at + 1} is no object.")
     return entries
 
 
@@ -2118,33 +1852,35 @@ _IMPORT_NAMES = {
 _SECRET_TEXT = re.compile(r"[\x21-\x7e]{1,16384}")
 _ACCOUNT_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _YEAR_2200_S = 7_258_118_400
-_AUTH_CLAIM = "https://api.openai.com/auth"
-_PROFILE_CLAIM = "https://api.openai.com/profile"
+
+
+def to_accounts(entries: list[Json], now: float) -> list[Account]:
+    """Entries of an account file -> accounts: all, or BadRequest that names the first bad one."""
+    if not entries:
+        raise _bad_file("nothing_to_import", "There is no account in this file.")
+    return [_to_account(f"Entry {at + 1}", entry, now) for at, entry in enumerate(entries)]
 
 
 def _to_account(where: str, entry: Json, now: float) -> Account:
     """One import entry, typed and sized field by field: tokens become header values."""
-    tokens = entry.get("tokens")
-    source = {**entry, **tokens} if isinstance(tokens, dict) else entry
+    source = entry | _as_object(entry.get("tokens"))
     fields: Json = {
         ours: next((source[name] for name in names if source.get(name) is not None), None)
         for ours, names in _IMPORT_NAMES.items()
     }
-    for secret in ("access_token", "refresh_token"):
-        if not fields[secret]:
-            raise BadRequest(f"{where} has no {secret}.", "file", f"no_{secret}")
     for secret in ("access_token", "refresh_token", "id_token"):
-        value = fields[secret]
+        value = fields[secret] = fields[secret] or ""
+        if not value and secret != "id_token":
+            raise _bad_file(f"no_{secret}", f"{where} has no {secret}.")
         if value and not (isinstance(value, str) and _SECRET_TEXT.fullmatch(value)):
-            raise BadRequest(f"{where}: {secret} is no token.", "file", "unknown_format")
-    account = account_from_tokens(
-        fields["access_token"], fields["refresh_token"], fields["id_token"] or "", now
-    )
+            raise _bad_file("unknown_format", f"{where}: {secret} is no token.")
+    tokens = (fields["access_token"], fields["refresh_token"], fields["id_token"])
+    account = account_from_tokens(*tokens, now)
     if isinstance(fields["account_id"], str) and not account.account_id:
         account.account_id = fields["account_id"]
         account.id = account_id_of(account.account_id, account.user_id)
     if not _ACCOUNT_ID.fullmatch(account.account_id):
-        raise BadRequest(f"{where} names no account id.", "file", "no_account_id")
+        raise _bad_file("no_account_id", f"{where} names no account id.")
     account.expires_at = account.expires_at or _expiry(where, fields["expires"])
     for text in ("email", "label"):
         if isinstance(fields[text], str) and not getattr(account, text):
@@ -2159,20 +1895,12 @@ def account_from_tokens(
     access, identity = token_claims(access_token), token_claims(id_token)
     auth: Json = {}
     for claims in (identity, access):
-        part = claims.get(_AUTH_CLAIM)
-        auth.update(
-            {name: value for name, value in part.items() if value} if isinstance(part, dict) else {}
-        )
-    profile = access.get(_PROFILE_CLAIM)
-    email = (
-        identity.get("email")
-        or access.get("email")
-        or (profile.get("email") if isinstance(profile, dict) else "")
-    )
+        said = _as_object(claims.get("https://api.openai.com/auth"))
+        auth |= {name: value for name, value in said.items() if value}
+    profile = _as_object(access.get("https://api.openai.com/profile"))
     account_id = str(auth.get("chatgpt_account_id") or "")
     user_id = str(auth.get("chatgpt_user_id") or auth.get("user_id") or "")[:256]
-    exp = access.get("exp")
-    is_time = type(exp) in (int, float) and 0 <= exp < _YEAR_2200_S
+    email = identity.get("email") or access.get("email") or profile.get("email") or ""
     return Account(
         id=account_id_of(account_id, user_id),
         account_id=account_id,
@@ -2180,16 +1908,34 @@ def account_from_tokens(
         access_token=access_token,
         refresh_token=refresh_token,
         id_token=id_token,
-        email=_shown(email or "", 256),
+        email=_shown(email, 256),
         plan=_shown(auth.get("chatgpt_plan_type") or "unknown", 64),
-        expires_at=int(exp) if is_time else 0,
+        expires_at=_as_seconds(access.get("exp")),
         created_at=int(now),
     )
+
+
+def token_claims(token: str) -> Json:
+    """The payload of a JWT, unverified (only the provider can verify it); {} when it is none."""
+    try:
+        part = token.split(".")[1]
+        return _as_object(json.loads(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4))))
+    except (IndexError, ValueError, RecursionError):
+        return {}
+
+
+def _as_object(value: Any) -> Json:
+    return value if isinstance(value, dict) else {}
 
 
 def _shown(value: Any, length: int) -> str:
     """Foreign text as terminals, logs and pages may show it."""
     return "".join(one for one in str(value) if one.isprintable())[:length]
+
+
+def _as_seconds(value: Any) -> int:
+    """A foreign number of seconds; 0 for anything that is no time before 2200."""
+    return int(value) if type(value) in (int, float) and 0 <= value < _YEAR_2200_S else 0
 
 
 def _expiry(where: str, value: Any) -> int:
@@ -2205,30 +1951,21 @@ def _expiry(where: str, value: Any) -> int:
         except (ValueError, OverflowError):
             seconds = -1.0
     if not 0 <= seconds < _YEAR_2200_S:
-        raise BadRequest(
-            f"{where}: the expiry is no time between 1970 and 2200.", "file", "bad_expiry"
-        )
+        raise _bad_file("bad_expiry", f"{where}: the expiry is no time between 1970 and 2200.")
     return int(seconds)
+
+
 # ==================================================================================================
 # 9. OAuth
 #    The token endpoint. Knows no store: tokens in, tokens out.
 # ==================================================================================================
 
 # What the token endpoint says when a refresh token is dead for good (codex-upstream.md 1.5).
-REFRESH_DEAD = {
-    "account_deactivated",
-    "account_deleted",
-    "account_session_expired",
-    "account_suspended",
-    "app_session_terminated",
-    "invalid_grant",
-    "refresh_token_expired",
-    "refresh_token_invalidated",
-    "refresh_token_reused",
-    "token_expired",
-    "token_invalidated",
-    "token_revoked",
-}
+REFRESH_DEAD = set(
+    "account_deactivated account_deleted account_session_expired account_suspended "
+    "app_session_terminated invalid_grant refresh_token_expired refresh_token_invalidated "
+    "refresh_token_reused token_expired token_invalidated token_revoked".split()
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -2245,12 +1982,8 @@ class SignInRejected(AztError):
     """The refresh token is dead: only a new sign-in helps. `reason` is the provider's code."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__(
-            401,
-            "account_auth_expired",
-            f"The provider no longer accepts this sign-in ({reason}).",
-            type="authentication_error",
-        )
+        text = f"The provider no longer accepts this sign-in ({reason})."
+        super().__init__(401, "account_auth_expired", text, type="authentication_error")
         self.reason = reason
 
 
@@ -2258,51 +1991,36 @@ class SignInRejected(AztError):
 def refresh_tokens(
     pool: ConnectionPool, auth_base_url: str, refresh_token: str, wire: Wire
 ) -> Tokens:
-    """One round trip. The refresh token is single use: never call this twice with the same one at once.
+    """One round trip. The refresh token is single use: never two calls with the same one at once.
 
     raises  SignInRejected when it is dead, UpstreamError for everything that may pass
     """
-    body: Json = {
-        "client_id": OAUTH_CLIENT_ID,
-        "grant_type": "refresh_token",
-        "refresh_token": refresh_token,
-    }
-    headers = {"content-type": "application/json", "accept": "application/json"}
-    call = Call(
-        "POST", f"{auth_base_url}/oauth/token", headers | OWN_HEADERS, encode_json(body), 30.0
-    )
+    secret = {"grant_type": "refresh_token", "refresh_token": refresh_token}
+    body = encode_json({"client_id": OAUTH_CLIENT_ID, **secret})
+    headers = {"content-type": "application/json", "accept": "application/json"} | OWN_HEADERS
+    call = Call("POST", f"{auth_base_url}/oauth/token", headers, body, 30.0)
     answer = open_response(pool, call, wire)
-    value = parse_event(answer.body)
-    tokens = _tokens(value or {})
+    value = parse_event(answer.body) or {}
+    tokens = _tokens(value)
     if answer.status == 200 and (tokens.access_token or tokens.refresh_token):
         return tokens
-    code = _refresh_code(value)
+    error = value.get("error")
+    code = error.get("code") if isinstance(error, dict) else error
+    code = _shown(code or value.get("code") or "", 64).lower()
     if code in REFRESH_DEAD or (answer.status == 401 and code):
         raise SignInRejected(code)
-    raise UpstreamError(
-        502,
-        "upstream_error",
-        f"The sign-in could not be renewed: the provider answered {answer.status}. Try again.",
-        fault="transient",
-    )
+    text = f"The sign-in could not be renewed: the provider answered {answer.status}. Try again."
+    raise UpstreamError(502, "upstream_error", text, fault="transient")
 
 
 def _tokens(value: Json) -> Tokens:
-    texts = {
-        name: value[name]
-        if isinstance(value.get(name), str) and _SECRET_TEXT.fullmatch(value[name])
-        else None
-        for name in ("access_token", "refresh_token", "id_token")
-    }
-    life_s = value.get("expires_in")
-    is_life = type(life_s) in (int, float) and 0 < life_s < _YEAR_2200_S
-    return Tokens(**texts, expires_in_s=int(life_s) if is_life else None)
+    secrets_found: dict[str, str | None] = {}
+    for name in ("access_token", "refresh_token", "id_token"):
+        one = value.get(name)
+        secrets_found[name] = one if isinstance(one, str) and _SECRET_TEXT.fullmatch(one) else None
+    return Tokens(**secrets_found, expires_in_s=_as_seconds(value.get("expires_in")) or None)
 
 
-def _refresh_code(value: Json | None) -> str:
-    error = (value or {}).get("error")
-    code = error.get("code") if isinstance(error, dict) else error
-    return _shown(code or (value or {}).get("code") or "", 64).lower()
 # ==================================================================================================
 # 10. Upstream
 #     Speaks to the Codex backend for one given account. Never chooses an account.
@@ -2310,32 +2028,28 @@ def _refresh_code(value: Json | None) -> str:
 
 RETRY_AFTER_MAX_S = 7 * 24 * 3600
 
-# What the backend calls an error -> (our status, our code, fault). Everything else goes by its status.
+_Outcome = tuple[int, str, Fault]
+"""Our status, our code, and what rotation decides by."""
+
+# What an error of the backend is to us, by its code or type, else by its status.
 # Sources: codex-upstream.md 2.8, 4.10, 5.2, 5.3; openai-api.md 7.2.
-_UPSTREAM_CODES: dict[str, tuple[int, str, Fault]] = {
-    "account_deactivated": (401, "account_auth_expired", "account"),
-    "bio_policy": (400, "content_policy_violation", "request"),
-    "content_policy_violation": (400, "content_policy_violation", "request"),
-    "context_length_exceeded": (400, "context_length_exceeded", "request"),
-    "cyber_policy": (400, "content_policy_violation", "request"),
-    "deactivated_workspace": (403, "account_unusable", "account"),
-    "insufficient_quota": (429, "usage_limit_reached", "account"),
-    "invalid_prompt": (400, "content_policy_violation", "request"),
-    "misalignment_policy_violation": (400, "content_policy_violation", "request"),
-    "model_not_found": (404, "model_not_found", "request"),
-    "moderation_blocked": (400, "moderation_blocked", "request"),
-    "overloaded_error": (503, "overloaded", "transient"),
-    "rate_limit_error": (429, "rate_limit_exceeded", "account"),
-    "rate_limit_exceeded": (429, "rate_limit_exceeded", "account"),
-    "server_is_overloaded": (503, "overloaded", "transient"),
-    "slow_down": (503, "overloaded", "transient"),
-    "token_expired": (401, "account_auth_expired", "token"),
-    "token_invalidated": (401, "account_auth_expired", "account"),
-    "token_revoked": (401, "account_auth_expired", "account"),
-    "usage_limit_reached": (429, "usage_limit_reached", "account"),
-    "usage_not_included": (403, "usage_not_included", "account"),
-    "workspace_access_denied": (403, "account_unusable", "account"),
+_SIGNS: dict[_Outcome, str] = {
+    (400, "content_policy_violation", "request"): "bio_policy content_policy_violation "
+    "cyber_policy invalid_prompt misalignment_policy_violation",
+    (400, "context_length_exceeded", "request"): "context_length_exceeded",
+    (400, "moderation_blocked", "request"): "moderation_blocked",
+    (401, "account_auth_expired", "account"): "account_deactivated token_invalidated token_revoked",
+    (401, "account_auth_expired", "token"): "401 token_expired",
+    (403, "account_unusable", "account"): "deactivated_workspace workspace_access_denied",
+    (403, "upstream_forbidden", "account"): "402 403",
+    (403, "usage_not_included", "account"): "usage_not_included",
+    (404, "model_not_found", "request"): "model_not_found",
+    (413, "request_too_large", "request"): "413",
+    (429, "rate_limit_exceeded", "account"): "429 rate_limit_error rate_limit_exceeded",
+    (429, "usage_limit_reached", "account"): "insufficient_quota usage_limit_reached",
+    (503, "overloaded", "transient"): "503 529 overloaded_error server_is_overloaded slow_down",
 }
+_OUTCOMES = {sign: outcome for outcome, signs in _SIGNS.items() for sign in signs.split()}
 
 _NOT_FOR_CHATGPT = "not supported when using Codex with a ChatGPT account"
 _WAIT_IN_TEXT = re.compile(r"try again in (\d+(?:\.\d+)?)\s*(ms|mi?|s)", re.IGNORECASE)
@@ -2348,26 +2062,20 @@ def upstream_error(
     """A backend answer that is no event stream -> the error for the client.
 
     headers  lower-case names
-    body     parsed as `{"error": {...}}`, `{"detail": "..."}` or `{"detail": {"code"}}`; HTML is dropped
+    body     `{"error": {...}}`, `{"detail": "..."}` or `{"detail": {"code"}}`; HTML is dropped
     """
     inner = _error_object(body)
-    retry_after = _retry_after(headers.get("retry-after"), now)
     if 200 <= status < 400:
-        return UpstreamError(
-            502,
-            "upstream_error",
-            f"The upstream answered {status} without an event stream.",
-            fault="transient",
-        )
+        message = f"The upstream answered {status} without an event stream."
+        return UpstreamError(502, "upstream_error", message, fault="transient")
     if status == 403 and not any(inner.values()):
         reason = "a browser check" if "cf-mitigated" in headers else "an HTML page"
-        return UpstreamError(
-            403,
-            "upstream_forbidden",
+        message = (
             f"The upstream refused the connection with {reason}. This is about the network or the "
-            "region, not about your account: try another network or set a proxy.",
+            "region, not about your account: try another network or set a proxy."
         )
-    return _classify(status, inner, retry_after, now)
+        return UpstreamError(403, "upstream_forbidden", message)
+    return _classify(status, inner, _retry_after(headers.get("retry-after"), now), now)
 
 
 def event_error(event: Json, now: float) -> UpstreamError:
@@ -2393,158 +2101,132 @@ def _error_object(body: bytes) -> Json:
 
 def _classify(status: int, inner: Json, retry_after: int | None, now: float) -> UpstreamError:
     kinds = [str(inner[name]) for name in ("code", "type") if inner.get(name)]
-    kind = next((one for one in kinds if one in _UPSTREAM_CODES), kinds[0] if kinds else "")
+    kind = next((one for one in kinds if one in _OUTCOMES), kinds[0] if kinds else "")
     message = str(inner.get("message") or inner.get("detail") or "")
-    param = inner.get("param")
-    param = param if isinstance(param, str) else None
+    param = inner["param"] if isinstance(inner.get("param"), str) else None
     if _NOT_FOR_CHATGPT in message or (status == 404 and "model" in message):
         kind = "model_not_found"
-    known = _UPSTREAM_CODES.get(kind)
-    if known is None:
-        known = _by_status(status, kind)
-    own_status, code, fault = known
+    # A stream has no status: faults of the input name themselves, the rest is the server's.
+    is_named = status == 0 and ("image" in kind or kind.startswith("invalid_"))
+    outcome = _OUTCOMES.get(str(status), (502, "upstream_error", "transient"))
+    if is_named or status in (400, 409, 422):
+        outcome = 400, kind or "invalid_request_error", "request"
+    own_status, code, fault = _OUTCOMES.get(kind, outcome)
     if own_status == 429:
         return _limit_error(code, message, inner, retry_after, now)
     if code == "context_length_exceeded":
-        message = _naming_context(message)
         param = param or "input"
+        if not re.search(r"context (length|window)", message):
+            # Agents look for these words to start their own compaction.
+            told = "The input exceeds the context window of this model (context length exceeded)."
+            message = f"{message} {told}".strip()
     if code == "model_not_found":
         param = "model"
-        message = f"{message or 'The upstream does not know this model.'} `azt models` lists what this account offers."
+        message = message or "The upstream does not know this model."
+        message += " `azt models` lists what this account offers."
+    message = message[:2048] or f"The upstream answered {status or 'with an error'}."
     headers = {"retry-after": str(min(retry_after or 5, 60))} if own_status == 503 else {}
-    error_type = "authentication_error" if own_status == 401 else None
+    kind = "authentication_error" if own_status == 401 else ""
     return UpstreamError(
-        own_status,
-        code,
-        message[:2048] or f"The upstream answered {status or 'with an error'}.",
-        fault=fault,
-        type=error_type,
-        param=param,
-        headers=headers,
+        own_status, code, message, fault=fault, type=kind or None, param=param, headers=headers
     )
-
-
-_BY_STATUS: dict[int, tuple[int, str, Fault]] = {
-    401: (401, "account_auth_expired", "token"),
-    402: (403, "upstream_forbidden", "account"),
-    403: (403, "upstream_forbidden", "account"),
-    413: (413, "request_too_large", "request"),
-    429: (429, "rate_limit_exceeded", "account"),
-    503: (503, "overloaded", "transient"),
-    529: (503, "overloaded", "transient"),
-}
-
-
-def _by_status(status: int, kind: str) -> tuple[int, str, Fault]:
-    # Inside a stream there is no status: faults of the input name themselves, the rest is the server's.
-    named = status == 0 and ("image" in kind or kind.startswith("invalid_"))
-    if named or status in (400, 409, 422):
-        return 400, kind or "invalid_request_error", "request"
-    return _BY_STATUS.get(status, (502, "upstream_error", "transient"))
 
 
 def _limit_error(
     code: str, message: str, inner: Json, retry_after: int | None, now: float
 ) -> UpstreamError:
-    """A 429 with the wait in every form clients read. A long one forbids the SDKs to sleep it out."""
-    resets_at, resets_in = inner.get("resets_at"), inner.get("resets_in_seconds")
+    """A 429 with the wait in every form clients read. A long one forbids SDKs to sleep it out."""
+    resets_at = _seconds(inner.get("resets_at"))
     said = _WAIT_IN_TEXT.search(message)
-    known = [
-        resets_at - now if isinstance(resets_at, (int, float)) and resets_at > 0 else None,
-        resets_in if isinstance(resets_in, (int, float)) else None,
+    known = (
+        resets_at - now if resets_at else None,
+        _seconds(inner.get("resets_in_seconds")),
         retry_after,
         float(said[1]) * _UNIT_S[said[2].lower()] if said else None,
         300 if code == "usage_limit_reached" else 5,
-    ]
+    )
     wait_s = next(one for one in known if one is not None)
     wait = max(1, min(math.ceil(wait_s), RETRY_AFTER_MAX_S))
     headers = {"retry-after": str(wait), **({"x-should-retry": "false"} if wait > 60 else {})}
     extra: Json = {"resets_at": int(now) + wait, "resets_in_seconds": wait}
     if isinstance(inner.get("plan_type"), str):
         extra["plan_type"] = inner["plan_type"]
-    error_type = "rate_limit_error"
-    message = message or f"Too many requests: try again in {wait} s."
+    kind, message = "rate_limit_error", message or f"Too many requests: try again in {wait} s."
     if code == "usage_limit_reached":
-        error_type = code
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now + wait))
-        message = f"{message.rstrip('.')}. It resets at {when}."
+        kind, message = code, f"{message.rstrip('.')}. It resets at {when}."
     return UpstreamError(
-        429, code, message, fault="account", type=error_type, headers=headers, extra=extra
+        429, code, message, fault="account", type=kind, headers=headers, extra=extra
     )
 
 
-def _naming_context(message: str) -> str:
-    """Agents look for these words to start their own compaction."""
-    if re.search(r"context (length|window)", message):
-        return message
-    return f"{message} The input exceeds the context window of this model (context length exceeded).".strip()
+def _seconds(value: Any) -> float | None:
+    """A number that can be a time or a wait, else None."""
+    return float(value) if type(value) in (int, float) and abs(value) < 1e12 else None
 
 
 def _retry_after(value: str | None, now: float) -> int | None:
     """Seconds out of a Retry-After header: a number or an HTTP date."""
-    if not value:
-        return None
     try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - now
-        except (ValueError, OverflowError):
-            return None
+        if re.fullmatch(r"[-+]?\d+(\.\d*)?", value or ""):
+            seconds = float(value or "")
+        else:
+            seconds = email.utils.parsedate_to_datetime(value or "").timestamp() - now
+    except (ValueError, OverflowError):
+        return None
     return max(0, min(math.ceil(seconds), RETRY_AFTER_MAX_S)) if math.isfinite(seconds) else None
 
 
 class Sink(Protocol):
-    """Where a `Relay` writes: the server's side of one response (room 15)."""
+    """Where a `Relay` writes: the server's side of one response (room 15).
 
-    def write(self, data: bytes) -> None:
-        """Body bytes for the client; framing is the sink's."""
+    write   body bytes for the client; the framing is the sink's
+    finish  the body is complete
+    cut     the body ends unfinished: the client must see a broken transfer, not a short success
+    """
 
-    def finish(self) -> None:
-        """The body is complete."""
-
-    def cut(self) -> None:
-        """The body ends here unfinished: the client must see a broken transfer, not a short success."""
+    def write(self, data: bytes) -> None: ...
+    def finish(self) -> None: ...
+    def cut(self) -> None: ...
 
 
 class Translator(Protocol):
-    """One upstream event stream -> one answer (room 11). All of it pure."""
+    """One upstream event stream -> one answer (room 11). All of it pure.
+
+    done     a terminal event was seen; what follows is ignored
+    stopped  the rest is not wanted (a stop string was hit): the upstream call can be ended
+    failure  why the answer failed, once it did
+    usage    the `usage` of the terminal event as upstream sent it, when it did
+    feed     the data of one upstream event -> bytes for a streaming client
+    absorb   the same for a client that waits for the whole answer, `result`: keeps it, returns b""
+    fail     the stream broke: the bytes that tell a streaming client so
+    """
 
     done: bool
-    """A terminal event was seen; what follows is ignored."""
     stopped: bool
-    """The rest is not wanted (a stop string was hit): the upstream call can be ended."""
     failure: AztError | None
-    """Why the answer failed, once it did."""
     usage: Json | None
-    """The `usage` of the terminal event as upstream sent it, when it did."""
 
-    def feed(self, data: bytes) -> bytes:
-        """The data of one upstream SSE event -> bytes for a streaming client."""
+    def feed(self, data: bytes) -> bytes: ...
+    def absorb(self, data: bytes) -> bytes: ...
+    def fail(self, error: AztError) -> bytes: ...
+    def result(self) -> Json: ...
 
-    def absorb(self, data: bytes) -> bytes:
-        """The same for a client that waits for the whole answer: keeps it, returns b""."""
 
-    def fail(self, error: AztError) -> bytes:
-        """The stream broke: the bytes that tell a streaming client so."""
-
-    def result(self) -> Json:
-        """The whole answer of a call that was absorbed."""
-# What stands in when neither azt nor Codex has fetched a list: (id, name, reasoning efforts). The backend
-# decides what an account may use; `azt models --refresh` asks it.
-_BUILT_IN_EFFORTS = ("low", "medium", "high", "xhigh")
+# What stands in when neither azt nor Codex has fetched a list: (id, name, reasoning efforts). The
+# backend decides what an account may use; `azt models --refresh` asks it.
 _BUILT_IN_MODELS = (
-    ("gpt-5.4", "GPT-5.4", _BUILT_IN_EFFORTS),
-    ("gpt-5.5", "GPT-5.5", _BUILT_IN_EFFORTS),
-    ("gpt-6-luna", "GPT-6 Luna", (*_BUILT_IN_EFFORTS, "max")),
-    ("gpt-6-sol", "GPT-6 Sol", (*_BUILT_IN_EFFORTS, "max")),
-    ("gpt-6.1-sol", "GPT-6.1 Sol", (*_BUILT_IN_EFFORTS, "max")),
+    ("gpt-5.4", "GPT-5.4", "low medium high xhigh"),
+    ("gpt-5.5", "GPT-5.5", "low medium high xhigh"),
+    ("gpt-6-luna", "GPT-6 Luna", "low medium high xhigh max"),
+    ("gpt-6-sol", "GPT-6 Sol", "low medium high xhigh max"),
+    ("gpt-6.1-sol", "GPT-6.1 Sol", "low medium high xhigh max"),
 )
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The models as the backend describes them (codex-upstream.md 6.2), and where the list is from."""
+    """The models as the backend describes them (codex-upstream.md 6.2), and their source."""
 
     entries: tuple[Json, ...]
     source: Literal["azt", "codex", "built-in"]
@@ -2554,45 +2236,36 @@ class Catalogue:
     @classmethod
     def read(cls, own: Json | None, codex: Json | None) -> Catalogue:
         """azt's own cache, else Codex's, else the built-in list. A broken one is passed over."""
-        caches: tuple[tuple[Literal["azt", "codex"], Json | None], ...] = (
-            ("azt", own),
-            ("codex", codex),
-        )
-        for source, cache in caches:
-            models = (cache or {}).get("models")
-            entries = (
-                tuple(one for one in models if _is_model(one)) if isinstance(models, list) else ()
-            )
-            if entries:
-                fetched_at = (cache or {}).get("fetched_at")
-                fetched = fetched_at if isinstance(fetched_at, int) else 0
-                return cls(entries, source, str((cache or {}).get("etag") or ""), fetched)
-        built_in = [
+        for cache in (own or {}, codex or {}):
+            models, fetched_at = cache.get("models"), cache.get("fetched_at")
+            if isinstance(models, list) and (entries := usable_models(models)):
+                fetched_at = fetched_at if isinstance(fetched_at, int) else 0
+                source: Literal["azt", "codex"] = "azt" if cache is own else "codex"
+                return cls(entries, source, str(cache.get("etag") or ""), fetched_at)
+        built_in = (
             {
                 "slug": slug,
                 "display_name": name,
-                "supported_reasoning_levels": [{"effort": one} for one in efforts],
+                "supported_reasoning_levels": [{"effort": one} for one in efforts.split()],
             }
             for slug, name, efforts in _BUILT_IN_MODELS
-        ]
+        )
         return cls(tuple(built_in), "built-in")
 
     def to_json(self) -> Json:
-        return {
-            "version": 1,
-            "etag": self.etag,
-            "fetched_at": self.fetched_at,
-            "models": list(self.entries),
-        }
+        kept = {"etag": self.etag, "fetched_at": self.fetched_at, "models": list(self.entries)}
+        return {"version": 1, **kept}
 
     @functools.cached_property
     def listed(self) -> list[Json]:
         """The entries a person may pick, in the backend's order."""
-        shown = [one for one in self.entries if one.get("visibility", "list") == "list"]
-        return sorted(
-            shown,
-            key=lambda one: priority if isinstance(priority := one.get("priority"), int) else 1_000,
-        )
+
+        def rank(entry: Json) -> int:
+            priority = entry.get("priority")
+            return priority if isinstance(priority, int) else 1_000
+
+        shown = (one for one in self.entries if one.get("visibility", "list") == "list")
+        return sorted(shown, key=rank)
 
     @functools.cached_property
     def efforts(self) -> dict[str, tuple[str, ...]]:
@@ -2600,11 +2273,8 @@ class Catalogue:
         table: dict[str, tuple[str, ...]] = {}
         for entry in self.entries:
             levels = entry.get("supported_reasoning_levels")
-            named = (
-                [one.get("effort") for one in levels if isinstance(one, dict)]
-                if isinstance(levels, list)
-                else []
-            )
+            levels = levels if isinstance(levels, list) else []
+            named = (one.get("effort") for one in levels if isinstance(one, dict))
             table[entry["slug"]] = tuple(one for one in named if isinstance(one, str))
         return table
 
@@ -2615,29 +2285,21 @@ class Catalogue:
 
     def openai_model(self, entry: Json) -> Json:
         """One entry of `/v1/models`: the four official keys, then what pickers look for."""
-        window = entry.get("context_window")
-        model: Json = {
+        model = {
             "id": entry["slug"],
             "object": "model",
             "created": 1686935002,
             "owned_by": "openai",
         }
-        extras = {
-            "name": entry.get("display_name"),
-            "description": entry.get("description"),
-            "context_length": window,
-            "context_window": window,
-            "max_model_len": window,
-            "input_modalities": entry.get("input_modalities"),
-        }
-        model.update({name: value for name, value in extras.items() if value})
-        return model
+        extras = {"name": entry.get("display_name"), "description": entry.get("description")}
+        for name in ("context_length", "context_window", "max_model_len"):
+            extras[name] = entry.get("context_window")
+        extras["input_modalities"] = entry.get("input_modalities")
+        return {**model, **{name: value for name, value in extras.items() if value}}
 
     def openai_models(self) -> Json:
-        return {
-            "object": "list",
-            "data": [self.openai_model(entry) for entry in self.listed or self.entries],
-        }
+        data = [self.openai_model(entry) for entry in self.listed or self.entries]
+        return {"object": "list", "data": data}
 
     def find(self, model_id: str) -> Json:
         """raises  AztError 404 naming what there is"""
@@ -2645,16 +2307,16 @@ class Catalogue:
             if entry["slug"] == model_id:
                 return self.openai_model(entry)
         known = ", ".join(entry["slug"] for entry in self.listed[:8])
-        raise AztError(
-            404,
-            "model_not_found",
-            f"The model {model_id[:80]!r} is not in the list: {known}.",
-            param="model",
-        )
+        message = f"The model {model_id[:80]!r} is not in the list: {known}."
+        raise AztError(404, "model_not_found", message, param="model")
 
 
-def _is_model(entry: Any) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get("slug"), str) and bool(entry["slug"])
+def usable_models(models: list[Any]) -> tuple[Json, ...]:
+    """The entries of a list from outside that name a model."""
+    named = (one for one in models if isinstance(one, dict) and isinstance(one.get("slug"), str))
+    return tuple(one for one in named if one["slug"])
+
+
 @dataclass(frozen=True, slots=True)
 class Credentials:
     """What one model call needs of an account. A value: it crosses threads."""
@@ -2662,11 +2324,9 @@ class Credentials:
     access_token: str = field(repr=False)
     account_id: str
 
-    def headers(self) -> dict[str, str]:
-        return {
-            "authorization": f"Bearer {self.access_token}",
-            "chatgpt-account-id": self.account_id,
-        }
+    def headers(self, accept: str) -> dict[str, str]:
+        named = {"chatgpt-account-id": self.account_id, "accept": accept, **OWN_HEADERS}
+        return {"authorization": f"Bearer {self.access_token}", **named}
 
 
 @blocking
@@ -2684,14 +2344,8 @@ def open_stream(
     session  stable per conversation: with `prompt_cache_key` it is what keeps prompt caches warm
     raises   UpstreamError also for an answer that is no event stream
     """
-    headers = {
-        **credentials.headers(),
-        **OWN_HEADERS,
-        "accept": "text/event-stream",
-        "content-type": "application/json",
-        "session-id": session,
-        "session_id": session,
-    }
+    headers = credentials.headers("text/event-stream")
+    headers |= {"content-type": "application/json", "session-id": session, "session_id": session}
     answer = open_response(pool, Call("POST", f"{base_url}/responses", headers, body), wire)
     if not answer.is_stream:
         raise upstream_error(answer.status, answer.headers, answer.body, time.time())
@@ -2701,43 +2355,32 @@ def open_stream(
 @blocking
 def fetch_models(
     pool: ConnectionPool, base_url: str, credentials: Credentials, etag: str, wire: Wire
-) -> tuple[list[Json], str] | None:
+) -> tuple[tuple[Json, ...], str] | None:
     """The catalogue of one account and its ETag; None when `etag` is still current."""
-    headers = {**credentials.headers(), **OWN_HEADERS, "accept": "application/json"}
-    if etag:
-        headers["if-none-match"] = etag
+    headers = credentials.headers("application/json") | ({"if-none-match": etag} if etag else {})
     url = f"{base_url}/models?client_version={CATALOGUE_CLIENT_VERSION}"
     answer = open_response(pool, Call("GET", url, headers, head_timeout_s=30.0), wire)
     if answer.status == 304:
         return None
     if answer.status != 200:
         raise upstream_error(answer.status, answer.headers, answer.body, time.time())
-    value = parse_event(answer.body)
-    models = (value or {}).get("models")
+    models = (parse_event(answer.body) or {}).get("models")
     if not isinstance(models, list):
-        raise UpstreamError(
-            502, "upstream_error", "The upstream's model list has an unknown shape."
-        )
-    return [model for model in models if isinstance(model, dict)], answer.headers.get("etag", "")
+        message = "The upstream's model list has an unknown shape."
+        raise UpstreamError(502, "upstream_error", message)
+    return usable_models(models), answer.headers.get("etag", "")
 
 
-# Events that come before anything was generated. Overload and limits are reported after them, inside
-# the 200 stream, so they are held back: until then the status is still ours (performance.md 2.10).
-_HANDSHAKE = {
-    "keepalive",
-    "response.created",
-    "response.in_progress",
-    "response.metadata",
-    "response.queued",
-}
+# Events that come before anything was generated, and those whose type begins with "codex." or
+# "responsesapi.". Overload and limits are reported after them, inside the 200 stream, so they are
+# held back: until then the status is still ours (performance.md 2.10).
+_HANDSHAKE = frozenset(
+    "keepalive response.created response.in_progress response.metadata response.queued".split()
+)
 _FAILURES = {"error", "response.failed"}
 
 HEARTBEAT = b": keep-alive\n\n"
 """A comment: the one form of heartbeat that every client library skips (openai-api.md 2.8)."""
-
-
-def _is_handshake(kind: str) -> bool:
-    return kind in _HANDSHAKE or kind.startswith(("codex.", "responsesapi."))
 
 
 class Relay:
@@ -2746,9 +2389,9 @@ class Relay:
         HELD ---first generated event, terminal event, or 15 s---> OPEN ---terminal---> ENDED
           \\--- failure event, cut, stall: `ready` raises              \\--- cut, stall: error event
 
-    Bytes in, bytes out: no task and no thread while it runs. Nothing reaches the client in HELD, so that a
-    failure can still become a status or another attempt. Ended, it reads on for the end of the body, for
-    then the connection can be kept.
+    Bytes in, bytes out: no task and no thread while it runs. Nothing reaches the client in HELD, so
+    that a failure can still become a status or another attempt. Ended, it reads on for the end of
+    the body, for then the connection can be kept.
     """
 
     def __init__(
@@ -2770,43 +2413,42 @@ class Relay:
         self._paused = False
         self._watching = False
         self._timer: asyncio.TimerHandle | None = None
+        self._last_read_s = self._last_write_s = self._loop.time()
         self.answer = answer
         self.translator = translator
         self.ended = False
         self.first_output_s: float | None = None
-        self.started_s = self._last_read_s = self._last_write_s = self._loop.time()
         self.on_end: Callable[[Relay], None] | None = None
 
     # -- what rotation and the handlers call
 
     async def ready(self, hold_s: float) -> None:
-        """Wait out the hold-back. Raises UpstreamError when the stream failed before it generated anything.
+        """Wait out the hold-back. Raises AztError when the stream failed while it was held.
 
         hold_s  how long handshake events may be held; then the answer opens without content
         """
         rest, self.answer.rest = self.answer.rest, b""
-        if rest:
+        if rest or self._framing.ended:
             self._receive(rest)
-        if self.answer.sock is not None:
-            self._watch()
+        self._watch()
         opening = self._loop.call_later(hold_s, self._open_late)
         try:
-            await self._ready
-        except asyncio.CancelledError:
-            self.cancel()
-            raise
+            await self._until(self._ready)
         finally:
             opening.cancel()
 
     async def whole(self) -> None:
         """Wait for the end of an absorbed answer. Raises its failure."""
+        await self._until(self._over)
+        if self.translator.failure is not None:
+            raise self.translator.failure
+
+    async def _until(self, future: asyncio.Future[None]) -> None:
         try:
-            await self._over
+            await future
         except asyncio.CancelledError:
             self.cancel()
             raise
-        if self.translator.failure is not None:
-            raise self.translator.failure
 
     # -- what the server calls (StreamBody)
 
@@ -2815,9 +2457,6 @@ class Relay:
         self._flush()
         if self.ended:
             self._report()
-            sink.finish()
-        elif self._timer is None:
-            self._tick()
 
     def pause(self) -> None:
         self._paused = True
@@ -2847,12 +2486,13 @@ class Relay:
 
     def _watch(self) -> None:
         sock = self.answer.sock
-        if sock is not None and not self._watching and not self._paused:
-            self._loop.add_reader(sock.fileno(), self._readable)
-            self._watching = True
-            if isinstance(sock, ssl.SSLSocket) and sock.pending():
-                self._loop.call_soon(self._readable)
-        if self._timer is None and not self.ended:
+        if sock is None or self._watching or self._paused:
+            return
+        self._loop.add_reader(sock.fileno(), self._readable)
+        self._watching = True
+        if isinstance(sock, ssl.SSLSocket) and sock.pending():
+            self._loop.call_soon(self._readable)
+        if self._timer is None:
             self._tick()
 
     def _unwatch(self) -> None:
@@ -2861,7 +2501,7 @@ class Relay:
         self._watching = False
 
     def _readable(self) -> None:
-        """Take what has come. A TLS socket may hold more than one record without being readable again."""
+        """Take what has come. TLS may hold more than one record without being readable again."""
         sock = self.answer.sock
         if sock is None or not self._watching:
             return
@@ -2882,20 +2522,27 @@ class Relay:
             body = self._framing.feed(data) if data else b""
             events = self._parser.feed(body) if body and not self.ended else []
         except (ValueError, UpstreamError) as error:
-            self._drop()
             self._fail(error if isinstance(error, UpstreamError) else _truncated())
+            self._drop()
             return
-        if not self.ended:
-            self._take(events)
-            self._flush()
+        if events:
+            self._translate(self._take, events)
         if self._framing.ended or not data:
             self._body_over(clean=bool(data) and self.answer.keep and not self._framing.rest)
+
+    def _translate(self, step: Callable[[list[bytes]], None], events: list[bytes]) -> None:
+        try:
+            step(events)
+        except Exception:  # a mistake in the translator must not leave the client waiting
+            log.exception("an event of the upstream could not be translated")
+            self._fail(AztError(500, "internal_error", "azt made a mistake; its log tells more."))
+        self._flush()
 
     def _take(self, events: list[bytes]) -> None:
         translator, out, feed = self.translator, self._out, self._feed
         for data in events:
             if self._held is not None:
-                self._hold(data)
+                self._hold(self._held, data)
             elif piece := feed(data):
                 out += piece
                 self._has_content = True
@@ -2905,40 +2552,40 @@ class Relay:
                     self._drop()
                 return
 
-    def _hold(self, data: bytes) -> None:
-        held = cast(list[bytes], self._held)
+    def _hold(self, held: list[bytes], data: bytes) -> None:
         kind = event_type(data)
         if kind in _FAILURES:
-            self._fail_ready(event_error(parse_event(data) or {}, time.time()))
+            self._fail(event_error(parse_event(data) or {}, time.time()))
             return
         held.append(data)
         self._held_bytes += len(data)
-        if not _is_handshake(kind) or self._held_bytes > MAX_HELD_BYTES:
+        is_handshake = kind in _HANDSHAKE or kind.startswith(("codex.", "responsesapi."))
+        if not is_handshake or self._held_bytes > MAX_HELD_BYTES:
             self._has_content = True
-            self._open()
+            self._open(held)
 
-    def _open(self) -> None:
+    def _open(self, held: list[bytes]) -> None:
         """End the hold-back: what was held goes through the translator."""
-        if self._held is None or self.ended:
-            return
-        held, self._held = self._held, None
+        self._held = None
         for data in held:
             self._out += self._feed(data)
         if not self._ready.done():
             self._ready.set_result(None)
-        self._flush()
 
     def _open_late(self) -> None:
-        """The wait is over without content: a heartbeat tells the client that someone is at work."""
-        if self._held is not None and self._streaming:
+        """The wait is over without content: a heartbeat tells that someone is at work."""
+        if self._held is None or self.ended:
+            return
+        if self._streaming:
             self._out += HEARTBEAT
-        self._open()
+        self._translate(self._open, self._held)
 
     def _body_over(self, clean: bool) -> None:
         """The upstream's body or connection is at its end."""
-        if clean and self.answer.sock is not None:
+        sock = self.answer.sock
+        if clean and sock is not None:
             self._unwatch()
-            sock, self.answer.sock = self.answer.sock, None
+            self.answer.sock = None
             sock.settimeout(CONNECT_TIMEOUT_S)
             self._pool.give(self.answer.key, sock)
         self._drop()
@@ -2948,17 +2595,10 @@ class Relay:
     # -- ending
 
     def _fail(self, error: AztError) -> None:
+        """Held, the failure is raised by `ready`; open, it is the last event."""
         if self.ended:
             return
-        if self._held is not None:
-            self._fail_ready(error)
-            return
         self._out += self.translator.fail(error)
-        self._end()
-        self._drop()
-
-    def _fail_ready(self, error: AztError) -> None:
-        self.translator.fail(error)
         self._end()
         self._drop()
         if not self._ready.done():
@@ -2969,28 +2609,33 @@ class Relay:
         if self.ended:
             return
         self.ended = True
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
         self._flush()
         if not self._over.done():
             self._over.set_result(None)
+        if self._timer is not None:
+            self._timer.cancel()
+        # The end of the body follows at once; a connection where it is late is closed.
+        self._timer = self._loop.call_later(1.0, self._drop)
         if self._sink is not None:
             self._report()
-            self._sink.finish()
-        if self.answer.sock is not None:
-            # The end of the body follows the terminal event at once; who is late is not kept.
-            self._loop.call_later(1.0, self._drop)
 
     def _report(self) -> None:
         """Tell once that the answer has ended for the client, with what was written by then."""
         on_end, self.on_end = self.on_end, None
         if on_end is not None:
-            on_end(self)
+            try:
+                on_end(self)
+            except Exception:  # a mistake in the bookkeeping must not cost the client its end
+                log.exception("the end of an answer could not be noted")
+        if self._sink is not None:
+            self._sink.finish()
 
     def _drop(self) -> None:
+        """Let go of the connection, and of the timer, which would keep this relay in memory."""
         self._unwatch()
         self.answer.close()
+        if self._timer is not None:
+            self._timer.cancel()
 
     # -- writing
 
@@ -3005,33 +2650,29 @@ class Relay:
         self._sink.write(data)
 
     def _tick(self) -> None:
-        """Heartbeat and idle limit; runs only as often as the nearer of the two can come."""
+        """Heartbeat and idle limit; runs only as often as the nearer of the two can come.
+
+        While the client reads too slowly there is neither: nothing is read, nothing may be written.
+        """
         now = self._loop.time()
-        if not self._paused and now - self._last_read_s >= UPSTREAM_IDLE_TIMEOUT_S:
-            self._timer = None
-            self._fail(
-                UpstreamError(
-                    504,
-                    "upstream_timeout",
-                    "The upstream fell silent in mid-answer.",
-                    fault="transient",
-                )
-            )
+        later = now + HEARTBEAT_S
+        idle_at = later if self._paused else self._last_read_s + UPSTREAM_IDLE_TIMEOUT_S
+        if now >= idle_at:
+            message = "The upstream fell silent in mid-answer. Send the request again."
+            self._fail(UpstreamError(504, "upstream_timeout", message, fault="transient"))
             return
-        if self._sink is not None and now - self._last_write_s >= HEARTBEAT_S:
+        beats = self._sink is not None and not self._paused
+        if beats and now >= self._last_write_s + HEARTBEAT_S:
             self.probe()
-        beat = self._last_write_s + HEARTBEAT_S if self._sink is not None else now + HEARTBEAT_S
-        idle = now + HEARTBEAT_S if self._paused else self._last_read_s + UPSTREAM_IDLE_TIMEOUT_S
-        self._timer = self._loop.call_at(max(min(beat, idle), now + 0.01), self._tick)
+        beat_at = self._last_write_s + HEARTBEAT_S if beats else later
+        self._timer = self._loop.call_at(max(min(beat_at, idle_at), now + 0.01), self._tick)
 
 
 def _truncated() -> UpstreamError:
-    return UpstreamError(
-        502,
-        "upstream_stream_truncated",
-        "The upstream closed the connection before the answer was complete. Send the request again.",
-        fault="transient",
-    )
+    message = "The upstream broke off before the answer was complete. Send the request again."
+    return UpstreamError(502, "upstream_stream_truncated", message, fault="transient")
+
+
 # ==================================================================================================
 # 11. Translators
 #     Client requests -> Codex requests, upstream events -> answers: dict to dict. Never opens a
@@ -3331,7 +2972,7 @@ class _Tools:
         return sent
 
     def choice(self, choice: Any, param: str) -> str | Json | None:
-        """`tool_choice`, or one of its allowed tools, for upstream; nothing where there are none."""
+        """`tool_choice`, or one of its allowed tools, for upstream; None where there is none."""
         if choice is None or not self.upstream:
             return None
         if isinstance(choice, str):
@@ -3600,6 +3241,8 @@ def estimate_input_tokens(upstream: Json) -> int:
             is_data = text.startswith("data:")
             size += _IMAGE_BYTES if is_data else len(text.encode("utf-8", "replace"))
     return max(1, size // 4 + 4 * len(items))
+
+
 # --------------------------------------------------------------------------------------------------
 # 11a. Chat Completions
 # --------------------------------------------------------------------------------------------------
@@ -3798,117 +3441,140 @@ def _assistant_items(message: Json, path: str) -> Iterator[_Placed]:
         spec, at = _flat({**call, "type": kind}, at)
         item = {"type": item_kind, "call_id": call_id, "name": spec.get("name")}
         yield {**item, field: spec.get(field)}, at
-# --------------------------------------------------------------------------------------------------
-# Upstream events -> answer: what the chat and the Responses translator share, then the chat one.
-# --------------------------------------------------------------------------------------------------
+
+
+# ---- Upstream events -> answer: what both protocols share ----------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class _Channel:
     """How one kind of growing text travels upstream: `response.<event>.delta` and `.done`.
 
+    name   the `type` of its part; a call has one text and no parts: the item's field
     text   the field with the whole text, in the done event and in the part or item
-    index  the event field that numbers the part; a call has one text only
-    part   the events that open and close the part, where there are any
+    chat   the field of a chat delta
+    group  the items that have it, as events find them
+    place  the item's list of such parts; `<place>_index` numbers them in events
     """
 
+    name: str
     event: str
     text: str
+    chat: str
     group: str
-    index: str = ""
-    part: str = ""
+    place: str = ""
 
 
 _CHANNELS = {
-    "arguments": _Channel("function_call_arguments", "arguments", "call"),
-    "input": _Channel("custom_tool_call_input", "input", "call"),
-    "output_text": _Channel("output_text", "text", "message", "content_index", "content_part"),
-    "reasoning_text": _Channel(
-        "reasoning_text", "text", "reasoning", "content_index", "content_part"
-    ),
-    "refusal": _Channel("refusal", "refusal", "message", "content_index", "content_part"),
-    "summary_text": _Channel(
-        "reasoning_summary_text", "text", "reasoning", "summary_index", "reasoning_summary_part"
-    ),
+    row[0]: _Channel(*row)
+    for row in (
+        ("arguments", "function_call_arguments", "arguments", "tool_calls", "call"),
+        ("input", "custom_tool_call_input", "input", "tool_calls", "call"),
+        ("output_text", "output_text", "text", "content", "message", "content"),
+        ("reasoning_text", "reasoning_text", "text", "reasoning_content", "reasoning", "content"),
+        ("refusal", "refusal", "refusal", "refusal", "message", "content"),
+        ("summary_text", "reasoning_summary_text", "text", "reasoning_content")
+        + ("reasoning", "summary"),
+    )
 }
-"""Every growing text, by the `type` of its part (for calls: by the item's field)."""
-
-_CALL_TEXTS = {"custom_tool_call": "input", "function_call": "arguments"}
-
-
-def _str(value: Any) -> str:
-    return value if isinstance(value, str) else ""
+_DELTAS = {f"response.{channel.event}.delta": channel for channel in _CHANNELS.values()}
+_WHOLES = {f"response.{channel.event}.done": channel for channel in _CHANNELS.values()}
+_PART_DONE = ("response.content_part.done", "response.reasoning_summary_part.done")
+_LIFECYCLE = ("response.created", "response.in_progress", "response.queued")
+_CALLS = {"custom_tool_call": _CHANNELS["input"], "function_call": _CHANNELS["arguments"]}
 
 
-def _int(value: Any) -> int:
-    return value if isinstance(value, int) else 0
+def _get(parent: Json, name: str, kind: type[T]) -> T:
+    """A member, or an empty value where it is missing or of another type."""
+    value = parent.get(name)
+    return value if isinstance(value, kind) else kind()
 
 
-def _dict(value: Any) -> Json:
-    return value if isinstance(value, dict) else {}
-
-
-def _dicts(value: Any) -> list[Json]:
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
-
-
-def _kind(event: Json) -> str:
-    """The `type` of an event. A bare `{"error": {...}}` is an error event too."""
-    return _str(event.get("type")) or ("error" if "error" in event else "")
+def _dicts(parent: Json, name: str) -> list[Json]:
+    return [value for value in _get(parent, name, list) if isinstance(value, dict)]
 
 
 def _group(value: Json) -> str:
     """Items of one group may answer to the same event keys."""
-    return "call" if value.get("type") in _CALL_TEXTS else _str(value.get("type"))
+    kind = _get(value, "type", str)
+    return "call" if kind in _CALLS else kind
 
 
 @dataclass(slots=True)
 class _Part:
     """One growing text: the inside of its JSON string literal, in pieces as they came."""
 
+    channel: _Channel
+    index: int = 0
     pieces: list[bytes] = field(default_factory=list)
+    whole: str = ""  # the newest snapshot
     annotations: list[Json] = field(default_factory=list)
-    start: int = 0
-    """Chat: where it begins in the whole content, in code points."""
-    opened: bool = False
-    told: bool = False
-    closed: bool = False
-    """Responses: its part was added; its text, its part was reported done."""
-
-    def add(self, text: str) -> None:
-        self.pieces.append(encode_json(text)[1:-1])
+    told: set[str] = field(default_factory=set)  # Responses: its events that were sent, no deltas
+    start: int = 0  # chat: where it begins in the whole content, in code points
 
     def text(self) -> str:
         return cast(str, json.loads(b'"' + b"".join(self.pieces) + b'"'))
 
-    def rest(self, whole: str) -> str:
-        """What a snapshot adds to the text; nothing where it differs, as deltas only append."""
-        said = self.text()
-        return whole[len(said) :] if whole.startswith(said) else ""
+    def learn(self, holder: Json) -> None:
+        self.whole = _get(holder, self.channel.text, str) or self.whole
+        # Each list is a snapshot of the same citations: only its surplus is new.
+        self.annotations += _dicts(holder, "annotations")[len(self.annotations) :]
+
+    def full(self) -> str:
+        """The snapshot, unless it is only the beginning: calls may be announced with one."""
+        text = self.text()
+        return text if text.startswith(self.whole) else self.whole
+
+    def value(self) -> Json:
+        """The part as the Responses API has it, with the lists that clients insist on."""
+        is_answer = self.channel.name == "output_text"
+        lists = {"annotations": list(self.annotations), "logprobs": []} if is_answer else {}
+        return {"type": self.channel.name, self.channel.text: self.full(), **lists}
+
+    def rest(self) -> str:
+        """What the snapshot adds to the text; nothing if it differs, as deltas only append."""
+        said = self.text() if self.whole else ""
+        return self.whole[len(said) :] if self.whole.startswith(said) else ""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Item:
     """One output item, as far as it is known."""
 
     group: str
     id: str = ""
     call_id: str = ""
-    name: str = ""
-    phase: str = ""
-    keyed: bool = False
+    name: str = ""  # of a call, as the client named the tool
+    value: Json = field(default_factory=dict)  # all that snapshots told
     parts: dict[tuple[str, int], _Part] = field(default_factory=dict)
-    value: Json = field(default_factory=dict)
-    """The newest snapshot from upstream."""
-    index: int = -1
-    """Its place in the answer, once the client was told of it."""
-    custom: bool = False
-    held: list[str] = field(default_factory=list)
-    """Chat: call text that waits for its turn."""
+    held: list[str] = field(default_factory=list)  # chat: call text that waits for its turn
+    index: int = -1  # its place in the answer, once it is announced
     done: bool = False
 
-    def part(self, channel: str, index: int) -> _Part:
-        return self.parts.setdefault((channel, index), _Part())
+    def part(self, channel: _Channel, index: int = 0) -> _Part:
+        return self.parts.setdefault((channel.name, index), _Part(channel, index))
+
+    def call_part(self) -> _Part:
+        """The one text of a call that has a name."""
+        return self.part(_CALLS[self.value["type"]])
+
+    def texts(self) -> list[_Part]:
+        return sorted(
+            self.parts.values(), key=lambda part: (part.channel.place == "content", part.index)
+        )
+
+    def learn(self, value: Json) -> None:
+        """Take in a snapshot. Quirk: it may lack what an older one had (R02_output_empty)."""
+        for name, new in value.items():
+            if new not in (None, "", [], {}) or name not in self.value:
+                self.value[name] = new
+        if self.group == "call":
+            self.call_part().learn(value)
+        for place in ("content", "summary"):
+            for index, holder in enumerate(_dicts(value, place)):
+                channel = _CHANNELS.get(_get(holder, "type", str))
+                if channel and channel.place == place:
+                    self.part(channel, index).learn(holder)
 
 
 class _Items:
@@ -3919,123 +3585,88 @@ class _Items:
         self._by_key: dict[tuple[str, str | int], _Item] = {}
         self._last: dict[str, _Item] = {}
 
-    def find(self, group: str, item_id: Any, call_id: Any, index: Any) -> _Item:
+    def find(self, group: str, item_id: str, call_id: str, index: Any) -> _Item:
         """The item that any of the keys names, else a new one. An `item_id` outranks an index."""
-        keys = [
-            (group, key)
-            for key in (item_id, call_id, index)
-            if isinstance(key, (str, int)) and key != ""
-        ]
+        keys: list[tuple[str, str | int]] = [(group, key) for key in (item_id, call_id) if key]
+        if isinstance(index, int):
+            keys.append((group, index))
         item = next((found for key in keys if (found := self._by_key.get(key))), None)
-        if item is not None and item.id and _str(item_id) not in ("", item.id):
-            item = None
-        if item is None:
+        if item is None or (item.id and item_id not in ("", item.id)):
             item = self._last.get(group)
-            if item is None or (keys and item.keyed):
+            if item is None or (keys and item in self._by_key.values()):
                 item = _Item(group)
                 self.all.append(item)
-        item.id = item.id or _str(item_id)
-        item.call_id = item.call_id or _str(call_id)
-        item.keyed = item.keyed or bool(keys)
+        item.id, item.call_id = item.id or item_id, item.call_id or call_id
         self._by_key.update(dict.fromkeys(keys, item))
         self._last[group] = item
         return item
 
+    def of_event(self, event: Json, group: str) -> _Item:
+        ids = _get(event, "item_id", str), _get(event, "call_id", str)
+        return self.find(group, *ids, event.get("output_index"))
+
     def of_value(self, value: Json, index: Any) -> _Item:
-        return self.find(_group(value), value.get("id"), value.get("call_id"), index)
+        ids = _get(value, "id", str), _get(value, "call_id", str)
+        item = self.find(_group(value), *ids, index)
+        item.learn(value)
+        return item
 
-    def of_output(self, output: Any) -> list[tuple[_Item, Json]]:
+    def of_output(self, output: list[Json]) -> Iterator[_Item]:
         """The items of a terminal `output`; one without an id goes by its place in its group."""
-        found = []
         counts: dict[str, int] = {}
-        for index, value in enumerate(_dicts(output)):
+        for index, value in enumerate(output):
             group = _group(value)
+            place = counts[group] = counts.get(group, -1) + 1
             alike = [item for item in self.all if item.group == group]
-            place = counts.get(group, 0)
-            counts[group] = place + 1
-            nameless = not (value.get("id") or value.get("call_id"))
-            item = alike[place] if nameless and place < len(alike) else self.of_value(value, index)
-            found.append((item, value))
-        return found
-
-
-def _is_part(part: Json) -> bool:
-    kind = _str(part.get("type"))
-    return kind in _CHANNELS and _CHANNELS[kind].part != ""
-
-
-def _texts_of(value: Json) -> list[tuple[str, int, Json]]:
-    """The texts in an item: (channel, index, the object that holds the text)."""
-    call_text = _CALL_TEXTS.get(_str(value.get("type")))
-    if call_text:
-        return [(call_text, 0, value)]
-    return [
-        (part["type"], index, part)
-        for parts in (value.get("summary"), value.get("content"))
-        for index, part in enumerate(_dicts(parts))
-        if _is_part(part)
-    ]
+            if value.get("id") or value.get("call_id") or place >= len(alike):
+                yield self.of_value(value, index)
+            else:
+                alike[place].learn(value)
+                yield alike[place]
 
 
 # The values that a delta event may have for the fast path. Each is canonical JSON: `json` reads it
 # and writes the same bytes again. So no \u and no \/ in the delta, and no number that is too long.
-_LITERAL = rb'"([^"\\\x00-\x1f]*+(?:\\["\\bfnrt][^"\\\x00-\x1f]*+)*+)"'
+# What is in groups, the delta apart, tells whose delta it is.
 _DELTA_FIELDS = {
-    "content_index": rb"(0|[1-9]\d{0,8})",
-    "delta": _LITERAL,
+    **dict.fromkeys(("content_index", "output_index", "summary_index"), rb"(0|[1-9]\d{0,8})"),
+    "delta": rb'"(?P<delta>(?!")[^"\\\x00-\x1f]*+(?:\\["\\bfnrt][^"\\\x00-\x1f]*+)*+)"',
     "item_id": rb'"([!#-\[\]-~]*+)"',
     "logprobs": rb"\[\]",
     "obfuscation": rb'"[ !#-\[\]-~]*+"',
-    "output_index": rb"(0|[1-9]\d{0,8})",
     "sequence_number": rb"(?:0|[1-9]\d{0,14})",
-    "summary_index": rb"(0|[1-9]\d{0,8})",
     "type": rb'"(response\.[a-z_.]+)"',
 }
-_KEY_FIELDS = ("content_index", "item_id", "output_index", "summary_index", "type")
 _MARK = "\0\u00e9"
-_MARK_BYTES = b"\\u0000\xc3\xa9"
 
 
 @functools.lru_cache(maxsize=64)
-def _delta_shape(
-    names: tuple[str, ...], space: bytes
-) -> tuple[re.Pattern[bytes], int, tuple[int, ...]] | None:
-    """A pattern for delta events with these members in this order.
-
-    returns  the pattern, the group of the delta, the groups that tell whose delta it is; None when
-             a member is not known
-    """
-    if "type" not in names or "delta" not in names or not _DELTA_FIELDS.keys() >= set(names):
+def _delta_shape(names: tuple[str, ...]) -> re.Pattern[bytes] | None:
+    """A pattern for delta events with these members in this order."""
+    if "delta" not in names or not _DELTA_FIELDS.keys() >= set(names):
         return None
-    members = [b'"' + name.encode() + b'":' + space + _DELTA_FIELDS[name] for name in names]
-    caught = [name for name in names if name == "delta" or name in _KEY_FIELDS]
-    keys = tuple(place for place, name in enumerate(caught, 1) if name != "delta")
-    pattern = re.compile(rb"\{" + (b"," + space).join(members) + rb"\}")
-    return pattern, caught.index("delta") + 1, keys
-
-
-@dataclass(frozen=True, slots=True)
-class _Paste:
-    """How a delta just like the one before becomes bytes without being decoded."""
-
-    match: Callable[[bytes], re.Match[bytes] | None]
-    delta: int
-    keys: tuple[int, ...]
-    known: Any
-    part: _Part
-    head: bytes
-    tail: bytes
+    members = (b'"' + name.encode() + b'":' + _DELTA_FIELDS[name] for name in names)
+    return re.compile(rb"\{" + b",".join(members) + rb"\}")
 
 
 class _EventStream:
-    """One upstream event stream -> one answer: what both protocols share.
+    """Upstream events -> one answer in the order that clients want, for both protocols.
 
-    An event is parsed, given to the handler of its type, and what that emits is encoded. Fast path:
-    after a delta whose handler did nothing but wrap the text (it sets `_plain`), a delta event with
-    the same members and the same keys is pasted into the same bytes. Any other event ends that.
+    Whatever upstream leaves out or repeats, a protocol sees each item `_added`, its new texts in
+    `_say`, each of them in `_settle` and the item `_closed` when they are complete, then
+    `_conclude`. What these emit is encoded.
+    Fast path: after a delta whose `_say` did nothing but wrap the text (it sets `_plain`), a delta
+    event with the same members and the same keys is pasted into the same bytes.
     """
 
-    _handlers: Mapping[str, Callable[..., None]] = {}
+    _request: ChatRequest | ResponsesRequest
+    _added: Callable[[_Item], None]
+    _say: Callable[[_Item, _Part, str], None]
+    _closed: Callable[[_Item, str], None]
+    _conclude: Callable[[str], None]
+    """Gets `completed`, `incomplete` or, with `failure` set, `failed`."""
+    _encode: Callable[[Json], bytes]
+    _number: Callable[[], bytes] | None = None
 
     def __init__(self, now: float, fast: bool) -> None:
         self.done = False
@@ -4045,58 +3676,42 @@ class _EventStream:
         self._now = now
         self._fast = fast
         self._items = _Items()
+        self._opened: list[_Item] = []
+        self._upstream: Json = {}
         self._out: list[Json] = []
         self._plain: tuple[_Part, Json] | None = None
-        self._paste: _Paste | None = None
-
-    def _encode(self, chunk: Json) -> bytes:
-        raise NotImplementedError
-
-    def _pasted(self, paste: _Paste, literal: bytes) -> bytes:
-        return paste.head + literal + paste.tail
-
-    def _hear(self, item: _Item, channel: str, index: int, text: str) -> None:
-        """Take in new text of a part."""
-        raise NotImplementedError
-
-    def _fold(self, chunk: Json) -> None:
-        """Keep what the whole answer needs of a chunk."""
-
-    def _give_up(self, error: AztError) -> None:
-        """Emit the failure."""
-        raise NotImplementedError
+        self._paste: Callable[[bytes], bytes | None] | None = None
 
     def translate(self, event: Json) -> list[Json]:
         """One upstream event -> the chunks (chat) or events (Responses) that it causes."""
         self._out = []
         self._plain = self._paste = None
-        handler = None if self.done else self._handlers.get(_kind(event))
+        # A bare `{"error": {...}}` is an error event too.
+        kind = _get(event, "type", str) or ("error" if "error" in event else "")
+        handler = None if self.done else self._handlers.get(kind)
         if handler is not None:
             handler(self, event)
         return self._out
 
     def feed(self, data: bytes) -> bytes:
         paste = self._paste
-        if paste is not None:
-            found = paste.match(data)
-            if found is not None and found.group(*paste.keys) == paste.known:
-                literal = found[paste.delta]
-                if literal and (literal.isascii() or _is_utf8(literal)):
-                    paste.part.pieces.append(literal)
-                    return self._pasted(paste, literal)
+        if paste is not None and (pasted := paste(data)) is not None:
+            return pasted
         event = None if self.done else parse_event(data)
         if event is None:
             return b""
-        out = b"".join(map(self._encode, self.translate(event)))
-        if self._fast and self._plain is not None:
-            self._arm(event, data, *self._plain)
+        names = tuple(event)
+        chunks = self.translate(event)
+        del event  # it may hold an image of 20 MB, and encoding makes copies enough
+        out = b"".join(map(self._encode, chunks))
+        if self._fast and self._plain is not None and not self.done:
+            self._arm(names, data, *self._plain)
         return out
 
     def absorb(self, data: bytes) -> bytes:
         event = None if self.done else parse_event(data)
         if event is not None:
-            for chunk in self.translate(event):
-                self._fold(chunk)
+            self.translate(event)
         return b""
 
     def fail(self, error: AztError) -> bytes:
@@ -4106,62 +3721,165 @@ class _EventStream:
             self._give_up(error)
         return b"".join(map(self._encode, self._out))
 
+    def _arm(self, names: tuple[str, ...], data: bytes, part: _Part, sample: Json) -> None:
+        """Prepare the fast path for deltas like `data`; `sample` is a chunk with _MARK as text."""
+        pattern = _delta_shape(names)
+        first = pattern and pattern.fullmatch(data)
+        head, mark, tail = self._encode(sample).rpartition(encode_json(_MARK)[1:-1])
+        # A name in the chunk that is no valid Unicode makes encode_json escape all of it: no paste.
+        if not (pattern and first and mark):
+            return
+        head, _, middle = head.partition(b'"sequence_number":0')
+        delta = pattern.groupindex["delta"]
+        keys = tuple(group for group in range(1, pattern.groups + 1) if group != delta)
+        known = first.group(*keys)
+        match, pieces, number = pattern.fullmatch, part.pieces, self._number
+
+        def paste(data: bytes) -> bytes | None:
+            found = match(data)
+            if found is None or found.group(*keys) != known:
+                return None
+            literal = found[delta]
+            try:
+                literal.isascii() or literal.decode()
+            except UnicodeDecodeError:
+                return None
+            pieces.append(literal)
+            return (head + number() + middle if number else head) + literal + tail
+
+        self._paste = paste
+
+    # Events
+
+    def _remember(self, event: Json) -> None:
+        """What the upstream says of the answer as a whole."""
+        for name, value in _get(event, "response", dict).items():
+            if value is not None and name != "output":
+                self._upstream[name] = value
+
+    def _item_event(self, event: Json) -> None:
+        value = _get(event, "item", dict)
+        if _group(value):
+            item = self._items.of_value(value, event.get("output_index"))
+            if event["type"] == "response.output_item.added":
+                self._open(item)
+            elif item.parts or item.group != "message":  # an empty one may come in the output
+                self._close(item, "completed")
+
+    def _place(self, event: Json, channel: _Channel) -> tuple[_Item, _Part]:
+        """Whose text an event is about."""
+        item = self._items.of_event(event, channel.group)
+        return item, item.part(channel, _get(event, f"{channel.place}_index", int))
+
+    def _delta(self, event: Json) -> None:
+        self._hear(*self._place(event, _DELTAS[event["type"]]), _get(event, "delta", str))
+
+    def _whole(self, event: Json) -> None:
+        """Quirk: deltas may be missing, or all of them (C08, C17, C18)."""
+        holder = _get(event, "part", dict) or event
+        channel = _WHOLES.get(event["type"]) or _CHANNELS.get(_get(holder, "type", str))
+        if channel:
+            item, part = self._place(event, channel)
+            part.learn(holder)
+            self._settle(item, part)
+
+    def _cite(self, event: Json) -> None:
+        _, part = self._place(event, _CHANNELS["output_text"])
+        part.annotations.append(_get(event, "annotation", dict))
+
+    def _end(self, event: Json) -> None:
+        self._remember(event)
+        self.usage = _get(self._upstream, "usage", dict) or None
+        status = event["type"].removeprefix("response.")
+        for item in self._items.of_output(_dicts(_get(event, "response", dict), "output")):
+            self._close(item, status)
+        for item in self._items.all:
+            self._close(item, status)
+        self._conclude(status)
+        self.done = True
+
     def _failed(self, event: Json) -> None:
         self._give_up(event_error(event, self._now))
 
-    def _of(self, event: Json, group: str) -> _Item:
-        return self._items.find(
-            group, event.get("item_id"), event.get("call_id"), event.get("output_index")
-        )
+    def _give_up(self, error: AztError) -> None:
+        self.failure = error
+        self._conclude("failed")
+        self.done = True
 
-    def _place(self, event: Json, channel: str) -> tuple[_Item, str, int]:
-        """Whose text an event is about: item, channel, index of the part."""
-        known = _CHANNELS[channel]
-        return self._of(event, known.group), channel, _int(event.get(known.index))
-
-    def _delta(self, event: Json, channel: str) -> None:
-        self._hear(*self._place(event, channel), _str(event.get("delta")))
-
-    def _arm(self, event: Json, data: bytes, part: _Part, sample: Json) -> None:
-        """Prepare the fast path for deltas like `data`; `sample` is a chunk with _MARK as text."""
-        space = b" " if data.find(b": ") == data.find(b":") else b""
-        shape = _delta_shape(tuple(event), space)
-        found = shape and shape[0].fullmatch(data)
-        head, mark, tail = self._encode(sample).rpartition(_MARK_BYTES)
-        # A name in the chunk that is no valid Unicode makes encode_json escape all of it: no paste.
-        if shape and found and mark:
-            pattern, delta, keys = shape
-            self._paste = _Paste(
-                pattern.fullmatch, delta, keys, found.group(*keys), part, head, tail
-            )
-
-
-def _of_channels(
-    delta: Callable[..., None], whole: Callable[..., None]
-) -> dict[str, Callable[..., None]]:
-    """The handlers of all delta and done events; each is told its channel."""
-    endings = (("delta", delta), ("done", whole))
-    return {
-        f"response.{known.event}.{ending}": functools.partial(handler, channel=channel)
-        for channel, known in _CHANNELS.items()
-        for ending, handler in endings
+    _handlers: Mapping[str, Callable[[Any, Json], None]] = {
+        **dict.fromkeys(("error", "response.failed"), _failed),
+        **dict.fromkeys(("response.completed", "response.incomplete"), _end),
+        **dict.fromkeys(_LIFECYCLE, _remember),
+        **dict.fromkeys(("response.output_item.added", "response.output_item.done"), _item_event),
+        "response.output_text.annotation.added": _cite,
+        **dict.fromkeys(_DELTAS, _delta),
+        **dict.fromkeys((*_WHOLES, *_PART_DONE), _whole),
     }
 
+    # Items and their texts
 
-def _is_utf8(data: bytes) -> bool:
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
+    def _open(self, item: _Item) -> bool:
+        """Announce the item, then what was heard of it. False while a call has no name yet.
+
+        Quirk: arguments may come before the item that names the call (C13_arguments_before_item).
+        """
+        if item.index >= 0:
+            return True
+        if item.group == "call":
+            name = _get(item.value, "name", str)
+            item.name = self._request.tool_names.get(name, name)
+            if not name:
+                return False
+        item.value.setdefault("type", item.group)
+        item.index = len(self._opened)
+        self._opened.append(item)
+        self._added(item)
+        for part in item.texts():
+            if part.pieces:
+                self._say(item, part, part.text())
+        return True
+
+    def _hear(self, item: _Item, part: _Part, text: str) -> None:
+        """New text: sent at once, or kept until its call has a name."""
+        if text and not item.done:
+            part.pieces.append(encode_json(text)[1:-1])
+            if item.index >= 0:
+                self._say(item, part, text)
+            else:
+                self._open(item)
+
+    def _settle(self, item: _Item, part: _Part) -> None:
+        self._hear(item, part, part.rest())
+
+    def _close(self, item: _Item, status: str) -> None:
+        """What was not said of the item, then its end. `status` is for one that has none."""
+        if item.done or not self._open(item):
+            return
+        own = item.value.get("status")
+        status = status if own in (None, "in_progress") else own
+        if item.value["type"] == "function_call" and status != "incomplete":
+            part = item.call_part()
+            part.whole = part.whole or ("" if part.pieces else "{}")  # clients parse it as JSON
+        for part in item.texts():
+            self._settle(item, part)
+        item.done = True
+        self._closed(item, status)
+
+    def _created_at(self) -> int:
+        at = self._upstream.get("created_at")
+        return int(at if isinstance(at, (int, float)) and 0 <= at < 1e12 else self._now)
+
+    def _counted(self) -> Json:
+        """Usage in upstream's shape; an estimate at four bytes a token where it sent none."""
+        if self.usage:
+            return self.usage
+        asked = estimate_input_tokens(self._request.upstream)
+        parts = [part for item in self._items.all for part in item.parts.values()]
+        said = math.ceil(sum(len(piece) for part in parts for piece in part.pieces) / 4)
+        return {"input_tokens": asked, "output_tokens": said, "total_tokens": asked + said}
 
 
-def _estimated_usage(upstream: Json, items: list[_Item]) -> Json:
-    """Usage in upstream's shape, at four bytes a token, for an answer that came without."""
-    asked = estimate_input_tokens(upstream)
-    pieces = [piece for item in items for part in item.parts.values() for piece in part.pieces]
-    said = math.ceil(sum(map(len, pieces)) / 4)
-    return {"input_tokens": asked, "output_tokens": said, "total_tokens": asked + said}
+# ---- Chat ----------------------------------------------------------------------------------------
 
 
 class StopMatcher:
@@ -4172,57 +3890,39 @@ class StopMatcher:
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.hit = False
-        self._stops = [stop for stop in stops if stop]
+        self._stops = stops
         self._pending = ""
 
-    def push(self, text: str) -> str:
-        pending = self._pending + text
-        found = self._find(pending)
-        keep = max((self._overlap(pending, stop) for stop in self._stops), default=0)
+    def push(self, text: str, *, is_last: bool = False) -> str:
+        text = self._pending + text
+        found = min((at for stop in self._stops if (at := text.find(stop)) >= 0), default=-1)
+        begun = (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        end = len(text) if is_last else len(text) - max(begun, default=0)
         # A longer stop string that began earlier comes first: wait until it is complete or is not.
-        if 0 <= found <= len(pending) - keep:
-            return self._cut(pending, found)
-        self._pending = pending[len(pending) - keep :]
-        return pending[: len(pending) - keep]
+        if 0 <= found <= end:
+            self.hit = True
+            self._pending = ""
+            return text[:found]
+        self._pending = text[end:]
+        return text[:end]
 
     def flush(self) -> str:
-        pending, self._pending = self._pending, ""
-        found = self._find(pending)
-        return pending if found < 0 else self._cut(pending, found)
-
-    def _find(self, text: str) -> int:
-        return min((at for stop in self._stops if (at := text.find(stop)) >= 0), default=-1)
-
-    def _cut(self, pending: str, at: int) -> str:
-        self.hit = True
-        self._pending = ""
-        return pending[:at]
-
-    @staticmethod
-    def _overlap(text: str, stop: str) -> int:
-        """Length of the longest end of `text` that begins `stop` without completing it."""
-        longest = min(len(stop) - 1, len(text))
-        return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
+        return self.push("", is_last=True)
 
 
 _FINISH_REASONS = {
-    "content_filter": "content_filter",
-    "max_output_tokens": "length",
-    "max_tokens": "length",
+    **{"content_filter": "content_filter", "max_output_tokens": "length", "max_tokens": "length"}
 }
 """Why an answer is incomplete -> finish_reason; every other reason counts as a normal end."""
 
-_CHAT_PARAMS = [
-    ("input", "messages"),
-    ("instructions", "messages"),
-    ("reasoning.effort", "reasoning_effort"),
-    ("text.format", "response_format"),
-    ("text.verbosity", "verbosity"),
-]
+_CHAT_PARAMS = {
+    **{"input": "messages", "instructions": "messages", "reasoning.effort": "reasoning_effort"},
+    **{"text.format": "response_format", "text.verbosity": "verbosity"},
+}
 """Upstream request field (as a prefix of the error's param) -> the field of the chat client."""
 
+_OFFSETS = ("start_index", "end_index")
 _SERVICE_TIERS = ("auto", "default", "flex", "priority", "scale")
-_WITHOUT_CONTENT = {"function_call", "refusal", "tool_calls"}
 
 
 class ChatStream(_EventStream):
@@ -4231,33 +3931,24 @@ class ChatStream(_EventStream):
         nothing sent --first delta--> role sent --deltas--> finish, usage, [DONE]
               \\_______________failure_______\\___________> error event, no [DONE]
 
-    Calls go out one at a time in the order in which they got a name: `_queue` holds those not
-    finished, its first one streams, the others keep their text in `held`.
+    Calls go out one at a time in the order in which they got a name: the last of `_calls` streams,
+    those in `_queue` wait and keep their text in `held`.
     mapped   text, refusals, reasoning, function and custom calls, citations, images, usage
     dropped  hosted tool progress, partial images, encrypted reasoning, vendor events
     """
 
+    _request: ChatRequest
+
     def __init__(self, request: ChatRequest, now: float, *, fast: bool = True) -> None:
         super().__init__(now, fast)
         self._request = request
-        self._envelope: Json = {
-            "id": f"chatcmpl-{secrets.token_hex(12)}",
-            "object": "chat.completion.chunk",
-            "created": int(now),
-            "model": request.model,
-        }
-        self._begun = False
-        self._service_tier = ""
+        self._envelope: Json = {}
         self._stops = StopMatcher(request.stop)
-        self._content: tuple[_Item, _Part] | None = None
-        self._reasoned = False
+        self._last: dict[str, tuple[_Item, _Part]] = {}
+        self._calls: list[_Item] = []
         self._queue: list[_Item] = []
-        self._calls = 0
-        self._images: list[Json] = []
-        self._finish_reason = "stop"
-        self._texts: dict[str, list[str]] = {}
-        self._folded_calls: list[tuple[Json, list[str]]] = []
-        self._extras: Json = {}
+        self._finish_reason = ""
+        self._said: dict[str, list[Any]] = {}
 
     # What goes out
 
@@ -4273,375 +3964,201 @@ class ChatStream(_EventStream):
     def _emit(self, delta: Json, finish_reason: str | None = None) -> None:
         if self.done:
             return
-        if not self._begun:
-            self._begun = True
-            content = None if _WITHOUT_CONTENT & delta.keys() else ""
+        if not self._envelope:
+            upstream_id = _get(self._upstream, "id", str).removeprefix("resp_")
+            self._envelope = {
+                "id": f"chatcmpl-{upstream_id or secrets.token_hex(12)}",
+                "object": "chat.completion.chunk",
+                "created": self._created_at(),
+                "model": self._request.model,
+            }
+            content = None if {"function_call", "refusal", "tool_calls"} & delta.keys() else ""
             self._out.append(self._chunk({"role": "assistant", "content": content}))
         self._out.append(self._chunk(delta, finish_reason))
 
-    def _finish(self, finish_reason: str) -> None:
-        if self.done:
-            return
-        self._emit({}, finish_reason)
-        if self._request.include_usage:
-            usage: Json = {"choices": [], "usage": self._usage(), "system_fingerprint": None}
-            self._out.append({**self._envelope, **usage})
-        self.done = True
+    def _put(self, name: str, value: Any) -> None:
+        """Emit something that the whole answer has, too."""
+        if not self.done:
+            self._said.setdefault(name, []).append(value)
+            self._emit({name: value})
 
-    def _usage(self) -> Json:
-        return usage_from(self.usage or _estimated_usage(self._request.upstream, self._items.all))
+    def _finish(self, reason: str) -> None:
+        if not self.done:
+            self._finish_reason = reason
+            self._emit({}, reason)
+            if self._request.include_usage:
+                usage = {"choices": [], "usage": usage_from(self._counted())}
+                self._out.append({**self._envelope, **usage, "system_fingerprint": None})
+            self.done = True
 
-    def _give_up(self, error: AztError) -> None:
-        renamed = (ours for theirs, ours in _CHAT_PARAMS if (error.param or "").startswith(theirs))
-        error.param = next(renamed, error.param)
-        self.failure = error
-        self.done = True
-        self._out.append(error_body(error))
-
-    # Text
-
-    def _whole(self, event: Json, channel: str) -> None:
-        """Quirk: deltas may be missing and only the snapshot be there (C08, C17, C18)."""
-        item, _, index = self._place(event, channel)
-        self._catch_up(item, channel, index, event)
-        # An empty snapshot does not end a call: the item itself may still bring the arguments.
-        if item.group == "call" and item.part(channel, 0).pieces:
-            item.done = True
+    def _say(self, item: _Item, part: _Part, text: str) -> None:
+        name = part.channel.chat
+        if name == "content" and self._is_aside(item):
+            name = "reasoning_content"
+        if name == "tool_calls":
+            item.held.append(text)
             self._drain()
-
-    def _part_done(self, event: Json) -> None:
-        part = _dict(event.get("part"))
-        if _is_part(part):
-            self._catch_up(*self._place(event, part["type"]), part)
-
-    def _catch_up(self, item: _Item, channel: str, index: int, holder: Json) -> None:
-        part = item.part(channel, index)
-        self._hear(item, channel, index, part.rest(_str(holder.get(_CHANNELS[channel].text))))
-        # Each list is a snapshot of the same citations: only its surplus is new.
-        part.annotations += _dicts(holder.get("annotations"))[len(part.annotations) :]
-
-    def _hear(self, item: _Item, channel: str, index: int, text: str) -> None:
-        if text:
-            part = item.part(channel, index)
-            part.add(text)
-            _CHAT_SPEAKERS[channel](self, item, part, text)
-
-    def _say_content(self, item: _Item, part: _Part, text: str) -> None:
-        if self._is_aside(item):
-            self._say_reasoning(item, part, text)
-            return
-        if len(part.pieces) == 1:
-            text = self._gap_before(item, part) + text
-        self._say_allowed(self._stops.push(text))
-        if not self._request.stop:
-            self._plain = part, self._chunk({"content": _MARK})
+            if self._calls[-1:] == [item]:
+                self._plain = part, self._chunk(self._call_delta(_MARK))
+        elif name != "reasoning_content" or self._request.show_reasoning:
+            text = self._gap(name, item, part) + text
+            if name == "content" and self._request.stop:
+                self._say_allowed(self._stops.push(text))
+            else:
+                self._put(name, text)
+                self._plain = part, self._chunk({name: _MARK})
 
     def _say_allowed(self, text: str) -> None:
         """Content that passed the stop strings; the answer ends with the first of them."""
         if text:
-            self._emit({"content": text})
+            self._put("content", text)
         if self._stops.hit and not self.done:
             self.stopped = True
             self._finish("stop")
 
     def _is_aside(self, item: _Item) -> bool:
         """Commentary in front of JSON would make the content unreadable (openai-api.md 4.7)."""
-        return item.phase == "commentary" and self._request.json_format
+        return self._request.json_format and item.value.get("phase") == "commentary"
 
-    def _gap_before(self, item: _Item, part: _Part) -> str:
-        """Begin a part of the content: messages are set apart by a blank line."""
+    def _gap(self, name: str, item: _Item, part: _Part) -> str:
+        """The blank line before a new message, or before every new part of the reasoning."""
         gap = ""
-        if self._content is not None:
-            before, last = self._content
-            said = last.text()
-            gap = "" if before is item or said.endswith("\n") else "\n\n"
-            part.start = last.start + len(said) + len(gap)
-        self._content = item, part
+        if len(part.pieces) == 1:
+            if name in self._last:
+                before, last = self._last[name]
+                said = last.text()
+                goes_on = before is item or said.endswith("\n")
+                gap = "" if goes_on and name != "reasoning_content" else "\n\n"
+                part.start = last.start + len(said) + len(gap)
+            self._last[name] = item, part
         return gap
 
-    def _say_refusal(self, item: _Item, part: _Part, text: str) -> None:
-        self._emit({"refusal": text})
-        self._plain = part, self._chunk({"refusal": _MARK})
-
-    def _say_reasoning(self, item: _Item, part: _Part, text: str) -> None:
-        if not self._request.show_reasoning:
-            return
-        gap = "\n\n" if self._reasoned and len(part.pieces) == 1 else ""
-        self._reasoned = True
-        self._emit({"reasoning_content": gap + text})
-        self._plain = part, self._chunk({"reasoning_content": _MARK})
-
-    def _cite(self, event: Json) -> None:
-        item, channel, index = self._place(event, "output_text")
-        item.part(channel, index).annotations += _dicts([event.get("annotation")])
-
-    # Items and calls
-
-    def _item_added(self, event: Json) -> None:
-        value = _dict(event.get("item"))
-        item = self._items.of_value(value, event.get("output_index"))
-        item.phase = _str(value.get("phase"))
-        item.value = value
-        if item.group == "call":
-            self._name(item, value)
+    def _added(self, item: _Item) -> None:
+        # The legacy answer has room for one call.
+        is_full = self._request.legacy_functions and (self._calls or self._queue)
+        if item.group == "call" and not is_full:
+            item.call_id = item.call_id or item.id or f"call_{secrets.token_hex(12)}"
+            self._queue.append(item)
             self._drain()
 
-    def _item_done(self, event: Json) -> None:
-        value = _dict(event.get("item"))
-        self._take(self._items.of_value(value, event.get("output_index")), value)
-
-    def _take(self, item: _Item, value: Json) -> None:
-        """A finished item: whatever of it was not sent yet."""
-        item.phase = item.phase or _str(value.get("phase"))
-        if item.group == "call":
-            self._name(item, value)
-            self._end_call(item, value, value.get("status") != "incomplete")
-        elif item.group == "image_generation_call":
-            self._keep_image(item, value)
-        else:
-            for channel, index, holder in _texts_of(value):
-                self._catch_up(item, channel, index, holder)
-
-    def _name(self, item: _Item, value: Json) -> None:
-        """A call can start once its name is known.
-
-        Quirk: arguments may come before the item that names it (C13_arguments_before_item).
-        """
-        name = _str(value.get("name"))
-        if item.name or not name:
-            return
-        item.name = self._request.tool_names.get(name, name)
-        item.call_id = item.call_id or item.id or f"call_{secrets.token_hex(12)}"
-        is_custom = value.get("type") == "custom_tool_call"
-        item.custom = is_custom and item.name in self._request.custom_nested
-        item.value = item.value or value
-        # The legacy answer has room for one call.
-        if not (self._request.legacy_functions and (self._queue or self._calls)):
-            self._queue.append(item)
-
-    def _say_call(self, item: _Item, part: _Part, text: str) -> None:
-        item.held.append(text)
-        self._drain()
-        if self._queue and self._queue[0] is item:
-            self._plain = part, self._chunk(self._call_delta(item, _MARK))
-
-    def _end_call(self, item: _Item, value: Json, is_whole: bool) -> None:
-        """Arguments that only the item has; `{}` where a whole call has none: clients parse it."""
-        if item.done or not item.name:
-            return
-        channel = (
-            _CALL_TEXTS[item.value["type"]]
-            if item.value.get("type") in _CALL_TEXTS
-            else "arguments"
-        )
-        whole = _str(value.get(channel)) or _str(item.value.get(channel))
-        self._hear(item, channel, 0, item.part(channel, 0).rest(whole))
-        if is_whole and channel == "arguments" and not item.part(channel, 0).pieces:
-            self._hear(item, channel, 0, "{}")
-        item.done = True
+    def _closed(self, item: _Item, status: str) -> None:
         self._drain()
 
     def _drain(self) -> None:
-        """Send what the first unfinished call holds; start the next one when it is finished.
+        """Send what the streaming call holds; start the next one when it is finished.
 
         Quirk: parallel calls may come interleaved (C11_interleaved_calls).
         """
-        while self._queue and not self.done:
-            call = self._queue[0]
-            if call.index < 0:
-                self._start(call)
-            if call.held:
-                self._emit(self._call_delta(call, "".join(call.held)))
-                call.held.clear()
-            if not call.done:
+        while not self.done:
+            if self._calls:
+                call = self._calls[-1]
+                if call.held:
+                    self._emit(self._call_delta("".join(call.held)))
+                    call.held.clear()
+                if not call.done:
+                    return
+            if not self._queue:
                 return
-            self._queue.pop(0)
+            self._say_allowed(self._stops.flush())
+            if not self.done:
+                self._calls.append(self._queue.pop(0))
+                self._emit(self._call_delta("", is_first=True))
 
-    def _start(self, call: _Item) -> None:
-        self._say_allowed(self._stops.flush())
-        call.index = self._calls
-        self._calls += 1
-        delta = self._call_delta(call, "")
+    def _call_delta(self, text: str, *, is_first: bool = False) -> Json:
+        """A delta of the call that streams."""
+        call = self._call(self._calls[-1], text)
+        if not is_first:
+            del call[call["type"]]["name"], call["type"], call["id"]
         if self._request.legacy_functions:
-            delta["function_call"] = {"name": call.name, **delta["function_call"]}
-        else:
-            [entry] = delta["tool_calls"]
-            kind = "custom" if call.custom else "function"
-            head = {"index": call.index, "id": call.call_id, "type": kind}
-            delta["tool_calls"] = [{**head, kind: {"name": call.name, **entry[kind]}}]
-        self._emit(delta)
+            return {"function_call": call["function"]}
+        return {"tool_calls": [{"index": len(self._calls) - 1, **call}]}
 
-    def _call_delta(self, call: _Item, text: str) -> Json:
-        if self._request.legacy_functions:
-            return {"function_call": {"arguments": text}}
+    def _call(self, call: _Item, text: str) -> Json:
         # A flat custom tool is a function to its client, as no SDK reads custom chunks.
-        inner = {"custom": {"input": text}} if call.custom else {"function": {"arguments": text}}
-        return {"tool_calls": [{"index": call.index, **inner}]}
+        is_custom = call.value["type"] == "custom_tool_call"
+        if is_custom and call.name in self._request.custom_nested:
+            inner = {"type": "custom", "custom": {"name": call.name, "input": text}}
+        else:
+            inner = {"type": "function", "function": {"name": call.name, "arguments": text}}
+        return {"id": call.call_id, **inner}
 
-    def _keep_image(self, item: _Item, value: Json) -> None:
-        data = _str(value.get("result"))
-        if data and not item.done:
-            item.done = True
-            url = f"data:image/{_str(value.get('output_format')) or 'png'};base64,{data}"
-            self._images.append({"type": "image_url", "image_url": {"url": url}})
+    # The end
 
-    # The beginning and the end
-
-    def _remember(self, event: Json) -> None:
-        response = _dict(event.get("response"))
-        self._service_tier = _str(response.get("service_tier")) or self._service_tier
-        if self._begun:
+    def _conclude(self, status: str) -> None:
+        if self.failure is not None:
+            param = self.failure.param or ""
+            renamed = (ours for theirs, ours in _CHAT_PARAMS.items() if param.startswith(theirs))
+            self.failure.param = next(renamed, self.failure.param)
+            self._out.append(error_body(self.failure))
             return
-        if _str(response.get("id")):
-            self._envelope["id"] = f"chatcmpl-{response['id'].removeprefix('resp_')}"
-        created = response.get("created_at")
-        if isinstance(created, (int, float)) and math.isfinite(created):
-            self._envelope["created"] = int(created)
-
-    def _end(self, event: Json) -> None:
-        self._remember(event)
-        response = _dict(event.get("response"))
-        self.usage = _dict(response.get("usage")) or None
-        for item, value in self._items.of_output(response.get("output")):
-            self._take(item, value)
-        reason = _str(_dict(response.get("incomplete_details")).get("reason"))
-        for call in list(self._queue):
-            self._end_call(call, {}, event["type"] == "response.completed" and not reason)
-        if self._content is None and not self._calls:
-            self._say_asides()
+        asides = [
+            part.text() for item in filter(self._is_aside, self._opened) for part in item.texts()
+        ]
+        if asides and not self._calls and "content" not in self._last:
+            self._put("content", "\n\n".join(asides))  # commentary, but there is nothing else
         self._say_allowed(self._stops.flush())
-        self._emit_extras()
-        normal = "stop" if not self._calls else "tool_calls"
-        if self._calls and self._request.legacy_functions:
-            normal = "function_call"
-        self._finish(_FINISH_REASONS.get(reason, normal))
+        # All citations in one chunk, all images in one: SDK helpers cannot merge several.
+        for name, values in (("annotations", self._citations()), ("images", self._images())):
+            if values:
+                self._put(name, values)
+        normal = "function_call" if self._request.legacy_functions else "tool_calls"
+        reason = _get(_get(self._upstream, "incomplete_details", dict), "reason", str)
+        self._finish(_FINISH_REASONS.get(reason, normal if self._calls else "stop"))
 
-    def _say_asides(self) -> None:
-        """Commentary that turned out to be the only text is the answer."""
-        asides = [item for item in self._items.all if self._is_aside(item)]
-        texts = [part.text() for item in asides for part in item.parts.values()]
-        if texts:
-            self._emit({"content": "\n\n".join(texts)})
-
-    def _emit_extras(self) -> None:
-        """All citations in one chunk, all images in one: SDK helpers cannot merge several."""
-        cited = [
-            _citation(annotation, part.start)
+    def _citations(self) -> list[Json]:
+        """Flat upstream citations, nested as chat has them, with offsets into the whole content."""
+        return [
+            {
+                "type": "url_citation",
+                "url_citation": {
+                    **{name: _get(cited, name, str) for name in ("title", "url")},
+                    **{name: _get(cited, name, int) + part.start for name in _OFFSETS},
+                },
+            }
             for item in self._items.all
-            for (channel, _), part in item.parts.items()
-            for annotation in part.annotations
-            if channel == "output_text" and annotation.get("type") == "url_citation"
+            for part in item.texts()
+            for cited in part.annotations
+            if cited.get("type") == "url_citation"
         ]
-        if cited:
-            self._emit({"annotations": cited})
-        if self._images:
-            self._emit({"images": self._images})
 
-    # The whole answer
-
-    def _fold(self, chunk: Json) -> None:
-        for choice in chunk.get("choices", ()):
-            self._finish_reason = choice["finish_reason"] or self._finish_reason
-            for name, value in choice["delta"].items():
-                if name in ("content", "reasoning_content", "refusal"):
-                    self._texts.setdefault(name, []).append(value or "")
-                elif name == "function_call":
-                    self._fold_call({"index": 0, "function_call": value})
-                elif name == "tool_calls":
-                    self._fold_call(value[0])
-                elif name != "role":
-                    self._extras[name] = value
-
-    def _fold_call(self, call: Json) -> None:
-        if call["index"] == len(self._folded_calls):
-            self._folded_calls.append((call, []))
-        first, texts = self._folded_calls[call["index"]]
-        texts += [
-            call[kind][_CHAT_CALL_TEXTS[kind]] for kind in call.keys() & _CHAT_CALL_TEXTS.keys()
-        ]
+    def _images(self) -> list[Json]:
+        images = []
+        for item in self._items.all:
+            if item.group == "image_generation_call" and _get(item.value, "result", str):
+                kind = _get(item.value, "output_format", str) or "png"
+                # Removed from the item: one of 20 MB should not be kept twice.
+                url = f"data:image/{kind};base64,{item.value.pop('result')}"
+                images.append({"type": "image_url", "image_url": {"url": url}})
+        return images
 
     def result(self) -> Json:
-        texts = {name: "".join(pieces) for name, pieces in self._texts.items()}
-        calls = [_joined_call(call, texts) for call, texts in self._folded_calls]
-        content = texts.get("content") or (None if calls or texts.get("refusal") else "")
+        texts = ("content", "refusal", "reasoning_content")
+        content, refusal, reasoning = ("".join(self._said.get(name, ())) for name in texts)
+        calls = [self._call(call, call.call_part().text()) for call in self._calls]
         message: Json = {
             "role": "assistant",
-            "content": content,
-            "refusal": texts.get("refusal"),
-            "annotations": [],
-            **self._extras,
+            "content": content or (None if calls or refusal else ""),
+            "refusal": refusal or None,
+            "annotations": self._said.get("annotations", [[]])[0],
         }
-        if texts.get("reasoning_content"):
-            message["reasoning_content"] = texts["reasoning_content"]
-        if calls and self._request.legacy_functions:
-            message["function_call"] = calls[0]["function_call"]
-        elif calls:
-            message["tool_calls"] = calls
-        choice = {
-            "index": 0,
-            "message": message,
-            "logprobs": None,
-            "finish_reason": self._finish_reason,
-        }
-        tier = {"service_tier": self._service_tier} if self._service_tier in _SERVICE_TIERS else {}
-        return {
-            **self._envelope,
-            "object": "chat.completion",
-            "choices": [choice],
-            "usage": self._usage(),
-            **tier,
-            "system_fingerprint": None,
-        }
+        if reasoning:
+            message["reasoning_content"] = reasoning
+        if "images" in self._said:
+            [message["images"]] = self._said["images"]
+        if calls:
+            is_legacy = self._request.legacy_functions
+            message |= (
+                {"function_call": calls[0]["function"]} if is_legacy else {"tool_calls": calls}
+            )
+        whole = self._chunk({}, self._finish_reason)
+        del whole["choices"][0]["delta"]
+        whole["choices"][0]["message"] = message
+        tier = self._upstream.get("service_tier")
+        if tier in _SERVICE_TIERS:
+            whole["service_tier"] = tier
+        return {**whole, "object": "chat.completion", "usage": usage_from(self._counted())}
 
 
-_CHAT_CALL_TEXTS = {"custom": "input", "function": "arguments", "function_call": "arguments"}
-
-
-def _joined_call(call: Json, texts: list[str]) -> Json:
-    """The first chunk of a call with the text of all of them."""
-    [kind] = call.keys() & _CHAT_CALL_TEXTS.keys()
-    whole = {**call, kind: {**call[kind], _CHAT_CALL_TEXTS[kind]: "".join(texts)}}
-    del whole["index"]
-    return whole
-
-
-def _citation(annotation: Json, start: int) -> Json:
-    """A flat upstream citation, nested as chat has it, with offsets into the whole content."""
-    return {
-        "type": "url_citation",
-        "url_citation": {
-            "start_index": _int(annotation.get("start_index")) + start,
-            "end_index": _int(annotation.get("end_index")) + start,
-            "url": _str(annotation.get("url")),
-            "title": _str(annotation.get("title")),
-        },
-    }
-
-
-_CHAT_SPEAKERS = {
-    "arguments": ChatStream._say_call,
-    "input": ChatStream._say_call,
-    "output_text": ChatStream._say_content,
-    "reasoning_text": ChatStream._say_reasoning,
-    "refusal": ChatStream._say_refusal,
-    "summary_text": ChatStream._say_reasoning,
-}
-
-ChatStream._handlers = {
-    "error": ChatStream._failed,
-    "response.completed": ChatStream._end,
-    "response.content_part.done": ChatStream._part_done,
-    "response.created": ChatStream._remember,
-    "response.failed": ChatStream._failed,
-    "response.in_progress": ChatStream._remember,
-    "response.incomplete": ChatStream._end,
-    "response.output_item.added": ChatStream._item_added,
-    "response.output_item.done": ChatStream._item_done,
-    "response.output_text.annotation.added": ChatStream._cite,
-    "response.queued": ChatStream._remember,
-    "response.reasoning_summary_part.done": ChatStream._part_done,
-    **_of_channels(ChatStream._delta, ChatStream._whole),
-}
 # --------------------------------------------------------------------------------------------------
 # 11b. Responses
 # --------------------------------------------------------------------------------------------------
@@ -4903,6 +4420,8 @@ def _is_closed(value: Any) -> bool:
     if not isinstance(properties, dict) or not isinstance(required, list):
         return False
     return schema.get("additionalProperties") is False and {*properties} <= {*map(str, required)}
+
+
 _BLANK_ITEMS: dict[str, Json] = {
     "custom_tool_call": {"status": "in_progress", "input": ""},
     "function_call": {"status": "in_progress", "arguments": ""},
@@ -4911,345 +4430,24 @@ _BLANK_ITEMS: dict[str, Json] = {
 }
 """What an item is when it is announced: its texts follow as deltas."""
 
-_HOSTED_EVENTS = {
-    "audio": ("", "delta done"),
-    "audio.transcript": ("", "delta done"),
-    "code_interpreter_call": ("code_interpreter_call", "in_progress interpreting completed"),
-    "code_interpreter_call_code": ("code_interpreter_call", "delta done"),
-    "compaction": ("", "compacting"),
-    "file_search_call": ("file_search_call", "in_progress searching completed"),
-    "image_generation_call": (
-        "image_generation_call",
-        "in_progress generating partial_image completed",
-    ),
-    "mcp_call": ("mcp_call", "in_progress completed failed"),
-    "mcp_call_arguments": ("mcp_call", "delta done"),
-    "mcp_list_tools": ("mcp_list_tools", "in_progress completed failed"),
-    "shell_call_command": ("shell_call", "added delta done"),
-    "shell_call_output_content": ("shell_call_output", "delta done"),
-    "web_search_call": ("web_search_call", "in_progress searching completed"),
-}
-"""Official events that are passed on: `response.<name>.<ending>` -> the type of their item."""
-
-
-class ResponsesStream(_EventStream):
-    """Upstream events -> Responses events as the SDK helpers demand them (openai-api.md 4.3 - 4.5).
-
-        nothing sent --> created --> per item: added, deltas, done --> completed | incomplete
-                            \\_________________failure______________> failed
-
-    What upstream leaves out is made up: `created`, `added` and `done` of items and parts, deltas
-    that only a snapshot has, ids, the final `output`. Items are numbered as they appear.
-    mapped   every official event, renumbered; items with the client's tool names
-    dropped  vendor events and obfuscation; encrypted reasoning, unless the client asked for it
-    """
-
-    def __init__(self, request: ResponsesRequest, now: float, *, fast: bool = True) -> None:
-        super().__init__(now, fast)
-        self._request = request
-        self.response: Json = {}
-        """The final object, once `done`."""
-        self.output_items: list[Json] = []
-        """Its output with encrypted reasoning, for the store."""
-        self._id = f"resp_{secrets.token_hex(24)}"
-        self._created_at = int(now)
-        self._upstream: Json = {}
-        self._begun = False
-        self._sequence = 0
-        self._opened: list[_Item] = []
-        self._ahead = self._between = b""
-
-    # What goes out
-
-    def _encode(self, chunk: Json) -> bytes:
-        return encode_event(chunk)
-
-    def _arm(self, event: Json, data: bytes, part: _Part, sample: Json) -> None:
-        super()._arm(event, data, part, sample)
-        if self._paste is not None:
-            self._ahead, _, self._between = self._paste.head.partition(b'"sequence_number":0')
-
-    def _pasted(self, paste: _Paste, literal: bytes) -> bytes:
-        number = b'"sequence_number":%d' % self._sequence
-        self._sequence += 1
-        return self._ahead + number + self._between + literal + paste.tail
-
-    def _begin(self) -> None:
-        if not self._begun:
-            self._begun = True
-            self._send("response.created", {"response": self._response("in_progress", [])})
-
-    def _send(self, kind: str, fields: Json) -> None:
-        self._begin()
-        self._out.append({"type": kind, "sequence_number": self._sequence, **fields})
-        self._sequence += 1
-
-    def _response(self, status: str, output: list[Json]) -> Json:
-        """The Response object: the client's own request back, and what became of it."""
-        came = {name: self._upstream[name] for name in _FROM_UPSTREAM if self._upstream.get(name)}
-        return {
-            "id": self._id,
-            "object": "response",
-            "created_at": self._created_at,
-            "completed_at": None,
-            "status": status,
-            "error": None,
-            "incomplete_details": None,
-            **self._request.echo,
-            "model": self._request.model,
-            **came,
-            "output": output,
-            "usage": None,
-        }
-
-    def _shown(self, item: _Item, value: Json) -> Json:
-        """An item as the client sees it: its own tool names, ids that never change."""
-        shown = {**value, "id": item.id}
-        if item.group == "call":
-            shown["call_id"] = item.call_id
-            shown["name"] = self._request.tool_names.get(value["name"], value["name"])
-        return shown
-
-    def _visible(self, item: _Item, value: Json) -> Json:
-        shown = self._shown(item, value)
-        return shown if self._request.show_encrypted else _without_encrypted(shown)
-
-    # Items and parts
-
-    def _open(self, item: _Item) -> bool:
-        """Announce the item. False while a call has no name to be announced by."""
-        if item.index >= 0:
-            return True
-        if item.group == "call" and not _str(item.value.get("name")):
-            return False
-        kind = _str(item.value.get("type")) or item.group
-        blank = _BLANK_ITEMS.get(kind, {"status": "in_progress"})
-        item.value = {"type": kind, **item.value}
-        item.id = item.id or f"{_ID_PREFIXES.get(kind, 'item')}_{secrets.token_hex(24)}"
-        item.call_id = item.call_id or item.id
-        item.index = len(self._opened)
-        self._opened.append(item)
-        added = self._visible(item, {**item.value, **blank})
-        self._send("response.output_item.added", {"output_index": item.index, "item": added})
-        for (channel, index), part in item.parts.items():
-            if part.pieces:
-                self._grow(item, channel, index, part.text())
-        return True
-
-    def _at(self, item: _Item, channel: str, index: int) -> Json:
-        at = {"item_id": item.id, "output_index": item.index}
-        name = _CHANNELS[channel].index
-        return {**at, name: index} if name else at
-
-    def _open_part(self, item: _Item, channel: str, index: int) -> None:
-        part = item.part(channel, index)
-        if not part.opened and _CHANNELS[channel].part:
-            part.opened = True
-            blank = _part_value(channel, _Part())
-            self._send(
-                f"response.{_CHANNELS[channel].part}.added",
-                {**self._at(item, channel, index), "part": blank},
-            )
-
-    def _hear(self, item: _Item, channel: str, index: int, text: str) -> None:
-        """New text: sent as a delta, or kept until its call has a name."""
-        if text and not item.done:
-            opened = self._open(item)
-            item.part(channel, index).add(text)
-            if opened:
-                self._grow(item, channel, index, text)
-
-    def _grow(self, item: _Item, channel: str, index: int, text: str) -> None:
-        self._open_part(item, channel, index)
-        fields = {**self._at(item, channel, index), "delta": text}
-        if channel == "output_text":
-            fields["logprobs"] = []
-        kind = f"response.{_CHANNELS[channel].event}.delta"
-        self._send(kind, fields)
-        sample = {"type": kind, "sequence_number": 0, **fields, "delta": _MARK}
-        self._plain = item.part(channel, index), sample
-
-    def _tell(self, item: _Item, channel: str, index: int, holder: Json) -> bool:
-        """A text is complete: what was missing of it, then its done event, once."""
-        known = _CHANNELS[channel]
-        part = item.part(channel, index)
-        whole = _str(holder.get(known.text)) or part.text()
-        self._hear(item, channel, index, part.rest(whole))
-        if item.done or not self._open(item):
-            return False
-        self._open_part(item, channel, index)
-        if not part.told:
-            part.told = True
-            fields = {**self._at(item, channel, index), known.text: whole}
-            if channel == "output_text":
-                fields["logprobs"] = []
-            if channel == "arguments":
-                fields["name"] = self._shown(item, item.value)["name"]
-            self._send(f"response.{known.event}.done", fields)
-        return True
-
-    def _settle(self, item: _Item, channel: str, index: int, holder: Json) -> None:
-        """A text and the part around it are complete."""
-        known = _CHANNELS[channel]
-        if not self._tell(item, channel, index, holder) or not known.part:
-            return
-        part = item.part(channel, index)
-        if not part.closed:
-            part.closed = True
-            value = {**_part_value(channel, part), **holder}
-            self._send(
-                f"response.{known.part}.done", {**self._at(item, channel, index), "part": value}
-            )
-
-    def _close(self, item: _Item, status: str) -> None:
-        """An item is complete: its texts, then its done event, once."""
-        if item.done or not self._open(item):
-            return
-        item.value = self._complete(item, status)
-        for channel, index, holder in _texts_of(item.value):
-            self._settle(item, channel, index, holder)
-        item.done = True
-        shown = self._visible(item, item.value)
-        self._send("response.output_item.done", {"output_index": item.index, "item": shown})
-
-    def _complete(self, item: _Item, status: str) -> Json:
-        """The item with everything that its type must have; gaps are filled from the deltas."""
-        kind = item.value["type"]
-        value: Json = {"id": item.id, "type": kind, **_BLANK_ITEMS.get(kind, {}), **item.value}
-        built: dict[str, list[Json]] = {}
-        for (channel, _), part in sorted(item.parts.items(), key=lambda entry: entry[0][1]):
-            if not _CHANNELS[channel].part:
-                value[_CHANNELS[channel].text] = (
-                    _str(value.get(_CHANNELS[channel].text)) or part.text()
-                )
-            elif part.opened:
-                place = "summary" if channel == "summary_text" else "content"
-                built.setdefault(place, []).append(_part_value(channel, part))
-        for place, parts in built.items():
-            value[place] = value.get(place) or parts
-        if kind == "message":
-            value["content"] = [
-                {**_part_value(_str(part.get("type")), _Part()), **part}
-                for part in _dicts(value["content"])
-            ]
-        if kind != "reasoning" and value.get("status") in (None, "in_progress"):
-            value["status"] = status
-        return value
-
-    # Events
-
-    def _lifecycle(self, event: Json) -> None:
-        self._remember(event)
-        if event["type"] != "response.created":
-            self._send(event["type"], {"response": self._response("in_progress", [])})
-        else:
-            self._begin()
-
-    def _remember(self, event: Json) -> None:
-        self._upstream = {**self._upstream, **_dict(event.get("response"))}
-        if not self._begun:
-            self._id = _str(self._upstream.get("id")) or self._id
-            created = self._upstream.get("created_at")
-            if isinstance(created, (int, float)) and math.isfinite(created):
-                self._created_at = int(created)
-
-    def _item_added(self, event: Json) -> None:
-        item = self._item_of(event)
-        if item is not None and not item.done:
-            self._open(item)
-
-    def _item_done(self, event: Json) -> None:
-        item = self._item_of(event)
-        if item is not None:
-            self._close(item, "completed")
-
-    def _item_of(self, event: Json) -> _Item | None:
-        value = _dict(event.get("item"))
-        if not _str(value.get("type")):
-            return None
-        item = self._items.of_value(value, event.get("output_index"))
-        if not item.done:
-            item.value = {**item.value, **value}
-        return item
-
-    def _part_added(self, event: Json) -> None:
-        part = _dict(event.get("part"))
-        if _is_part(part):
-            item, channel, index = self._place(event, part["type"])
-            if not item.done and self._open(item):
-                self._open_part(item, channel, index)
-
-    def _part_done(self, event: Json) -> None:
-        part = _dict(event.get("part"))
-        if _is_part(part):
-            self._settle(*self._place(event, part["type"]), part)
-
-    def _whole(self, event: Json, channel: str) -> None:
-        self._tell(*self._place(event, channel), event)
-
-    def _cite(self, event: Json) -> None:
-        item, channel, index = self._place(event, "output_text")
-        if item.done:
-            return
-        self._open(item)
-        self._open_part(item, channel, index)
-        cited = item.part(channel, index).annotations
-        annotation = _dict(event.get("annotation"))
-        at = {**self._at(item, channel, index), "annotation_index": len(cited)}
-        cited.append(annotation)
-        self._send("response.output_text.annotation.added", {**at, "annotation": annotation})
-
-    def _pass_on(self, event: Json, item_type: str) -> None:
-        fields = {
-            name: value for name, value in event.items() if name not in ("type", "sequence_number")
-        }
-        if item_type:
-            item = self._of(event, item_type)
-            self._open(item)
-            fields |= {"item_id": item.id, "output_index": item.index}
-        self._send(event["type"], fields)
-
-    # The end
-
-    def _end(self, event: Json) -> None:
-        self._remember(event)
-        self.usage = _dict(self._upstream.get("usage")) or None
-        status = event["type"].removeprefix("response.")
-        for item, value in self._items.of_output(self._upstream.get("output")):
-            # Quirk: the terminal output is often empty or partial (R02_output_empty).
-            told = {name: field for name, field in value.items() if field not in (None, "", [], {})}
-            item.value = {**item.value, **told}
-            self._close(item, status)
-        for item in self._items.all:
-            self._close(item, status)
-        self._conclude(status)
-
-    def _give_up(self, error: AztError) -> None:
-        self.failure = error
-        self._conclude("failed")
-
-    def _conclude(self, status: str) -> None:
-        values = [(item, self._complete(item, "incomplete")) for item in self._opened]
-        self.output_items = [self._shown(item, value) for item, value in values]
-        self.response = self._response(
-            status, [self._visible(item, value) for item, value in values]
-        )
-        if self.failure is not None:
-            code = _SDK_CODES.get(self.failure.code, self.failure.code)
-            self.response["error"] = {"code": code, "message": mask(self.failure.message)}
-        else:
-            usage = self.usage or _estimated_usage(self._request.upstream, self._items.all)
-            self.response["usage"] = _whole_usage(usage)
-        if status == "completed":
-            self.response["completed_at"] = self.response["completed_at"] or max(
-                int(self._now), self._created_at
-            )
-        self._send(f"response.{status}", {"response": self.response})
-        self.done = True
-
-    def result(self) -> Json:
-        return self.response
-
+_LOGPROBS: dict[str, Json] = {"output_text": {"logprobs": []}}
+_PART_EVENTS = {"content": "content_part", "summary": "reasoning_summary_part"}
+_HOSTED = {
+    f"response.{item_type}{ending}": item_type
+    for item_type, endings in {
+        "": "audio.delta audio.done audio.transcript.delta audio.transcript.done",
+        "code_interpreter_call": ".in_progress .interpreting .completed _code.delta _code.done",
+        "file_search_call": ".in_progress .searching .completed",
+        "image_generation_call": ".in_progress .generating .partial_image .completed",
+        "mcp_call": ".in_progress .completed .failed _arguments.delta _arguments.done",
+        "mcp_list_tools": ".in_progress .completed .failed",
+        "shell_call": "_command.added _command.delta _command.done",
+        "shell_call_output": "_content.delta _content.done",
+        "web_search_call": ".in_progress .searching .completed",
+    }.items()
+    for ending in endings.split()
+} | {"response.compaction.compacting": ""}
+"""Official events that are passed on -> the type of their item."""
 
 _SDK_CODES = {None: "server_error", "upstream_error": "server_error"}
 """Our error code -> the one in the SDKs' type, where that says the same."""
@@ -5258,93 +4456,231 @@ _FROM_UPSTREAM = ("completed_at", "incomplete_details", "service_tier", "tool_us
 """Fields of the upstream's response object that the client's request does not decide."""
 
 
-def _part_value(channel: str, part: _Part) -> Json:
-    """A part in full, with the lists that clients insist on."""
-    if channel not in _CHANNELS:
-        return {}
-    value: Json = {"type": channel, _CHANNELS[channel].text: part.text()}
-    if channel == "output_text":
-        value |= {"annotations": list(part.annotations), "logprobs": []}
-    return value
+class ResponsesStream(_EventStream):
+    """Upstream events -> Responses events as the SDK helpers demand them (openai-api.md 4.3 - 4.5).
+
+        nothing sent --> created --> per item: added, deltas, done --> completed | incomplete
+                            \\_________________failure______________> failed
+
+    mapped   every official event, renumbered, missing ones made up; items with the client's tool
+             names, made up ids, and an `output_index` in the order in which they appear
+    dropped  vendor events and obfuscation; encrypted reasoning, unless the client asked for it
+    """
+
+    _request: ResponsesRequest
+    _encode = staticmethod(encode_event)
+
+    def __init__(self, request: ResponsesRequest, now: float, *, fast: bool = True) -> None:
+        super().__init__(now, fast)
+        self._request = request
+        self.response: Json = {}
+        """The final object, once `done`."""
+        self.output_items: list[Json] = []
+        """Its output with encrypted reasoning, for the store."""
+        self._head: Json = {}
+        self._sequence = 0
+
+    # What goes out
+
+    def _number(self) -> bytes:
+        self._sequence += 1
+        return b'"sequence_number":%d' % (self._sequence - 1)
+
+    def _begin(self) -> None:
+        if not self._head:
+            self._head = {
+                "id": _get(self._upstream, "id", str) or f"resp_{secrets.token_hex(24)}",
+                "object": "response",
+                "created_at": self._created_at(),
+            }
+            self._send("response.created", {"response": self._response("in_progress", [])})
+
+    def _send(self, kind: str, fields: Json) -> None:
+        self._begin()
+        self._out.append({"type": kind, "sequence_number": self._sequence, **fields})
+        self._sequence += 1
+
+    def _tell(self, item: _Item, part: _Part, kind: str, fields: Json) -> None:
+        """Send an event about a text."""
+        place = part.channel.place
+        index = {f"{place}_index": part.index} if place else {}
+        self._send(kind, {"item_id": item.id, "output_index": item.index, **index, **fields})
+
+    def _tell_once(self, item: _Item, part: _Part, kind: str, fields: Json) -> None:
+        if kind not in part.told and not item.done and self._open(item):
+            part.told.add(kind)
+            self._tell(item, part, kind, fields)
+
+    def _response(self, status: str, output: list[Json]) -> Json:
+        """The Response object: the client's own request back, and what became of it."""
+        came = {name: self._upstream[name] for name in _FROM_UPSTREAM if self._upstream.get(name)}
+        return {
+            **self._head,
+            **dict.fromkeys(("completed_at", "error", "incomplete_details", "usage")),
+            **self._request.echo,
+            **came,
+            **{"model": self._request.model, "output": output, "status": status},
+        }
+
+    # Items and their texts
+
+    def _added(self, item: _Item) -> None:
+        kind = item.value["type"]
+        item.id = item.id or f"{_ID_PREFIXES.get(kind, 'item')}_{secrets.token_hex(24)}"
+        item.call_id = item.call_id or item.id
+        blank = _BLANK_ITEMS.get(kind, {"status": "in_progress"})
+        self._send_item("added", item, {**self._complete(item, "in_progress"), **blank})
+
+    def _closed(self, item: _Item, status: str) -> None:
+        item.value = self._complete(item, status)
+        self._send_item("done", item, item.value)
+
+    def _send_item(self, ending: str, item: _Item, value: Json) -> None:
+        fields = {"output_index": item.index, "item": self._visible(value)}
+        self._send(f"response.output_item.{ending}", fields)
+
+    def _visible(self, value: Json) -> Json:
+        return value if self._request.show_encrypted else _without_encrypted(value)
+
+    def _complete(self, item: _Item, status: str) -> Json:
+        """The item with all that its type must have, gaps filled, under the client's names."""
+        blank = _BLANK_ITEMS.get(item.value["type"], {})
+        gaps = {name: value for name, value in blank.items() if not item.value.get(name)}
+        whole: Json = {**item.value, **gaps, "id": item.id}
+        if item.group == "call":
+            part = item.call_part()
+            whole |= {"call_id": item.call_id, "name": item.name, part.channel.text: part.full()}
+        for place in _PART_EVENTS:
+            parts = [part.value() for part in item.texts() if part.channel.place == place]
+            if parts:
+                whole[place] = parts
+        if item.group != "reasoning" and whole.get("status") in (None, "in_progress"):
+            whole["status"] = status
+        return whole
+
+    def _say(self, item: _Item, part: _Part, text: str) -> None:
+        self._open_part(item, part)
+        fields = {"delta": text, **_LOGPROBS.get(part.channel.name, {})}
+        self._tell(item, part, f"response.{part.channel.event}.delta", fields)
+        self._plain = part, {**self._out[-1], "sequence_number": 0, "delta": _MARK}
+
+    def _open_part(self, item: _Item, part: _Part) -> None:
+        name = _PART_EVENTS.get(part.channel.place)
+        if name and not part.told:
+            blank = _Part(part.channel).value()
+            self._tell_once(item, part, f"response.{name}.added", {"part": blank})
+
+    def _settle(self, item: _Item, part: _Part) -> None:
+        super()._settle(item, part)
+        self._open_part(item, part)
+        channel = part.channel
+        fields = {channel.text: part.full(), **_LOGPROBS.get(channel.name, {})}
+        if channel.name == "arguments":
+            fields["name"] = item.name
+        self._tell_once(item, part, f"response.{channel.event}.done", fields)
+        if name := _PART_EVENTS.get(channel.place):
+            self._tell_once(item, part, f"response.{name}.done", {"part": part.value()})
+
+    # Events
+
+    def _lifecycle(self, event: Json) -> None:
+        self._remember(event)
+        self._begin()
+        if event["type"] != "response.created":
+            self._send(event["type"], {"response": self._response("in_progress", [])})
+
+    def _cite(self, event: Json) -> None:
+        item, part = self._place(event, _CHANNELS["output_text"])
+        if not item.done:
+            self._open_part(item, part)
+            annotation = _get(event, "annotation", dict)
+            fields = {"annotation_index": len(part.annotations), "annotation": annotation}
+            self._tell(item, part, event["type"], fields)
+        super()._cite(event)
+
+    def _pass_on(self, event: Json) -> None:
+        left_out = ("obfuscation", "sequence_number", "type")
+        fields = {name: value for name, value in event.items() if name not in left_out}
+        if item_type := _HOSTED[event["type"]]:
+            item = self._items.of_event(event, item_type)
+            self._open(item)
+            fields |= {"item_id": item.id, "output_index": item.index}
+        self._send(event["type"], fields)
+
+    _handlers = {
+        **_EventStream._handlers,
+        **dict.fromkeys(_LIFECYCLE, _lifecycle),
+        "response.output_text.annotation.added": _cite,
+        **dict.fromkeys(_HOSTED, _pass_on),
+    }
+
+    # The end
+
+    def _conclude(self, status: str) -> None:
+        self._begin()
+        self.output_items = [self._complete(item, "incomplete") for item in self._opened]
+        self.response = self._response(status, list(map(self._visible, self.output_items)))
+        if self.failure is not None:
+            code = _SDK_CODES.get(self.failure.code, self.failure.code)
+            self.response["error"] = {"code": code, "message": mask(self.failure.message)}
+        else:
+            self.response["usage"] = _whole_usage(self._counted())
+        if status == "completed" and not self.response["completed_at"]:
+            self.response["completed_at"] = max(int(self._now), self._head["created_at"])
+        self._send(f"response.{status}", {"response": self.response})
+
+    def result(self) -> Json:
+        return self.response
 
 
 def _whole_usage(usage: Json) -> Json:
     """Upstream `usage` with all counts that the SDK types require."""
     counts = usage_from(usage)
+    cached = {"cached_tokens": 0, "cache_write_tokens": 0}
+    reasoning = {"reasoning_tokens": 0}
     return {
         **usage,
         "input_tokens": counts["prompt_tokens"],
-        "input_tokens_details": {
-            "cached_tokens": 0,
-            "cache_write_tokens": 0,
-            **_dict(usage.get("input_tokens_details")),
-        },
+        "input_tokens_details": cached | _get(usage, "input_tokens_details", dict),
         "output_tokens": counts["completion_tokens"],
-        "output_tokens_details": {
-            "reasoning_tokens": 0,
-            **_dict(usage.get("output_tokens_details")),
-        },
+        "output_tokens_details": reasoning | _get(usage, "output_tokens_details", dict),
         "total_tokens": counts["total_tokens"],
     }
 
 
-ResponsesStream._handlers = {
-    "error": ResponsesStream._failed,
-    "response.completed": ResponsesStream._end,
-    "response.content_part.added": ResponsesStream._part_added,
-    "response.content_part.done": ResponsesStream._part_done,
-    "response.created": ResponsesStream._lifecycle,
-    "response.failed": ResponsesStream._failed,
-    "response.in_progress": ResponsesStream._lifecycle,
-    "response.incomplete": ResponsesStream._end,
-    "response.output_item.added": ResponsesStream._item_added,
-    "response.output_item.done": ResponsesStream._item_done,
-    "response.output_text.annotation.added": ResponsesStream._cite,
-    "response.queued": ResponsesStream._lifecycle,
-    "response.reasoning_summary_part.added": ResponsesStream._part_added,
-    "response.reasoning_summary_part.done": ResponsesStream._part_done,
-    **_of_channels(ResponsesStream._delta, ResponsesStream._whole),
-    **{
-        f"response.{name}.{ending}": functools.partial(
-            ResponsesStream._pass_on, item_type=item_type
-        )
-        for name, (item_type, endings) in _HOSTED_EVENTS.items()
-        for ending in endings.split()
-    },
-}
 # ==================================================================================================
 # 12. Rotation
-#     Chooses an account, tries it, refreshes its token, and says what may be tried again. Takes no HTTP
-#     request and returns no HTTP reply.
+#     Chooses an account, tries it, refreshes its token, and says what may be tried again. Takes no
+#     HTTP request and returns no HTTP reply.
 # ==================================================================================================
 
 
 @dataclass(slots=True)
 class Turn:
-    """One model request to its end, whatever protocol asked for it."""
+    """One model request to its end, whatever protocol asked for it.
+
+    body     the encoded upstream request: kept as bytes, because another attempt may send it again
+    on_news  told when `account` or `attempts` has changed
+    """
 
     body: bytes = field(repr=False)
-    """The encoded upstream request: kept as bytes, because another attempt may send it again."""
     session: str
     streaming: bool
     translator: Callable[[], Translator]
+    on_news: Callable[[Turn], None] = lambda turn: None
     account: Account | None = None
     attempts: int = 0
 
 
-def pick_account(store: AccountStore, tried: set[str]) -> Account:
+def pick_account(store: AccountStore, tried: set[str] | frozenset[str] = frozenset()) -> Account:
     """The serving account, unless it was tried or cannot serve.
 
     raises  AztError that says what the person can do
     """
     account = store.active
     if account is None:
-        raise AztError(
-            503,
-            "no_account",
-            "No account is signed in. Run `azt login`, or `azt accounts import FILE` with a Codex auth.json.",
-            headers={"x-should-retry": "false"},
-        )
+        message = "No account is signed in: run `azt login`, or `azt accounts import FILE`."
+        raise AztError(503, "no_account", message, headers={"x-should-retry": "false"})
     if account.rejected:
         raise _sign_in_again(account)
     if account.id in tried:
@@ -5353,80 +4689,62 @@ def pick_account(store: AccountStore, tried: set[str]) -> Account:
 
 
 def _sign_in_again(account: Account) -> AztError:
-    return AztError(
-        401,
-        "account_auth_expired",
+    message = (
         f"Account {account.name} needs to sign in again ({account.rejected}): run `azt login`, "
-        "or import a fresh sign-in with `azt accounts import FILE`.",
-        type="authentication_error",
+        "or import a fresh sign-in with `azt accounts import FILE`."
     )
+    return AztError(401, "account_auth_expired", message, type="authentication_error")
 
 
+@dataclass(eq=False, slots=True)
 class Rotation:
     """Turns to relays. Owns no state but the refreshes under way."""
 
-    def __init__(
-        self,
-        store: AccountStore,
-        pool: ConnectionPool,
-        calls: WorkerPool,
-        environment: Environment,
-        save: Callable[[], Awaitable[None]],
-    ) -> None:
-        self._store = store
-        self._pool = pool
-        self._calls = calls
-        self._environment = environment
-        self._save = save
-        self._refreshes: dict[str, asyncio.Task[None]] = {}
-        self._one_at_a_time = asyncio.Lock()
+    _store: AccountStore
+    _pool: ConnectionPool
+    _calls: WorkerPool
+    _environment: Environment
+    _save: Callable[[], Awaitable[None]]
+    _refreshes: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    _one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def open_turn(self, turn: Turn) -> Relay:
         """The one retry rule (trust.md 3.2): another try only while no byte has reached the client.
 
         raises  AztError: the last failure, when nothing more may be tried
         """
-        started_s = asyncio.get_running_loop().time()
-        tried: set[str] = set()
+        loop = asyncio.get_running_loop()
+        opens_at = loop.time() + HOLD_BACK_S
         renewed: set[str] = set()
         while True:
-            account = turn.account = pick_account(self._store, tried)
+            account = turn.account = pick_account(self._store)
+            turn.on_news(turn)
             account = await self.fresh_account(account)
             token = account.access_token  # another turn may renew it before the answer is here
             turn.attempts += 1
-            elapsed_s = asyncio.get_running_loop().time() - started_s
+            turn.on_news(turn)
             try:
-                return await self._attempt(account, turn, max(HOLD_BACK_S - elapsed_s, 0))
+                return await self._attempt(account, turn, max(opens_at - loop.time(), 0))
             except UpstreamError as error:
+                body = turn.body
                 if error.fault == "token" and account.id not in renewed:
                     renewed.add(account.id)
                     await self.fresh_account(account, refused=token)
-                    continue
-                if error.code == "invalid_encrypted_content" and (
-                    body := _without_reasoning(turn.body)
-                ):
-                    turn.body = body
-                    continue
-                if error.status == 401:
+                elif error.status == 401:
                     raise await self._reject(account, error.code or "401") from None
-                tried.add(account.id)
-                raise
+                elif error.code == "invalid_encrypted_content":
+                    turn.body = _without_reasoning(body)
+                    if turn.body is body:
+                        raise
+                else:
+                    raise
 
     async def _attempt(self, account: Account, turn: Turn, hold_s: float) -> Relay:
-        wire, translator = Wire(), turn.translator()
+        wire, translator, base_url = Wire(), turn.translator(), self._environment.codex_base_url
         credentials = Credentials(account.access_token, account.account_id)
-        base_url = self._environment.codex_base_url
+        call = (self._pool, base_url, credentials, turn.body, turn.session, wire)
         try:
-            answer = await in_thread(
-                self._calls,
-                open_stream,
-                self._pool,
-                base_url,
-                credentials,
-                turn.body,
-                turn.session,
-                wire,
-            )
+            answer = await in_thread(self._calls, open_stream, *call)
         except asyncio.CancelledError:
             wire.end()
             raise
@@ -5440,24 +4758,28 @@ class Rotation:
     async def fresh_account(self, account: Account, refused: str = "") -> Account:
         """The account with a token that can be used now.
 
-        refused  an access token that the upstream turned down: renew it although it has not expired
-        raises   AztError when the sign-in is dead, or its renewal failed and the old token is no use
+        refused  an access token that the upstream turned down: renew it though it has not expired
+        raises   AztError when the sign-in is dead, or its renewal failed and the old token is over
         """
         account = self._store.accounts.get(account.id, account)
-        ends_soon = account.expires_at and account.expires_at - time.time() < REFRESH_AHEAD_S
-        if not ends_soon and account.access_token != refused:
+        now = time.time()
+        ends_soon = account.expires_at and account.expires_at - now < REFRESH_AHEAD_S
+        # Just renewed and over all the same: the clock is wrong, and only a 401 may renew it again.
+        is_new = abs(now - account.refreshed_at) < REFRESH_AHEAD_S
+        if account.access_token != refused and (is_new or not ends_soon):
             return account
         task = self._refreshes.get(account.id)
         if task is None:
             task = asyncio.create_task(self._refresh(account.id, account.access_token))
             self._refreshes[account.id] = task
             task.add_done_callback(functools.partial(self._refreshed, account.id))
-        try:
-            # Shielded: a client that leaves must not take the new, single-use refresh token with it.
-            await asyncio.shield(task)
-        except UpstreamError:
-            if refused or account.expires_at <= time.time():
-                raise
+        # Not awaited itself: a client that leaves must not take the new, single-use refresh token
+        # with it.
+        await asyncio.wait({task})
+        error = task.exception()
+        is_useless = bool(refused) or account.expires_at <= time.time()
+        if error is not None and (is_useless or not isinstance(error, UpstreamError)):
+            raise error
         return self._store.accounts.get(account.id, account)
 
     def _refreshed(self, account_id: str, task: asyncio.Task[None]) -> None:
@@ -5471,37 +4793,26 @@ class Rotation:
             account = self._store.accounts.get(account_id)
             if account is None or account.access_token != stale_token:
                 return
-            auth_base_url = self._environment.auth_base_url
+            call = (self._pool, self._environment.auth_base_url, account.refresh_token, Wire())
             try:
-                tokens = await in_thread(
-                    self._calls,
-                    refresh_tokens,
-                    self._pool,
-                    auth_base_url,
-                    account.refresh_token,
-                    Wire(),
-                )
+                tokens = await in_thread(self._calls, refresh_tokens, *call)
             except SignInRejected as error:
                 raise await self._reject(account, error.reason) from None
-            self._apply(account, tokens, time.time())
+            now = time.time()
+            new = account_from_tokens(
+                tokens.access_token or account.access_token,
+                tokens.refresh_token or account.refresh_token,
+                tokens.id_token or account.id_token,
+                now,
+            )
+            for name in ("access_token", "refresh_token", "id_token"):
+                setattr(account, name, getattr(new, name))
+            told = int(now) + tokens.expires_in_s if tokens.expires_in_s else 0
+            account.expires_at = new.expires_at or told
+            account.plan = new.plan if new.plan != "unknown" else account.plan
+            account.refreshed_at = int(now)
             await self._save()
             log.info("the sign-in of %s was renewed", account.name)
-
-    def _apply(self, account: Account, tokens: Tokens, now: float) -> None:
-        renewed = account_from_tokens(
-            tokens.access_token or account.access_token,
-            tokens.refresh_token or account.refresh_token,
-            tokens.id_token or account.id_token,
-            now,
-        )
-        account.access_token = renewed.access_token
-        account.refresh_token = renewed.refresh_token
-        account.id_token = renewed.id_token
-        account.expires_at = renewed.expires_at or (
-            int(now) + tokens.expires_in_s if tokens.expires_in_s else 0
-        )
-        account.plan = renewed.plan if renewed.plan != "unknown" else account.plan
-        account.refreshed_at = int(now)
 
     async def _reject(self, account: Account, reason: str) -> AztError:
         """Remember that only a new sign-in helps, so that the dead token is never tried again."""
@@ -5511,18 +4822,18 @@ class Rotation:
         return _sign_in_again(account)
 
 
-def _without_reasoning(body: bytes) -> bytes | None:
-    """The request without its encrypted reasoning, which another account cannot read; None if it has none."""
+def _without_reasoning(body: bytes) -> bytes:
+    """The request without its encrypted reasoning, which another account cannot read.
+
+    Itself where that leaves nothing out, or nothing over.
+    """
     request = parse_event(body) or {}
     items = request.get("input")
-    kept = (
-        [item for item in items if item.get("type") != "reasoning"]
-        if isinstance(items, list)
-        else []
-    )
-    if not kept or len(kept) == len(cast(list[Any], items)):
-        return None
-    return encode_json({**request, "input": kept})
+    items = items if isinstance(items, list) else []
+    kept = [item for item in items if item.get("type") != "reasoning"]
+    return encode_json({**request, "input": kept}) if 0 < len(kept) < len(items) else body
+
+
 # ==================================================================================================
 # 13. Usage and request log
 #     What happened to each request: one line in the log. Never a prompt, an answer or a token.
@@ -5531,21 +4842,22 @@ def _without_reasoning(body: bytes) -> bytes | None:
 
 @dataclass(slots=True)
 class RequestRecord:
-    """One request from its head to the last byte of its answer. Metadata only."""
+    """One request from its head to the last byte of its answer. Metadata only.
+
+    started_s  monotonic clock, like every duration here
+    account    label or short id, never the e-mail
+    ttft_ms    from the complete request to the first content delta written
+    """
 
     id: str
     method: str
     path: str
     started_s: float
-    """Monotonic clock, like every duration here."""
     status: int = 0
     account: str = "-"
-    """Label or short id, never the e-mail."""
     model: str = "-"
-    client: str = "-"
     attempts: int = 0
     ttft_ms: int | None = None
-    """From the complete request to the first content delta written."""
     total_ms: int | None = None
     result: Literal["running", "ok", "failed", "cancelled"] = "running"
     error_code: str | None = None
@@ -5559,18 +4871,13 @@ class RequestRecord:
         self.total_ms = round((now_s - self.started_s) * 1000)
         if self.result == "running":
             self.result = "ok" if self.status < 400 else "failed"
-        log.info(
-            "%s %s %s %s account=%s model=%s ttft_ms=%s total_ms=%s%s",
-            self.id,
-            self.method,
-            self.path,
-            self.status or "-",
-            self.account,
-            self.model,
-            "-" if self.ttft_ms is None else self.ttft_ms,
-            self.total_ms,
-            "" if self.result == "ok" else f" {self.result} {self.error_code or ''}".rstrip(),
-        )
+        request = f"{self.id} {self.method} {self.path} {self.status or '-'}"
+        ttft_ms = "-" if self.ttft_ms is None else self.ttft_ms
+        spent = f"ttft_ms={ttft_ms} total_ms={self.total_ms}"
+        why = "" if self.result == "ok" else f" {self.result} {self.error_code or ''}".rstrip()
+        log.info("%s account=%s model=%s %s%s", request, self.account, self.model, spent, why)
+
+
 # ==================================================================================================
 # 14. Gateway
 #     The one owner of mutable state. Its fields are all that requests share; module level holds
@@ -5601,12 +4908,21 @@ class Gateway:
         self.listening: list[tuple[str, int]] = []
         self._changing = asyncio.Lock()
 
+    @property
+    def default_model(self) -> str:
+        return self.catalogue.default(self.settings.text("defaultModel"))
+
     @blocking
     def load(self) -> None:
-        """Read every state file once. Raises StateError rather than start with less than there is."""
+        """Read every state file once. Raises StateError rather than start with less."""
         paths = self.paths
         prepare_home(paths)
-        self._apply_settings(_read_settings(paths))
+        try:
+            saved = read_json(paths.settings, 1)
+        except StateError as error:  # unlike accounts they can be typed again
+            log.error("%s The defaults are in force.", error.message)
+            saved = None
+        self._apply_settings(saved)
         self.started_settings = self.settings
         loaded = AccountStore.from_json(read_json(paths.accounts, ACCOUNTS_VERSION))
         self.store.accounts, self.store.active_id = loaded.accounts, loaded.active_id
@@ -5624,12 +4940,12 @@ class Gateway:
             self.pool.close()
 
     async def save_accounts(self) -> None:
-        """On disk before anyone goes on. A failure is loud, and the state in memory stays the newer one."""
+        """On disk before anyone goes on. A failure is loud; memory keeps the newer state."""
         await in_thread(self.files, write_json, self.paths.accounts, self.store.to_json())
 
     async def _in_turn(self, change: Callable[[], Awaitable[T]]) -> T:
-        """One change by a person at a time, and to its end though the client leaves: what is in force
-        and what is on disk stay the same."""
+        """One change by a person at a time, and to its end though the client leaves: what is in
+        force and what is on disk stay the same."""
 
         async def run() -> T:
             async with self._changing:
@@ -5656,8 +4972,8 @@ class Gateway:
     async def change_settings(self, changes: Json, revision: Any = None) -> None:
         """Merge checked values into the file and put them in force.
 
-        raises  AztError 409 when `revision` is given and no longer ours; StateError rather than write
-                over a file that cannot be read
+        raises  AztError 409 when `revision` is given and no longer ours; StateError rather than
+                write over a file that cannot be read
         """
 
         async def save() -> None:
@@ -5682,17 +4998,14 @@ class Gateway:
 
     async def refresh_models(self) -> bool:
         """Ask the backend for the catalogue; False when ours is still current."""
-        account = await self.rotation.fresh_account(pick_account(self.store, set()))
+        account = await self.rotation.fresh_account(pick_account(self.store))
         credentials = Credentials(account.access_token, account.account_id)
         etag = self.catalogue.etag if self.catalogue.source == "azt" else ""
-        base_url = self.environment.codex_base_url
-        fetched = await in_thread(
-            self.calls, fetch_models, self.pool, base_url, credentials, etag, Wire()
-        )
+        call = (self.pool, self.environment.codex_base_url, credentials, etag, Wire())
+        fetched = await in_thread(self.calls, fetch_models, *call)
         if fetched is None:
             return False
-        entries, etag = fetched
-        models = tuple(one for one in entries if _is_model(one))
+        models, etag = fetched
         if not models:
             text = "The upstream lists no models for this account; the old list is kept."
             raise UpstreamError(502, "upstream_error", text)
@@ -5701,33 +5014,16 @@ class Gateway:
         self.catalogue = catalogue
         return True
 
-    @property
-    def default_model(self) -> str:
-        return self.catalogue.default(self.settings.text("defaultModel"))
-
 
 def _egress(environment: Environment, settings: Settings) -> Egress:
     """The proxy of the settings when it is on, else that of the environment."""
     bases = (environment.codex_base_url, environment.chatgpt_base_url, environment.auth_base_url)
     own = frozenset(urllib.parse.urlsplit(base).hostname or "" for base in bases)
-    if settings.flag("networkProxy.enabled") and settings.text("networkProxy.url"):
-        return Egress(
-            settings.text("networkProxy.url"),
-            settings.text("networkProxy.noProxy"),
-            environment.ca_file,
-            own,
-        )
+    proxy_url = settings.text("networkProxy.url")
+    if settings.flag("networkProxy.enabled") and proxy_url:
+        return Egress(proxy_url, settings.text("networkProxy.noProxy"), environment.ca_file, own)
     no_proxy = f"{environment.no_proxy},localhost,127.0.0.1,::1"
     return Egress(environment.proxy_url, no_proxy, environment.ca_file, own)
-
-
-def _read_settings(paths: Paths) -> Json | None:
-    """Settings that cannot be read are defaults, said loudly: unlike accounts they can be typed again."""
-    try:
-        return read_json(paths.settings, 1)
-    except StateError as error:
-        log.error("%s The defaults are in force.", error.message)
-        return None
 
 
 def _read_cache(path: Path) -> Json | None:
@@ -5736,6 +5032,8 @@ def _read_cache(path: Path) -> Json | None:
         return parse_event(read_foreign(path, 16 * MIB))
     except OSError:
         return None
+
+
 # ==================================================================================================
 # 15. HTTP server
 #     Bytes from a client -> Request -> handler -> Reply -> bytes. Decides who may call; the route
@@ -5751,27 +5049,18 @@ Access = Literal[
 ]
 """Which rows of the decision table a route follows (`may`)."""
 
-KeyState = Literal["none", "wrong", "good"]
-
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 class StreamBody(Protocol):
-    """A body that writes itself on the loop, without a task; `Relay` (room 10) is one.
+    """A body that writes itself on the loop, without a task; `Relay` (room 10) is one."""
 
-    start   the head is rendered: write to the sink from now on
-    pause   the client reads too slowly: write nothing until `resume`
-    probe   the client half-closed: write something harmless; False when nothing may be written
-    cancel  the client left: stop at once, the sink is dead
-    stop    the server ends: write an error event and finish
-    """
-
-    def start(self, sink: Sink) -> None: ...
-    def pause(self) -> None: ...
+    def start(self, sink: Sink) -> None: ...  # the head is rendered: write from now on
+    def pause(self) -> None: ...  # the client reads too slowly: write nothing until `resume`
     def resume(self) -> None: ...
-    def probe(self) -> bool: ...
-    def cancel(self) -> None: ...
-    def stop(self, error: AztError) -> None: ...
+    def probe(self) -> bool: ...  # the client half-closed: write something harmless if you may
+    def cancel(self) -> None: ...  # the client left: stop at once, the sink is dead
+    def stop(self, error: AztError) -> None: ...  # the server ends: write an error event, finish
 
 
 @dataclass(slots=True)
@@ -5780,22 +5069,16 @@ class Request:
 
     id: str
     method: str
-    path: str
-    """Percent-decoded once, without the query; slashes as the client sent them."""
-    target: str
-    """As it stood in the request line, for relays."""
+    path: str  # percent-decoded once, without the query; slashes as the client sent them
     query: dict[str, str]
-    headers: dict[str, str]
-    """Lower-case names; repeated ones joined with ", "."""
+    headers: dict[str, str]  # lower-case names; repeated ones joined with ", "
     peer: str
     peer_class: PeerClass
     record: RequestRecord
+    held: Callable[[int], None] = field(repr=False)  # told how the memory held for bodies changes
     body: bytes | bytearray = b""
     params: dict[str, str] = field(default_factory=dict)
-    has_proof: bool = False
-    """The caller knows the admin token."""
-    held: Callable[[int], None] = field(default=lambda size: None, repr=False)
-    """Told by how many bytes the memory held for bodies changes."""
+    has_proof: bool = False  # the caller knows the admin token
 
     def release(self) -> None:
         """Free the body before the answer is complete: a stream may run for an hour."""
@@ -5812,34 +5095,66 @@ class Reply:
     headers: list[tuple[str, str]] = field(default_factory=list)
 
 
+Handler = Callable[[Any, Request], Awaitable[Reply]]
+
+
 def json_reply(value: Any, status: int = 200, headers: Iterable[tuple[str, str]] = ()) -> Reply:
     return Reply(status, encode_json(value), [("content-type", "application/json"), *headers])
 
 
-def _error_reply(error: AztError) -> Reply:
-    return json_reply(error_body(error), error.status, error.headers.items())
-
-
-Handler = Callable[[Any, Request], Awaitable[Reply]]
-
-
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One line of the route table.
-
-    path            "/v1/models/{id}": `{name}` is one segment, at the end the rest (ids have "/")
-    body_max_bytes  0: the limit of the policy
-    raw_body        a compressed body is handed on as it came, with its content-encoding header
-    types           what the content type of an admin change may be
-    """
+    """One line of the route table."""
 
     method: str
-    path: str
+    path: str  # "/v1/models/{id}": `{name}` is one segment, at the end the rest (ids have "/")
     handler: Handler
     access: Access
-    body_max_bytes: int = 0
-    raw_body: bool = False
-    types: tuple[str, ...] = ("application/json",)
+    body_max_bytes: int = 0  # 0: the limit of the policy
+    raw_body: bool = False  # a compressed body is handed on as it came
+
+
+# -- every refusal: code -> status, sentence. Those of malformed bytes stand with the gate.
+
+_KEY_ADVICE = "`azt keys add NAME` on the machine that azt runs on makes one."
+_BODY_ADVICE = "The setting limits.bodyMb (AZT_BODY_LIMIT_MB) raises this."
+_ZSTD_ADVICE = "For zstd azt needs Python 3.14 or the package backports.zstd."
+_REFUSALS = {
+    "csrf_header_missing": (403, "Changes need the header `X-AZT-Admin: 1`."),
+    "local_only": (403, "The administration answers only on the machine that azt runs on."),
+    "proof_needed": (401, "Send what .state/admin-token holds in the authorization header."),
+    "api_key_missing": (401, f"An API key is needed in the authorization header. {_KEY_ADVICE}"),
+    "api_key_needed": (403, f"From outside or through a proxy an API key is needed. {_KEY_ADVICE}"),
+    "concurrency_limit": (429, "{most} requests of this address are running: wait for one."),
+    "expectation_failed": (417, "The only expectation that azt meets is 100-continue."),
+    "host_not_allowed": (403, "The setting server.allowedHosts does not have {host!r}: add it."),
+    "internal_error": (500, "azt failed on this request. Its log names the reason under {id}."),
+    "invalid_api_key": (401, f"This API key is not known. {_KEY_ADVICE}"),
+    "invalid_body": (400, "The {coding} body is damaged or incomplete."),
+    "invalid_url": (400, "The path has odd characters or segments, or too many parameters."),
+    "lan_off": (403, "The API is off for other machines: the setting server.lanApi turns it on."),
+    "method_not_supported": (405, "{path} does not take {method}: use {allow}."),
+    "metrics_not_here": (403, f"Metrics are for this machine, or for an API key. {_KEY_ADVICE}"),
+    "origin_not_allowed": (403, "Pages of {origin!r} may not call this (server.corsOrigins)."),
+    "overloaded": (503, "azt serves too many {things} at once. Try again in a few seconds."),
+    "page_not_here": (403, "This page is for the machine that azt runs on and its own network."),
+    "request_timeout": (408, "The request came too slowly. Send it again."),
+    "request_too_large": (413, f"The request body is larger than {{limit}} bytes. {_BODY_ADVICE}"),
+    "shutting_down": (503, "azt is shutting down. Try again when it is back."),
+    "unknown_url": (404, "Invalid URL ({method} {path})"),
+    "unsupported_content_encoding": (415, f"Send it plain or as {{known}}. {_ZSTD_ADVICE}"),
+    "unsupported_media_type": (415, "Send the body as application/json."),
+    "upgrade_refused": (400, "azt does not switch protocols: use plain HTTP/1.1."),
+}
+_ADDED = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "1"}, 503: {"retry-after": "5"}}
+
+
+def _refusal(code: str, headers: dict[str, str] | None = None, **words: object) -> AztError:
+    status, sentence = _REFUSALS[code]
+    # OpenAI has no code for a key that was not sent.
+    shown = None if code == "api_key_missing" else code
+    headers = headers or _ADDED.get(status, {})
+    return AztError(status, shown, sentence.format(**words), headers=headers)
 
 
 # -- the gate: a head that two programs could read differently is never read at all
@@ -5848,34 +5163,28 @@ _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb"++) ([\x21-\x7e]++) HTTP/1\.([01])")
 _FIELD_LINE = re.compile(_TOKEN + rb"++:[\t\x20-\x7e\x80-\xff]*+")
 _HEAD = re.compile(_REQUEST_LINE.pattern + rb"\r\n(?:" + _FIELD_LINE.pattern + rb"\r\n)*+\r\n")
-_OTHER_VERSION = re.compile(rb".* HTTP/(?!1\.[01]$)[0-9]\.[0-9]", re.DOTALL)
+_OTHER_VERSION = re.compile(rb"[^\r]* HTTP/(?!1\.[01]\r)[0-9]\.[0-9]\r\n")
 _SINGLES = re.compile(
-    rb"\r\n(content-length|content-type|host|origin|transfer-encoding):[ \t]*+([^\r]*)",
-    re.IGNORECASE,
+    rb"(?i)\r\n(content-length|content-type|host|origin|transfer-encoding):[ \t]*+([^\r]*)"
 )
 _HOST = re.compile(
     rb"(?:[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}|\[([0-9A-Fa-f:.]{2,45})\])(?::([0-9]{1,5}))?"
 )
-_LETTERS = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
 
 
-def _malformed(message: str, status: int = 400) -> BadRequest:
-    return BadRequest(
-        f"{message} The connection is closed.", code="malformed_request", status=status
-    )
+def _malformed(message: str, status: int = 400) -> AztError:
+    message = f"{message} The connection is closed."
+    return AztError(status, "malformed_request", message, type="invalid_request_error")
 
 
 def find_head(data: bytes) -> int:
     """Where the head at the start of `data` ends; 0 while it is incomplete. Pure.
 
-    The verdict is the same for every split of the bytes: what is refused early (no letter first, a
-    bare LF, too long) is looked at in the order in which it stands.
-    raises  BadRequest 400, 431
+    The verdict is the same for every split of the bytes: what is refused early is looked at in the
+    order in which it stands. Raises AztError 400, 431.
     """
-    if data[0] not in _LETTERS:
-        raise _malformed(
-            "This is no HTTP request. azt speaks plain HTTP: use http://, not https://."
-        )
+    if not data[:1].isalpha():
+        raise _malformed("This is no HTTP request: azt speaks http://, not https://.")
     end = data.find(b"\r\n\r\n") + 4
     size = end if end > 3 else len(data)
     known = min(size, MAX_HEAD_BYTES)
@@ -5889,11 +5198,13 @@ def find_head(data: bytes) -> int:
 def check_head(head: bytes) -> None:
     """The strict gate in front of h11: bytes up to CRLFCRLF, every rule of trust.md 1.5. Pure.
 
-    raises  BadRequest 400, 405 (CONNECT), 431, 501 (transfer coding), 505
+    raises  AztError 400, 405 (CONNECT), 431, 501 (transfer coding), 505
     """
     found = _HEAD.fullmatch(head)
+    if found is None and _OTHER_VERSION.match(head):
+        raise _malformed("azt speaks HTTP/1.1 and HTTP/1.0.", 505)
     if found is None:
-        raise _head_fault(head)
+        raise _malformed("The request line or a header line is malformed.")
     if head.count(b"\r\n") - 2 > MAX_HEAD_FIELDS:
         raise _malformed(f"The request head has more than {MAX_HEAD_FIELDS} fields.", 431)
     single: dict[bytes, bytes] = {}
@@ -5903,308 +5214,32 @@ def check_head(head: bytes) -> None:
             raise _malformed(f"The header {name.decode()} appears more than once.")
         single[name] = value.rstrip(b" \t")
     method, target, minor = found.groups()
-    _check_framing(single, minor)
-    _check_host(single.get(b"host"), minor)
-    _check_target(method, target, single.get(b"host", b""))
+    length, coding = single.get(b"content-length"), single.get(b"transfer-encoding")
+    # RFC 9112 6.1: this is how requests are smuggled, so the connection ends with it.
+    is_ambiguous = coding is not None and (length is not None or minor == b"0")
+    is_number = length is None or re.fullmatch(rb"[0-9]{1,15}", length)
+    host = single.get(b"host", b"" if minor == b"0" else b"?")
+    scheme, _, rest = target.lower().partition(b"://")
+    is_here = host and (scheme, rest.partition(b"/")[0]) == (b"http", host.lower())
+    faults = (
+        (is_ambiguous, "Transfer-Encoding with Content-Length or HTTP/1.0 is ambiguous.", 400),
+        (coding not in (None, b"chunked"), "azt takes no transfer coding but `chunked`.", 501),
+        (not is_number, "Content-Length is not a number.", 400),
+        (host and not _is_host(host), "The Host header is missing or malformed.", 400),
+        (method == b"CONNECT", "azt is no proxy: send the request itself.", 405),
+        (target[:1] != b"/" and not is_here, "The target is no path and no URL of this Host.", 400),
+        (b"#" in target, "The request target contains '#': encode it as %23.", 400),
+    )
+    for is_so, message, status in faults:
+        if is_so:
+            raise _malformed(message, status)
 
 
-def _head_fault(head: bytes) -> BadRequest:
-    """Why `_HEAD` did not match."""
-    first, *fields = head[:-4].split(b"\r\n")
-    if not _REQUEST_LINE.fullmatch(first):
-        if _OTHER_VERSION.fullmatch(first):
-            return _malformed("azt speaks HTTP/1.1 and HTTP/1.0.", 505)
-        return _malformed("The request line is malformed.")
-    bad = next((line for line in fields if not _FIELD_LINE.fullmatch(line)), b"")
-    if bad[:1] in (b" ", b"\t"):
-        return _malformed("A header is folded over two lines.")
-    name = bad.partition(b":")[0][:40].decode("ascii", "replace")
-    return _malformed(f"The header line {name!r} is malformed.")
-
-
-def _check_framing(single: Mapping[bytes, bytes], minor: bytes) -> None:
-    length = single.get(b"content-length")
-    coding = single.get(b"transfer-encoding")
-    if coding is not None and (length is not None or minor == b"0"):
-        # RFC 9112 6.1: this is how requests are smuggled, so the connection ends with it.
-        raise _malformed("Transfer-Encoding together with Content-Length or HTTP/1.0 is ambiguous.")
-    if coding is not None and coding != b"chunked":
-        raise _malformed("The only transfer coding that azt takes is `chunked`.", 501)
-    if length is not None and not re.fullmatch(rb"[0-9]{1,15}", length):
-        raise _malformed("Content-Length is not a number.")
-
-
-def _check_host(host: bytes | None, minor: bytes) -> None:
-    if host is None and minor == b"1":
-        raise _malformed("The Host header is missing.")
-    if not host:
-        return
+def _is_host(host: bytes) -> bool:
     found = _HOST.fullmatch(host)
     if found is None or int(found[2] or 0) > 65535:
-        raise _malformed("The Host header is malformed.")
-    if found[1]:
-        try:
-            ipaddress.IPv6Address(found[1].decode())
-        except ValueError:
-            raise _malformed("The Host header is malformed.") from None
-
-
-def _check_target(method: bytes, target: bytes, host: bytes) -> None:
-    if method == b"CONNECT":
-        raise _malformed("azt is no proxy: send the request itself.", 405)
-    if not target.startswith(b"/"):
-        scheme, _, rest = target.partition(b"://")
-        authority = rest.partition(b"/")[0].lower()
-        if scheme.lower() != b"http" or not host or authority != host.lower():
-            raise _malformed("The request target is neither a path nor a URL of this Host.")
-    if b"#" in target:
-        raise _malformed("The request target contains '#': encode it as %23.")
-
-
-# -- request bodies: azt's own framing
-
-
-class LengthBody:
-    """A body of `length` bytes. The buffer grows with what arrives, not with what was announced."""
-
-    __slots__ = ("_length", "body", "complete")
-
-    def __init__(self, length: int) -> None:
-        self._length = length
-        self.body: bytes | bytearray = b""
-        self.complete = length == 0
-
-    def feed(self, data: bytes, at: int) -> int:
-        """Take the body's share of `data` from `at` on; the position behind it."""
-        end = min(len(data), at + self._length - len(self.body))
-        if isinstance(self.body, bytearray):
-            with memoryview(data) as view:
-                self.body += view[at:end]
-        elif end - at == self._length:
-            self.body = data[at:end]
-        else:
-            self.body = bytearray(data[at:end])
-        self.complete = len(self.body) == self._length
-        return end
-
-
-_CHUNK_LINE = re.compile(
-    rb"([0-9A-Fa-f]{1,12})(?:;[\t\x20-\x7e]{0,%d})?" % (MAX_CHUNK_EXTENSION_BYTES - 1)
-)
-_CHUNK_LINE_MAX = 12 + MAX_CHUNK_EXTENSION_BYTES + 2
-
-
-class ChunkedBody:
-    """A chunked body, read strictly (trust.md 1.5). Pure: any split of the bytes gives the same.
-
-        SIZE --n--> n bytes, END --empty line--> SIZE --0--> TRAILER --empty line--> complete
-
-    raises  BadRequest 400; 413 as soon as the chunk that exceeds `limit` is announced
-    """
-
-    __slots__ = ("_left", "_limit", "_line", "_room", "body", "complete")
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._left = 0
-        self._line: Literal["SIZE", "END", "TRAILER"] = "SIZE"
-        self._room = _CHUNK_LINE_MAX
-        """How long the next line may be, with its end."""
-        self.body: bytes | bytearray = bytearray()
-        self.complete = False
-
-    def feed(self, data: bytes, at: int) -> int:
-        """Take what is complete from `at` on; the position of the first byte to show again."""
-        while not self.complete and at < len(data):
-            if self._left:
-                end = min(len(data), at + self._left)
-                with memoryview(data) as view:
-                    self.body += view[at:end]
-                self._left -= end - at
-            else:
-                end = data.find(b"\n", at, at + self._room) + 1
-                if not end and len(data) - at < self._room:
-                    break
-                if end - at < 2 or data[end - 2] != 13:
-                    raise _malformed("The chunks of the body are malformed.")
-                self._take_line(data[at : end - 2])
-            at = end
-        return at
-
-    def _take_line(self, line: bytes) -> None:
-        if self._line == "SIZE":
-            found = _CHUNK_LINE.fullmatch(line)
-            if found is None:
-                raise _malformed("A chunk size of the body is malformed.")
-            self._left = int(found[1], 16)
-            if len(self.body) + self._left > self._limit:
-                raise _too_large(self._limit)
-            self._line, self._room = ("END", 2) if self._left else ("TRAILER", MAX_TRAILER_BYTES)
-        elif self._line == "END":
-            self._line, self._room = "SIZE", _CHUNK_LINE_MAX
-        elif line and not _FIELD_LINE.fullmatch(line):
-            raise _malformed("A trailer of the body is malformed.")
-        else:
-            self._room -= len(line) + 2
-            self.complete = not line
-
-
-def _too_large(limit: int) -> BadRequest:
-    advice = "The setting limits.bodyMb (AZT_BODY_LIMIT_MB) raises this."
-    message = f"The request body is larger than {limit} bytes. {advice}"
-    return BadRequest(message, code="request_too_large", status=413)
-
-
-# -- compressed bodies
-
-_CODINGS = {"deflate": "deflate", "gzip": "gzip", "x-gzip": "gzip", "zstd": "zstd"}
-
-
-def _find_zstd() -> Any:
-    """The zstd module of Python 3.14 or its backport, where one is installed; else None."""
-    for name in ("compression.zstd", "backports.zstd"):
-        with contextlib.suppress(ImportError):
-            return importlib.import_module(name)
-    return None
-
-
-def content_codings(header: str, zstd: Any) -> list[str]:
-    """`content-encoding` -> the codings to undo, in that order. Raises BadRequest 415."""
-    names = [name.strip().lower() for name in reversed(header.split(","))]
-    names = [name for name in names if name not in ("", "identity")]
-    known = "gzip, deflate" if zstd is None else "gzip, deflate, zstd"
-    reason = ""
-    if len(names) > MAX_CODING_LAYERS:
-        reason = f"The body is compressed more than {MAX_CODING_LAYERS} times."
-    elif "zstd" in names and zstd is None:
-        reason = (
-            "zstd bodies need Python 3.14 or the package backports.zstd beside azt: send it plain."
-        )
-    elif any(name not in _CODINGS for name in names):
-        reason = f"azt reads bodies that are plain or compressed as {known}."
-    if reason:
-        code, headers = "unsupported_content_encoding", {"accept-encoding": known}
-        raise BadRequest(reason, code=code, status=415, headers=headers)
-    return [_CODINGS[name] for name in names]
-
-
-def inflate(body: bytes | bytearray, coding: str, limit: int, zstd: Any = None) -> bytearray:
-    """Undo one coding. Memory stays below `limit` plus one piece whatever the body claims.
-
-    raises  BadRequest 413 above `limit`, 400 for a body that is damaged, cut or followed by more
-    """
-    try:
-        if coding == "zstd":
-            options = {zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_LOG}
-            return _unpack(body, zstd.ZstdDecompressor(options=options), limit)
-        if coding == "gzip":
-            return _unpack(body, zlib.decompressobj(31), limit)
-        try:
-            return _unpack(body, zlib.decompressobj(15), limit)
-        except zlib.error:  # "deflate" without the zlib wrapper, as some clients send it
-            return _unpack(body, zlib.decompressobj(-15), limit)
-    except (zlib.error, getattr(zstd, "ZstdError", zlib.error), EOFError):
-        message = f"The {coding} body is damaged or incomplete."
-        raise BadRequest(message, code="invalid_body") from None
-
-
-def _unpack(body: bytes | bytearray, decoder: Any, limit: int) -> bytearray:
-    """Run a decoder of zlib or zstd. Raises EOFError for a body that is cut or followed by more."""
-    out = bytearray()
-    # In slices: zlib hands back what it has not used; of a whole body that is too much to copy.
-    for start in range(0, len(body), READ_BYTES):
-        piece = bytes(body[start : start + READ_BYTES])
-        if decoder.eof:
-            raise EOFError
-        while (piece or not getattr(decoder, "needs_input", True)) and not decoder.eof:
-            out += decoder.decompress(piece, READ_BYTES)
-            piece = getattr(decoder, "unconsumed_tail", b"")  # zstd keeps it inside
-            if len(out) > limit:
-                raise _too_large(limit)
-        if decoder.unused_data:
-            raise EOFError
-    if hasattr(decoder, "flush"):
-        out += decoder.flush()
-    if not decoder.eof:
-        raise EOFError
-    if len(out) > limit:
-        raise _too_large(limit)
-    return out
-
-
-# -- who may call: the decision table of trust.md 2
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """The settings that decide, as values. Asked for at each request, so a change acts at once."""
-
-    own_names: frozenset[str]
-    """This machine's host name and `<it>.local`, lower case."""
-    allowed_hosts: frozenset[str]
-    cors_origins: frozenset[str]
-    lan_api: bool
-    loopback_exempt: bool
-    own_networks: tuple[Network, ...]
-    key_hashes: frozenset[str]
-    """sha256, hex. Empty: no key is needed."""
-    admin_token_hash: str
-    body_max_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """What the table looks at."""
-
-    peer: PeerClass
-    host: str
-    """The name in the Host header: lower case, no port, no brackets; empty where there is none."""
-    origin: str | None = None
-    own_origin: bool = False
-    """`origin` names the Host of this request."""
-    fetch_site: str = ""
-    navigates: bool = False
-    """The browser opens this as a page of its own, not inside another one."""
-    key: KeyState = "none"
-    proof: bool = False
-    """The admin token was sent."""
-    marked: bool = False
-    """X-AZT-Admin: 1 was sent, which no form and no simple request of a page can do."""
-
-
-def _networks(text: str) -> tuple[Network, ...]:
-    return tuple(ipaddress.ip_network(name) for name in text.split())
-
-
-_LOOPBACK_NETWORKS = _networks("127.0.0.0/8 ::1/128")
-_LAN_NETWORKS = _networks(
-    "10.0.0.0/8 100.64.0.0/10 169.254.0.0/16 172.16.0.0/12 192.168.0.0/16 fc00::/7 fe80::/10"
-)
-_RELAY_HEADERS = frozenset(
-    "cdn-loop cf-connecting-ip cf-connecting-ipv6 cf-ray cf-visitor client-ip fastly-client-ip "
-    "fly-client-ip forwarded tailscale-user-login tailscale-user-name true-client-ip via "
-    "x-client-ip x-cluster-client-ip x-envoy-external-address x-original-forwarded-for "
-    "x-original-host x-proxyuser-ip x-real-ip".split()
-)
-_OVERRIDES = frozenset(("x-http-method", "x-http-method-override", "x-method-override"))
-_LOOPBACK_ORIGIN = re.compile(r"https?://(?:localhost|127\.0\.0\.1|\[::1\])(?::\d{1,5})?")
-_SAFE_METHODS = ("GET", "HEAD")
-
-
-def peer_place(address: str, own_networks: Sequence[Network]) -> Literal["own", "lan", "public"]:
-    """Where a socket's peer is. Headers never count: they are the caller's own words."""
-    found = ipaddress.ip_address(address.partition("%")[0])
-    found = getattr(found, "ipv4_mapped", None) or found
-    if any(found in network for network in _LOOPBACK_NETWORKS):
-        return "own"
-    near = (*_LAN_NETWORKS, *own_networks)
-    return "lan" if any(found in network for network in near) else "public"
-
-
-def is_relayed(headers: Mapping[str, str]) -> bool:
-    """Whether a proxy passed the request on: behind it the peer of the socket says nothing."""
-    forwarded = any(name.startswith("x-forwarded-") for name in headers)
-    return forwarded or not _RELAY_HEADERS.isdisjoint(headers)
+        return False
+    return not found[1] or (b":" in found[1] and _host_kind(found[1].decode()) != "name")
 
 
 @functools.lru_cache(maxsize=512)
@@ -6217,287 +5252,228 @@ def _host_kind(name: str) -> Literal["loopback", "address", "name"]:
         return "name"
 
 
-def read_caller(
-    peer: PeerClass, headers: Mapping[str, str], policy: Policy, access: Access
-) -> Caller:
+def content_codings(header: str) -> list[str]:
+    """`content-encoding` -> the codings to undo, in that order. Raises AztError 415."""
+    known = ["gzip", "deflate", *(["zstd"] if find_zstd() else [])]
+    names = [name.strip().lower().removeprefix("x-") for name in reversed(header.split(","))]
+    names = [name for name in names if name not in ("", "identity")]
+    if len(names) <= MAX_CODING_LAYERS and set(names) <= set(known):
+        return names
+    listed = ", ".join(known)
+    raise _refusal("unsupported_content_encoding", {"accept-encoding": listed}, known=listed)
+
+
+# -- who may call: the decision table of trust.md 2
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The settings that decide, as values. Asked for at each request, so a change acts at once."""
+
+    own_names: frozenset[str]  # this machine's host name and `<it>.local`, lower case
+    allowed_hosts: frozenset[str]
+    cors_origins: frozenset[str]
+    lan_api: bool
+    loopback_exempt: bool
+    own_networks: tuple[Network, ...]
+    key_hashes: frozenset[str]  # sha256, hex; empty: no key is needed
+    admin_token_hash: str
+    body_max_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """What the table looks at."""
+
+    peer: PeerClass
+    host: str  # the name in the Host header: lower case, no port, no brackets; "" without one
+    origin: str | None = None
+    own_origin: bool = False  # `origin` names the Host of this request
+    fetch_site: str = ""
+    navigates: bool = False  # the browser opens this as a page of its own, not inside another one
+    key: Literal["none", "wrong", "good"] = "none"
+    proof: bool = False  # the admin token was sent
+    marked: bool = False  # X-AZT-Admin: 1, which no form and no simple request of a page can send
+
+
+_LOOPBACK_NETWORKS = tuple(map(ipaddress.ip_network, ("127.0.0.0/8", "::1/128")))
+_LAN = "10.0.0.0/8 100.64.0.0/10 169.254.0.0/16 172.16.0.0/12 192.168.0.0/16 fc00::/7 fe80::/10"
+_LAN_NETWORKS = tuple(map(ipaddress.ip_network, _LAN.split()))
+_RELAY_HEADERS = tuple(
+    "cdn-loop cf- client-ip fastly- fly-client- forwarded tailscale- true-client-ip via "
+    "x-client-ip x-cluster-client- x-envoy- x-forwarded- x-original- x-proxyuser- x-real-ip".split()
+)
+_LOOPBACK_ORIGIN = re.compile(r"https?://(?:localhost|127\.0\.0\.1|\[::1\])(?::\d{1,5})?")
+
+
+def peer_place(address: str, own_networks: Sequence[Network]) -> Literal["own", "lan", "public"]:
+    """Where a socket's peer is. Headers never count: they are the caller's own words."""
+    found = ipaddress.ip_address(address.partition("%")[0])
+    found = getattr(found, "ipv4_mapped", None) or found
+    if any(found in network for network in _LOOPBACK_NETWORKS):
+        return "own"
+    is_near = any(found in network for network in (*_LAN_NETWORKS, *own_networks))
+    return "lan" if is_near else "public"
+
+
+def is_relayed(headers: Mapping[str, str]) -> bool:
+    """Whether a proxy passed the request on: behind it the peer of the socket says nothing."""
+    return any(name.startswith(_RELAY_HEADERS) for name in headers)
+
+
+def read_caller(peer: PeerClass, headers: Mapping[str, str], policy: Policy) -> Caller:
     """The head of a request -> what the table looks at."""
-    host = headers.get("host", "").lower()
+    host, origin = headers.get("host", "").lower(), headers.get("origin")
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
-    origin = headers.get("origin")
-    key: KeyState = "none"
-    proof = False
-    if policy.key_hashes or access.startswith("admin"):
-        key, proof = _read_key(headers, policy)
-    mode, dest = headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")
-    return Caller(
-        peer=peer,
-        host=name.removesuffix("."),
-        origin=origin,
-        own_origin=bool(host and origin)
-        and str(origin).lower() in (f"http://{host}", f"https://{host}"),
-        fetch_site=headers.get("sec-fetch-site", ""),
-        navigates=mode == "navigate" and dest == "document",
-        key=key,
-        proof=proof,
-        marked=headers.get("x-azt-admin") == "1",
-    )
-
-
-def _read_key(headers: Mapping[str, str], policy: Policy) -> tuple[KeyState, bool]:
-    """(API key, admin token sent): each compared with every hash, in constant time."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
     bearer = token.strip() if scheme.lower() == "bearer" else ""
     sent = [bearer, headers.get("x-api-key", ""), headers.get("api-key", "")]
     hashes = [hashlib.sha256(value.encode()).hexdigest() for value in sent if value]
-    good = False
-    for known in policy.key_hashes:
-        for digest in hashes:
-            good |= hmac.compare_digest(digest, known)
-    proof = bool(bearer) and hmac.compare_digest(hashes[0], policy.admin_token_hash)
-    return ("good" if good else "wrong" if hashes else "none"), proof
-
-
-# Why a caller is refused: code -> status, sentence.
-_REFUSALS: dict[str, tuple[int, str]] = {
-    "admin_header_missing": (400, "Changes need the header `X-AZT-Admin: 1`."),
-    "admin_not_here": (403, "The administration answers only on the machine that azt runs on."),
-    "admin_proof_needed": (401, "Send what .state/admin-token holds in the authorization header."),
-    "api_key_missing": (401, "An API key is needed in the authorization header. {advice}"),
-    "api_key_needed": (403, "From outside or through a proxy an API key is needed. {advice}"),
-    "host_not_allowed": (403, "The setting server.allowedHosts does not have {host!r}: add it."),
-    "invalid_api_key": (401, "This API key is not known. {advice}"),
-    "lan_off": (403, "The API is off for other machines: the setting server.lanApi turns it on."),
-    "metrics_not_here": (403, "Metrics are for this machine, or for an API key. {advice}"),
-    "origin_not_allowed": (403, "Pages of {origin!r} may not call this (server.corsOrigins)."),
-    "page_not_here": (403, "This page is for the machine that azt runs on and its own network."),
-}
-_KEY_ADVICE = "`azt keys add NAME` on the machine that azt runs on makes one."
+    # Each with every other, in constant time.
+    good = sum(hmac.compare_digest(one, key) for one in hashes for key in policy.key_hashes)
+    return Caller(
+        peer=peer,
+        host=name.removesuffix("."),
+        origin=origin,
+        own_origin=bool(host) and (origin or "").lower() in (f"http://{host}", f"https://{host}"),
+        fetch_site=headers.get("sec-fetch-site", ""),
+        navigates=headers.get("sec-fetch-mode") == "navigate"
+        and headers.get("sec-fetch-dest") == "document",
+        key="good" if good else "wrong" if hashes else "none",
+        proof=bool(bearer) and hmac.compare_digest(hashes[0], policy.admin_token_hash),
+        marked=headers.get("x-azt-admin") == "1",
+    )
 
 
 def may(caller: Caller, access: Access, method: str, policy: Policy) -> AztError | None:
-    """The decision table: None, or why not. Pure.
+    """The decision table: None, or why not. Pure. The numbers are the rows of trust.md 2.
 
     403 = wrong place or page, nothing the caller sends can help; 401 = right place, proof missing.
     """
-    code = (
-        _host_fault(caller, access, policy)
-        or _page_fault(caller, access, method, policy)
-        or _place_fault(caller, access, method, policy)
-    )
-    if not code:
-        return None
-    status, sentence = _REFUSALS[code]
-    origin = (caller.origin or "elsewhere")[:100]
-    message = sentence.format(advice=_KEY_ADVICE, host=caller.host, origin=origin)
-    headers = {"www-authenticate": "Bearer"} if status == 401 else {}
-    kind = None if status == 403 else "invalid_request_error"
-    # OpenAI has no code for a key that was not sent.
-    shown = None if code == "api_key_missing" else code
-    return AztError(status, shown, message, type=kind, headers=headers)
-
-
-def _host_fault(caller: Caller, access: Access, policy: Policy) -> str:
-    """DNS rebinding: a foreign name that points here. An address has no record to flip."""
-    name = caller.host
-    if name and (_host_kind(name) != "name" or name in policy.own_names | policy.allowed_hosts):
-        return ""
-    if name.endswith(".internal") and access in ("api", "codex", "health"):
-        return ""  # reserved for private use: host.docker.internal and the like
-    return "host_not_allowed"
-
-
-def _page_fault(caller: Caller, access: Access, method: str, policy: Policy) -> str:
-    """The browser rule: a page may call what it belongs to, or the API where that is allowed."""
-    origin, site = caller.origin, caller.fetch_site
-    if access == "page" and caller.navigates and method in _SAFE_METHODS and origin is None:
-        return ""  # a link from another page is cross-site by nature
-    if access == "api":
-        allowed = site != "cross-site" if origin is None else _is_api_origin(caller, policy)
-    elif access == "codex":
-        allowed = origin is None and site in ("", "none")
-    else:
-        allowed = (origin is None or caller.own_origin) and site in ("", "none", "same-origin")
-    return "" if allowed else "origin_not_allowed"
-
-
-def _is_api_origin(caller: Caller, policy: Policy) -> bool:
-    origin = caller.origin or "null"
-    if origin == "null":
-        return False
-    if caller.own_origin or origin in policy.cors_origins or _LOOPBACK_ORIGIN.fullmatch(origin):
-        return True
-    return "*" in policy.cors_origins and bool(policy.key_hashes)
-
-
-def _place_fault(caller: Caller, access: Access, method: str, policy: Policy) -> str:
-    """Who is where, with which proof: rows 1 to 3, 6 to 8, 10, 12 to 14."""
+    peer, at_loopback = caller.peer, _host_kind(caller.host) == "loopback"
     # This machine, addressed as such, not a page of somebody else.
-    own = (
-        caller.peer == "own"
-        and _host_kind(caller.host) == "loopback"
-        and (caller.origin is None or caller.own_origin)
+    own = peer == "own" and at_loopback and (caller.origin is None or caller.own_origin)
+    near = peer in ("own", "lan")
+    admin, calls = access.startswith("admin"), access in ("api", "codex")
+    changes = access != "admin_read" and method not in ("GET", "HEAD")
+    exempt = own and (access == "metrics" or caller.proof or policy.loopback_exempt)
+    open_api = not policy.key_hashes
+    needs_key = (calls or access == "metrics") and not open_api and not exempt
+    rows = (
+        ("host_not_allowed", not _knows_host(caller.host, access, policy)),
+        ("origin_not_allowed", not _admits_page(caller, access, method, policy)),  # 4, 5, 11
+        ("local_only", admin and not own),  # 10
+        ("csrf_header_missing", admin and changes and not caller.marked),  # 7
+        ("proof_needed", access == "admin_proof" and not caller.proof),  # 8, 9
+        ("page_not_here", access == "page" and not near),  # 14
+        ("lan_off", calls and peer == "lan" and not policy.lan_api),  # 1
+        ("api_key_missing", needs_key and caller.key == "none"),  # 1, 2, 3, 13
+        ("invalid_api_key", needs_key and caller.key == "wrong"),
+        ("metrics_not_here", access == "metrics" and open_api and not own),  # 13
+        ("api_key_needed", calls and open_api and not near),  # 2, 3
     )
-    if access.startswith("admin"):
-        if not own:
-            return "admin_not_here"
-        if access != "admin_read" and method not in _SAFE_METHODS and not caller.marked:
-            return "admin_header_missing"
-        return "admin_proof_needed" if access == "admin_proof" and not caller.proof else ""
-    if access == "page":
-        return "" if caller.peer in ("own", "lan") else "page_not_here"
-    if access == "health" or (
-        own and (access == "metrics" or caller.proof or policy.loopback_exempt)
-    ):
-        return ""
-    if access != "metrics" and caller.peer == "lan" and not policy.lan_api:
-        return "lan_off"
-    if policy.key_hashes:
-        return {"good": "", "none": "api_key_missing", "wrong": "invalid_api_key"}[caller.key]
-    if access == "metrics":
-        return "metrics_not_here"
-    return "" if caller.peer in ("own", "lan") else "api_key_needed"
+    code = next((code for code, refused in rows if refused), None)
+    origin = (caller.origin or "elsewhere")[:100]
+    return _refusal(code, host=caller.host, origin=origin) if code else None
+
+
+def _knows_host(name: str, access: Access, policy: Policy) -> bool:
+    """DNS rebinding: a foreign name that points here. An address has no record to flip."""
+    is_known = _host_kind(name) != "name" or name in policy.own_names | policy.allowed_hosts
+    # Reserved for private use: host.docker.internal and the like.
+    is_private = name.endswith(".internal") and access in ("api", "codex", "health")
+    return bool(name) and (is_known or is_private)
+
+
+def _admits_page(caller: Caller, access: Access, method: str, policy: Policy) -> bool:
+    """The browser rule: a page may call what it belongs to, or the API where that is allowed."""
+    origin, site, listed = caller.origin, caller.fetch_site, policy.cors_origins
+    if access == "page" and caller.navigates and method in ("GET", "HEAD") and origin is None:
+        return True  # a link from another page is cross-site by nature
+    if access == "codex":
+        return origin is None and site in ("", "none")
+    if access != "api":
+        return (origin is None or caller.own_origin) and site in ("", "none", "same-origin")
+    if origin in (None, "", "null"):
+        return origin is None and site != "cross-site"
+    is_known = caller.own_origin or origin in listed or ("*" in listed and policy.key_hashes)
+    return bool(is_known or _LOOPBACK_ORIGIN.fullmatch(origin))
 
 
 # -- which handler
 
-
 _ODD_PATH = re.compile(r"[\x00-\x1f\x7f\\]|(?:^|/)\.\.?(?:/|$)")
+_OVERRIDES = frozenset(("x-http-method", "x-http-method-override", "x-method-override"))
 
 
 def read_path(target: str) -> tuple[str, dict[str, str]]:
-    """Request target -> (path, query), decoded once. Raises BadRequest 400."""
+    """Request target -> (path, query), decoded once. Raises AztError 400."""
     raw, _, query = target.partition("?")
     if not raw.startswith("/"):
         raw = "/" + raw.partition("://")[2].partition("/")[2]
     try:
         path = urllib.parse.unquote_to_bytes(raw).decode() if "%" in raw else raw
         pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, max_num_fields=100)
+        if _ODD_PATH.search(path):
+            raise ValueError
     except ValueError:
-        message = "The request target is not valid UTF-8 or has too many parameters."
-        raise BadRequest(message, code="invalid_url") from None
-    if _ODD_PATH.search(path):
-        message = "The path contains '.', '..', '\\' or control characters."
-        raise BadRequest(message, code="invalid_url")
+        raise _refusal("invalid_url") from None
     return path, dict(pairs)
 
 
-@dataclass(slots=True)
-class _Match:
-    """What the table has for a path: the route when the method fits, and what else fits there."""
+def _path_finder(routes: Sequence[Route]) -> Callable[[str], list[tuple[Route, dict[str, str]]]]:
+    """The look-up of a path: its routes and parameters, exact ones first, then the longest."""
+    ordered = sorted(routes, key=lambda at: ("{" in at.path, -at.path.count("/"), -len(at.path)))
+    table = []
+    for route in ordered:
+        middle = re.sub(r"\\{(\w+)\\}(?=/)", r"(?P<\1>[^/]+)", re.escape(route.path))
+        table.append((re.compile(re.sub(r"\\{(\w+)\\}$", r"(?P<\1>.+)", middle)), route))
 
-    route: Route | None = None
-    params: dict[str, str] = field(default_factory=dict)
-    methods: set[str] = field(default_factory=set)
-    # A path that is not there follows the rows of the API: strangers learn nothing from a 404.
-    access: Access = "api"
-
-
-class _RouteTable:
-    """Routes by path. Exact paths first, then patterns, the longest first."""
-
-    def __init__(self, routes: Sequence[Route]) -> None:
-        self._exact: dict[str, list[Route]] = {}
-        patterns: dict[str, list[Route]] = {}
-        for route in routes:
-            kind = patterns if "{" in route.path else self._exact
-            kind.setdefault(route.path, []).append(route)
-        ordered = sorted(patterns, key=lambda path: (-path.count("/"), -len(path)))
-        self._patterns = [(self._compile(path), patterns[path]) for path in ordered]
-
-    @staticmethod
-    def _compile(path: str) -> re.Pattern[str]:
-        middle = re.sub(r"\\{(\w+)\\}(?=/)", r"(?P<\1>[^/]+)", re.escape(path))
-        return re.compile(re.sub(r"\\{(\w+)\\}$", r"(?P<\1>.+)", middle))
-
-    def find(self, path: str, method: str) -> _Match:
-        """The best entry for a path. `/v1` missing or twice and odd slashes are forgiven."""
+    @functools.lru_cache(maxsize=256)
+    def find(path: str) -> list[tuple[Route, dict[str, str]]]:
+        # `/v1` missing or twice and odd slashes are forgiven.
         path = re.sub("/{2,}", "/", path).rstrip("/") or "/"
-        while f"{path}/".startswith("/v1/v1/"):
-            path = path[3:]
+        path = re.sub("^(?:/v1)+(?=/v1(?:/|$))", "", path)
         twin = f"/codex/v1{path[6:]}" if path.startswith("/codex/") else f"/v1{path}"
-        found = self._match(path, method)
-        return found if found.methods else self._match(twin, method)
+        for name in (path, twin):
+            if found := [(at, hit.groupdict()) for rx, at in table if (hit := rx.fullmatch(name))]:
+                return found
+        return []
 
-    def _match(self, path: str, method: str) -> _Match:
-        fitting = [(self._exact[path], dict[str, str]())] if path in self._exact else []
-        for pattern, routes in self._patterns:
-            if named := pattern.fullmatch(path):
-                fitting.append((routes, named.groupdict()))
-        match = _Match()
-        for routes, params in fitting:
-            for route in routes:
-                if not match.methods or (route.method == method and match.route is None):
-                    match.access = route.access
-                if route.method == method and match.route is None:
-                    match.route, match.params = route, params
-                match.methods.add(route.method)
-        if "GET" in match.methods:
-            match.methods.add("HEAD")
-        return match
+    return find
 
 
 def _refuse_oddities(request: Request) -> None:
     """Row 18: what azt does for nobody."""
-    upgrade = request.headers.get("upgrade", "")
     # RFC 9110 7.8: an upgrade may be ignored. Java's client offers h2c with each request.
-    if upgrade and upgrade.lower() != "h2c":
+    if request.headers.get("upgrade", "").lower() not in ("", "h2c"):
+        error = _refusal("upgrade_refused")
         # Codex tries a WebSocket first and falls back to HTTP without delay on a 426 only.
         if request.path.rstrip("/").endswith("/responses"):
-            status, headers = 426, {"upgrade": "HTTP/1.1"}
-        else:
-            status, headers = 400, {}
-        message = "azt does not switch protocols: use plain HTTP/1.1."
-        raise BadRequest(message, code="upgrade_refused", status=status, headers=headers)
-    if request.method == "TRACE" or not _OVERRIDES.isdisjoint(request.headers):
-        raise _wrong_method(request, {"GET", "POST"})
+            error.status, error.headers = 426, {"upgrade": "HTTP/1.1"}
+        raise error
     if request.headers.get("expect", "100-continue").lower() != "100-continue":
-        message = "The only expectation that azt meets is 100-continue."
-        raise BadRequest(message, code="expectation_failed", status=417)
+        raise _refusal("expectation_failed")
 
 
-def _wrong_method(request: Request, methods: set[str]) -> BadRequest:
-    allow = ", ".join(sorted(methods | {"OPTIONS"}))
-    message = f"{request.path[:200]} does not take {request.method}: use {allow}."
-    return BadRequest(message, code="method_not_supported", status=405, headers={"allow": allow})
-
-
-_ASKED_METHOD = "access-control-request-method"
-_EXPOSED = "retry-after, x-azt-attempts, x-azt-ignored-params, x-request-id"
-
-
-def _cors_headers(origin: str) -> list[tuple[str, str]]:
-    return [
-        ("access-control-allow-origin", origin),
-        ("access-control-expose-headers", _EXPOSED),
-        ("vary", "Origin"),
-    ]
-
-
-def _preflight_headers(asked: str) -> list[tuple[str, str]]:
-    is_safe = re.fullmatch(r"[\w!#$%&'*+.^`|~, -]{1,4096}", asked, re.ASCII)
-    return [
-        ("access-control-allow-headers", asked if is_safe else "authorization, content-type"),
-        ("access-control-allow-methods", "GET, POST, DELETE, OPTIONS"),
-        ("access-control-max-age", "600"),
-    ]
-
-
-async def _nothing(context: Any, request: Request) -> Reply:
-    return Reply(204)
-
-
-_OPTIONS = Route("OPTIONS", "", _nothing, "api")
+def _cors_headers(origin: str, headers: Mapping[str, str]) -> list[tuple[str, str]]:
+    """What a page may see and send: for its call, and more for the question before it."""
+    exposed = "retry-after, x-azt-attempts, x-azt-ignored-params, x-request-id"
+    granted = {"allow-origin": origin, "expose-headers": exposed}
+    if "access-control-request-method" in headers:
+        asked = headers.get("access-control-request-headers", "")
+        is_safe = re.fullmatch(r"[\w!#$%&'*+.^`|~, -]{1,4096}", asked, re.ASCII)
+        granted["allow-headers"] = asked if is_safe else "authorization, content-type"
+        granted |= {"allow-methods": "GET, POST, DELETE, OPTIONS", "max-age": "600"}
+    return [("vary", "Origin"), *((f"access-control-{name}", granted[name]) for name in granted)]
 
 
 # -- one request, one connection
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9._~:/+=@-]{1,128}")
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-_JOIN_BYTES = 64 * KIB
-"""Up to this size head and body are one write: one packet, one system call."""
 
 
-@dataclass(slots=True, eq=False)
 class _Exchange:
     """One request and its answer; the `Sink` of a streamed body.
 
@@ -6507,53 +5483,42 @@ class _Exchange:
     `end` is reached once on every path: it closes the record and gives back what the request held.
     """
 
-    connection: Connection
-    server: HttpServer
-    request: Request
-    route: Route | None = None
-    error: AztError | None = None
-    limit: int = LINGER_BYTES
-    """Of the body; this little of the body of a refused request is skipped."""
-    codings: list[str] = field(default_factory=list)
-    cors: list[tuple[str, str]] = field(default_factory=list)
-    is_modern: bool = False
-    """The client speaks HTTP/1.1."""
-    keep: bool = False
-    """The connection outlives this exchange."""
-    head_sent: bool = False
-    ended: bool = False
-    stream: StreamBody | None = None
-    pump: AsyncIterator[bytes] | None = None
-    task: asyncio.Task[None] | None = None
-    stopping: AztError | None = None
-    # h11 reads one head and writes one head; it never sees a body (performance.md 2.1).
-    _wire: h11.Connection = field(
-        default_factory=lambda: h11.Connection(h11.SERVER, MAX_HEAD_BYTES)
-    )
-    _chunked: bool = False
-    _counted: Literal["", "running", "lan"] = ""
-    _held: int = 0
-    """Bytes of this request that count as memory held for bodies."""
-    _pending: bytes = b""
-    """The head of a stream, until its first bytes."""
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.server = connection.server
+        name, peer, place = "req_" + secrets.token_hex(12), connection.address, connection.place
+        record = RequestRecord(name, "-", "-", time.monotonic())
+        self.request = Request(name, "-", "-", {}, {}, peer, place, record, self.hold)
+        self.route: Route | None = None  # without one and without an error: OPTIONS
+        self.error: AztError | None = None
+        self.limit = LINGER_BYTES  # so little of the body of a refused request is skipped
+        self.codings: list[str] = []
+        self.cors: list[tuple[str, str]] = []
+        self.is_modern = False  # HTTP/1.1: a stream is sent in chunks
+        self.keep = False  # the connection outlives this exchange
+        self.ended = False
+        self.stream: StreamBody | None = None
+        self.task: asyncio.Task[None] | None = None
+        # h11 reads one head and writes one head; it never sees a body (performance.md 2.1).
+        self._wire = h11.Connection(h11.SERVER, MAX_HEAD_BYTES)
+        self._held = 0  # bytes of this request that count as memory held for bodies
+        self._unsent = b""  # the head of a stream, until its first bytes
 
     def read(self, head: bytes) -> None:
-        """Gate and parse the head, then let the server decide. Raises BadRequest when malformed."""
+        """Gate and parse the head, then let the server decide. Raises AztError when malformed."""
         check_head(head)
         try:
             self._wire.receive_data(head)
-            parsed = self._wire.next_event()
+            parsed = cast(h11.Request, self._wire.next_event())
         except h11.RemoteProtocolError as error:
             raise _malformed(f"The request is malformed: {error}.") from None
-        if not isinstance(parsed, h11.Request):
-            raise _malformed("The request head is malformed.")
         request, headers = self.request, self.request.headers
         for raw_name, raw_value in parsed.headers:
             name, value = raw_name.decode("ascii"), raw_value.decode("latin-1")
             headers[name] = f"{headers[name]}, {value}" if name in headers else value
         request.method = request.record.method = parsed.method.decode("ascii")[:20]
-        request.target = parsed.target.decode("ascii")
-        request.path = request.record.path = request.target.partition("?")[0][:200]
+        target = parsed.target.decode("ascii")
+        request.path = request.record.path = target.partition("?")[0][:200]
         given = headers.get("x-request-id") or headers.get("x-client-request-id", "")
         if _SAFE_ID.fullmatch(given):
             request.id = request.record.id = given
@@ -6562,114 +5527,104 @@ class _Exchange:
         self.keep = self.is_modern and "close" not in tokens
         if request.peer_class == "own" and is_relayed(headers):
             request.peer_class = "relayed"
-        self.server.decide(self)
+        try:
+            self.server.decide(self, target)
+        except AztError as error:
+            self.error = error
 
     def hold(self, size: int) -> None:
         """Account for body memory. Raises AztError 503 when all bodies together exceed the cap."""
         self._held += size
         self.server.bodies_bytes += size
         if size > 0 and self.server.bodies_bytes > MAX_BODIES_BYTES:
-            message = "Too many large requests are being read at once. Try again in a few seconds."
-            raise AztError(503, "overloaded", message, headers={"retry-after": "5"})
+            raise _refusal("overloaded", things="large requests")
 
     # -- the answer
 
     def begin(self) -> None:
         """The body is complete: answer in a task of its own."""
-        self.server.running += 1
-        self._counted = "running"
-        self.request.held = self.hold
-        if self.route and self.route.access in ("api", "codex"):
-            self._count_stream(self.request)
+        connection, server = self.connection, self.server
+        if connection.place != "own" and self.route and self.route.access in ("api", "codex"):
+            # A cap for each address of the network; none for this machine.
+            peers = [one for one in server.connections if one.address == connection.address]
+            if sum(one.state == "ANSWER" for one in peers) > MAX_LAN_STREAMS:
+                self.error = self.error or _refusal("concurrency_limit", most=MAX_LAN_STREAMS)
+        server.running += 1
         self.task = asyncio.get_running_loop().create_task(self._run())
-
-    def _count_stream(self, request: Request) -> None:
-        """A cap for each address of the network; none for this machine."""
-        if request.peer_class not in ("lan", "public"):
-            return
-        streams = self.server.lan_streams
-        if streams.get(request.peer, 0) >= MAX_LAN_STREAMS:
-            message = f"{MAX_LAN_STREAMS} requests of this address are running: wait for one."
-            self.error = AztError(429, "concurrency_limit", message, headers={"retry-after": "1"})
-            return
-        streams[request.peer] = streams.get(request.peer, 0) + 1
-        self._counted = "lan"
 
     async def _run(self) -> None:
         try:
-            reply = await self._handle()
+            if self.error is not None:
+                raise self.error
+            for coding in self.codings:
+                await self._inflate(coding)
+            if self.route is None:
+                reply = Reply(204)
+            else:
+                reply = await self.route.handler(self.server.context, self.request)
         except asyncio.CancelledError:
-            if self.stopping is None:
-                return  # the client left; `client_left` has ended this exchange
-            reply = self.failed(self.stopping)
-        if self.ended:
-            self._discard(reply.body)
-            return
-        self.send(reply)
-        if self.pump is not None:
-            await self._pump(self.pump)
-
-    async def _handle(self) -> Reply:
-        try:
-            if self.error or self.route is None:
-                raise self.error or AztError(500, "internal_error", "The request has no handler.")
-            if self.codings:
-                await self._inflate()
-            return await self.route.handler(self.server.context, self.request)
+            if self.ended:  # the client left
+                return
+            reply = self.failed(_refusal("shutting_down"))
         except AztError as error:
-            return self.failed(error)
+            reply = self.failed(error)
         except Exception:  # the one catch-all around handlers
             log.exception("%s failed", self.request.id)
-            return self.failed(_internal_error(self.request.id))
+            reply = self.failed(_refusal("internal_error", id=self.request.id))
+        self.send(reply)
+        if isinstance(reply.body, AsyncIterator) and not self.ended:
+            await self._pump(reply.body)
 
     def failed(self, error: AztError) -> Reply:
         self.request.record.error_code = error.code or "error"
-        return _error_reply(error)
+        return json_reply(error_body(error), error.status, error.headers.items())
 
-    async def _inflate(self) -> None:
-        """Undo the content codings. What is small is done at once, more in a thread."""
-        request, zstd = self.request, self.server.zstd
-        for coding in self.codings:
-            before = len(request.body)
-            try:
-                request.body = inflate(request.body, coding, min(self.limit, MIB), zstd)
-            except BadRequest as error:
-                if error.status != 413 or self.limit <= MIB:
-                    raise
-                async with self.server.inflating:
-                    request.body = await in_thread(
-                        self.server.workers, inflate, request.body, coding, self.limit, zstd
-                    )
-            self.hold(len(request.body) - before)
+    async def _inflate(self, coding: str) -> None:
+        """Undo one content coding, in a thread: a small body may be a large document."""
+        request, workers = self.request, self.server.workers
+        before = len(request.body)
+        try:
+            request.body = await in_thread(workers, decoded, request.body, coding, self.limit)
+        except TooLarge:
+            raise _refusal("request_too_large", limit=self.limit) from None
+        except ValueError:
+            raise _refusal("invalid_body", coding=coding) from None
+        self.hold(len(request.body) - before)
 
     def send(self, reply: Reply) -> None:
         """Write the answer, or at least its head when the body is a stream."""
-        body = reply.body
-        head = self._render(reply, len(body) if isinstance(body, (bytes, bytearray)) else None)
-        if head is None:
-            self.send(self.failed(_internal_error(self.request.id)))
+        body, write = reply.body, self.connection.transport.write
+        is_empty = self.request.method == "HEAD" or reply.status in (204, 304)
+        if (self.ended or is_empty) and not isinstance(body, (bytes, bytearray, AsyncIterator)):
+            body.cancel()  # nobody reads it
+        if self.ended:
             return
-        self.head_sent = True
-        write = self.connection.transport.write
-        if self.request.method == "HEAD" or reply.status in (204, 304):
-            self._discard(body)
+        try:
+            head = self._render(reply, len(body) if isinstance(body, (bytes, bytearray)) else None)
+        except (h11.LocalProtocolError, UnicodeEncodeError):
+            log.exception("%s: the answer has a header that cannot be sent", self.request.id)
+            self._wire, self.keep = h11.Connection(h11.SERVER), False
+            self.send(self.failed(_refusal("internal_error", id=self.request.id)))
+            return
+        if is_empty:
             write(head)
-            self._over()
+            self.connection.answered(self)
         elif isinstance(body, (bytes, bytearray)):
-            if len(body) <= _JOIN_BYTES:
-                write(head + body)
-            else:
-                write(head)
-                write(body)
-            self._over()
+            write(head + body)  # one packet, one system call
+            self.connection.answered(self)
         elif isinstance(body, AsyncIterator):
-            self.pump = body
-            write(head)
+            write(head)  # and `_run` goes on with it
         else:
-            self._start(body, head)
+            self.stream, self._unsent = body, head  # it leaves with the first bytes of the body
+            try:
+                body.start(self)
+            except Exception:  # a broken body must not take the loop down
+                log.exception("%s: the stream did not start", self.request.id)
+                self.cut()
+            self._put(b"")
 
-    def _render(self, reply: Reply, size: int | None) -> bytes | None:
-        """The response head; None when a handler gave headers that cannot be sent."""
+    def _render(self, reply: Reply, size: int | None) -> bytes:
+        """The response head. Raises what h11 raises for headers that cannot be sent."""
         record = self.request.record
         self.keep = self.keep and not self.server.draining
         headers = [*reply.headers, *self.cors]
@@ -6677,17 +5632,10 @@ class _Exchange:
             headers.append(("content-length", str(size)))
         if not self.keep:
             headers.append(("connection", "close"))
-        try:
-            reason = http.client.responses.get(reply.status, "").encode()
-            response = h11.Response(status_code=reply.status, headers=headers, reason=reason)
-            head = self._wire.send(response)
-        except (h11.LocalProtocolError, UnicodeEncodeError):
-            log.exception("%s: the answer has a header that cannot be sent", self.request.id)
-            self._wire = h11.Connection(h11.SERVER)
-            self.keep = False
-            return None
+        reason = http.client.responses.get(reply.status, "").encode()
+        response = h11.Response(status_code=reply.status, headers=headers, reason=reason)
+        head = self._wire.send(response)
         record.status = reply.status
-        self._chunked = size is None and self.is_modern
         # Lines that are safe by their making are added here: h11 would check each of them twice.
         own = f"{self.server.common_headers}\r\n"
         if all(name.lower() != "x-request-id" for name, _ in reply.headers):
@@ -6697,42 +5645,26 @@ class _Exchange:
             own = f"openai-processing-ms: {spent_ms}\r\n{own}"
         return head[:-2] + own.encode("ascii")
 
-    def _start(self, stream: StreamBody, head: bytes) -> None:
-        self.stream = stream
-        self._pending = head  # leaves with the first bytes of the body when `start` has some
-        try:
-            stream.start(self)
-        except Exception:  # a broken body must not take the loop down
-            log.exception("%s: the stream did not start", self.request.id)
-            self.cut()
-        if self._pending and not self.ended:
-            self.connection.transport.write(self._pending)
-            self._pending = b""
-
     def write(self, data: bytes) -> None:
-        if self.ended or not data:
-            return
-        framed = b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data
-        if self._pending:
-            framed = self._pending + framed
-            self._pending = b""
-        self.connection.transport.write(framed)
+        if data:
+            self._put(b"%x\r\n%b\r\n" % (len(data), data) if self.is_modern else data)
+
+    def _put(self, data: bytes) -> None:
+        if not self.ended and (data or self._unsent):
+            self.connection.transport.write(self._unsent + data)
+            self._unsent = b""
 
     def finish(self) -> None:
-        if self.ended:
-            return
-        last = self._pending + (b"0\r\n\r\n" if self._chunked else b"")
-        self._pending = b""
-        if last:
-            self.connection.transport.write(last)
-        self._over()
+        if not self.ended:
+            self._put(b"0\r\n\r\n" if self.is_modern else b"")
+            self.connection.answered(self)
 
     def cut(self) -> None:
         if self.ended:
             return
         self.request.record.result = "failed"
         self.end()
-        if self._chunked:
+        if self.is_modern:
             self.connection.close()  # what was written still arrives, the last chunk never does
         else:
             self.connection.transport.abort()  # a plain close would mean: complete
@@ -6741,7 +5673,7 @@ class _Exchange:
         try:
             async for piece in body:
                 self.write(piece)
-                await self.connection.writable()
+                await self.connection.can_write.wait()
             self.finish()
         except asyncio.CancelledError:
             self.finish()  # the server stops; when the client left, this exchange has ended already
@@ -6752,18 +5684,6 @@ class _Exchange:
             if isinstance(body, AsyncGenerator):
                 await body.aclose()
 
-    @staticmethod
-    def _discard(body: bytes | StreamBody | AsyncIterator[bytes]) -> None:
-        """Nobody reads this body: a stream is told so; an iterator has not begun."""
-        if not isinstance(body, (bytes, bytearray, AsyncIterator)):
-            body.cancel()
-
-    # -- its end
-
-    def _over(self) -> None:
-        self.end()
-        self.connection.answered(self)
-
     def end(self) -> None:
         """Close the record and give back what the request held. A second call does nothing."""
         if self.ended:
@@ -6772,50 +5692,40 @@ class _Exchange:
         self.stream = None
         self.server.bodies_bytes -= self._held
         self.request.body = b""
-        if self._counted == "lan":
-            streams, peer = self.server.lan_streams, self.request.peer
-            streams[peer] -= 1
-            if not streams[peer]:
-                del streams[peer]
-        if self._counted:
-            self.server.count_down()
+        self.server.running -= 1 if self.task else 0
+        self.server.changed.set()
         self.request.record.end(time.monotonic())
 
     def client_left(self) -> None:
         """Stop whatever runs for a client that is gone."""
         if self.ended:
             return
-        record, stream = self.request.record, self.stream
+        record = self.request.record
         record.status = record.status or 499
-        record.result = "cancelled"
-        record.error_code = "client_closed_request"
-        if stream is not None:
-            stream.cancel()  # before the record closes: the stream knows what was delivered
+        record.result, record.error_code = "cancelled", "client_closed_request"
+        if self.stream is not None:
+            self.stream.cancel()  # before the record closes: the stream knows what was delivered
         self.end()
         if self.task is not None:
             self.task.cancel()
 
     def stop(self, error: AztError) -> None:
         """The server ends: a stream says so in its own words, a waiting handler is answered for."""
-        self.stopping = error
-        self.keep = False
         if self.stream is not None:
             self.stream.stop(error)
         elif self.task is not None:
             self.task.cancel()
 
-    def probe(self) -> None:
+    def probe(self) -> bool:
         """Write something harmless, to which a client that is gone reacts with a reset."""
         if self.stream is not None:
             self.stream.probe()
-        elif not self.head_sent and self.is_modern:
+        elif self.request.record.status:
+            return False  # an iterator feeds a page that stays open, and no browser half-closes
+        elif self.is_modern:
             # RFC 9110 15.2: a client must take any number of 1xx answers, asked for or not.
             self.connection.transport.write(_CONTINUE)
-
-
-def _internal_error(request_id: str) -> AztError:
-    message = f"azt failed on this request. Its log names the reason under {request_id}."
-    return AztError(500, "internal_error", message)
+        return True
 
 
 class Connection(asyncio.Protocol):
@@ -6830,99 +5740,87 @@ class Connection(asyncio.Protocol):
 
     HEAD and BODY have a deadline, CLOSING too: the writing side is shut, what still comes is
     dropped for a while, so that the client can read its answer before a reset. The server's ticker
-    looks at the deadline; no timer runs per connection. What arrives in ANSWER waits, up to
-    PIPELINE_BYTES.
+    looks at it; no timer runs per connection. What arrives in ANSWER waits, up to PIPELINE_BYTES.
     """
 
     def __init__(self, server: HttpServer, address: str) -> None:
         self.server = server
         self.address = address
         self.place = peer_place(address, server.policy().own_networks)
-        self.is_paused = False
-        self.deadline = math.inf
-        self._state: Literal["HEAD", "BODY", "ANSWER", "CLOSING"] = "HEAD"
         self.transport: asyncio.Transport
-        self._exchange: _Exchange | None = None
-        self._reader: LengthBody | ChunkedBody | None = None
+        self.can_write = asyncio.Event()
+        self.can_write.set()
+        self.deadline = time.monotonic() + HEAD_TIMEOUT_S
+        self.state: Literal["HEAD", "BODY", "ANSWER", "CLOSING"] = "HEAD"
+        self.exchange: _Exchange | None = None
+        self._framing = Framing(False, 0)
         self._waiting = b""
-        self._head_begun = True
-        self._reading = True
         self._got_eof = False
-        self._body_started_s = 0.0
         self._linger_bytes = LINGER_BYTES
-        self._write_deadline = math.inf
         self._unwritten = 0
-        self._writable: asyncio.Future[None] | None = None
+        self._moved_s = time.monotonic()  # when the client last took some of what is unwritten
 
     # -- what asyncio calls
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
         self.transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
-        self.deadline = time.monotonic() + HEAD_TIMEOUT_S
-        if not self.server.admit(self):
-            message = "Too many connections. Try again in a few seconds."
-            self._refuse(AztError(503, "overloaded", message))
+        connections, is_own = self.server.connections, self.place == "own"
+        most = MAX_CONNECTIONS_LOOPBACK if is_own else MAX_CONNECTIONS_PER_PEER
+        here = sum(other.address == self.address for other in connections)
+        if len(connections) >= self.server.connections_max or here >= most:
+            self._refuse(_refusal("overloaded", things="connections"))
             self.transport.close()
+        else:
+            connections.add(self)
 
     def data_received(self, data: bytes) -> None:
-        if self._state == "CLOSING":
+        if self.state == "CLOSING":
             self._linger_bytes -= len(data)
             if self._linger_bytes < 0:
                 self.transport.abort()
             return
-        self._waiting = self._waiting + data if self._waiting else data
-        if self._state != "ANSWER":
+        self._waiting += data
+        if self.state != "ANSWER":
             self._advance()
-        if len(self._waiting) > PIPELINE_BYTES and self._state == "ANSWER" and self._reading:
-            self._reading = False
+        if len(self._waiting) > PIPELINE_BYTES:
             self.transport.pause_reading()
 
     def eof_received(self) -> bool:
-        """True keeps the connection: the client may have closed its sending side only.
-
-        Whether it did, or is gone altogether, shows only when something is written to it: the
-        kernel of a client that is gone answers with a reset.
-        """
+        """True keeps the connection: the client may have closed its sending side only."""
+        # Or it is gone: then its kernel answers with a reset once something is written to it.
         self._got_eof = True
-        exchange = self._exchange
-        if self._state != "ANSWER" or exchange is None or exchange.pump is not None:
-            return False  # an iterator feeds a page that stays open, and no browser half-closes
-        exchange.probe()
-        loop = asyncio.get_running_loop()
+        if self.state != "ANSWER" or self.exchange is None or not self.exchange.probe():
+            return False
         for delay_s in HALF_CLOSE_CHECKS_S:
-            loop.call_later(delay_s, self._look_for_reset)
+            asyncio.get_running_loop().call_later(delay_s, self._look_for_reset)
         return True
 
     def _look_for_reset(self) -> None:
         sock = self.transport.get_extra_info("socket")
-        if self._state != "ANSWER" or sock.fileno() < 0:
-            return
-        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+        is_open = self.state == "ANSWER" and sock.fileno() >= 0
+        if is_open and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             self.transport.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._state = "CLOSING"
-        self.server.forget(self)
-        self._wake_writer()
-        if self._exchange is not None:
-            self._exchange.client_left()
-        self._waiting = b""
+        self.state, self._waiting = "CLOSING", b""
+        self.server.connections.discard(self)
+        self.server.changed.set()
+        self.can_write.set()
+        if self.exchange is not None:
+            self.exchange.client_left()
 
     def pause_writing(self) -> None:
-        self.is_paused = True
-        self._unwritten = self.transport.get_write_buffer_size()
-        self._write_deadline = time.monotonic() + WRITE_STALL_S
-        if self._exchange is not None and self._exchange.stream is not None:
-            self._exchange.stream.pause()
+        self.can_write.clear()
+        self._moved_s = time.monotonic()
+        if self.exchange is not None and self.exchange.stream is not None:
+            self.exchange.stream.pause()
 
     def resume_writing(self) -> None:
-        self.is_paused = False
-        self._write_deadline = math.inf
-        self._wake_writer()
-        if self._exchange is not None and self._exchange.stream is not None:
-            self._exchange.stream.resume()
-        elif self._state == "HEAD" and self._waiting:
+        self.can_write.set()
+        if self.exchange is not None and self.exchange.stream is not None:
+            self.exchange.stream.resume()
+        elif self.state == "HEAD" and self._waiting:
             self._advance()
 
     # -- requests
@@ -6930,93 +5828,72 @@ class Connection(asyncio.Protocol):
     def _advance(self) -> None:
         """Read on in what has arrived, until bytes are missing or a request is complete."""
         try:
-            if self._state == "HEAD" and not self._read_head():
-                return
-            if self._state == "BODY":
+            if self.state == "HEAD":
+                self._read_head()
+            if self.state == "BODY":
                 self._read_body()
         except AztError as error:
             # A refused request whose body is too large even to be skipped: the first reason counts.
-            known = self._exchange.error if self._exchange and error.status == 413 else None
+            known = self.exchange.error if self.exchange and error.status == 413 else None
             self._refuse(known or error)
 
-    def _read_head(self) -> bool:
-        """Whether a whole head was there."""
-        if self.is_paused:
-            return False  # the client does not read its answers: no more of them
+    def _read_head(self) -> None:
+        if not self.can_write.is_set():
+            return  # the client does not read its answers: no more of them
+        self.transport.resume_reading()
         end = find_head(self._waiting)
         if not end:
-            if not self._head_begun:
-                self._head_begun = True
-                self.deadline = time.monotonic() + HEAD_TIMEOUT_S
+            self.deadline = min(self.deadline, time.monotonic() + HEAD_TIMEOUT_S)
             if self._got_eof:
                 self.close()
-            return False
-        head, self._waiting = self._waiting[:end], self._waiting[end:]
-        self._exchange = exchange = self._new_exchange()
-        exchange.read(head)
-        self._expect_body(exchange)
-        return True
-
-    def _new_exchange(self) -> _Exchange:
-        name = "req_" + secrets.token_hex(12)
-        record = RequestRecord(name, "-", "-", time.monotonic())
-        request = Request(name, "-", "-", "-", {}, {}, self.address, self.place, record)
-        return _Exchange(self, self.server, request)
-
-    def _expect_body(self, exchange: _Exchange) -> None:
-        headers = exchange.request.headers
-        length = int(headers.get("content-length", "0"))
-        is_chunked = "transfer-encoding" in headers
-        if not length and not is_chunked:
-            self._answer(exchange)
             return
+        head, self._waiting = self._waiting[:end], self._waiting[end:]
+        self.exchange = exchange = _Exchange(self)
+        exchange.read(head)
+        headers, limit = exchange.request.headers, exchange.limit
+        length, is_chunked = int(headers.get("content-length", "0")), "transfer-encoding" in headers
         waits = "expect" in headers and exchange.is_modern and not self._waiting
-        if length > exchange.limit or (waits and exchange.error):
-            raise exchange.error or _too_large(exchange.limit)
+        waits = waits and (is_chunked or length > 0)
+        if length > limit or (waits and exchange.error):
+            raise exchange.error or _refusal("request_too_large", limit=limit)
         if waits:
             self.transport.write(_CONTINUE)
-        self._reader = ChunkedBody(exchange.limit) if is_chunked else LengthBody(length)
-        self._state = "BODY"
-        self._body_started_s = time.monotonic()
+        self.state, self._framing = "BODY", Framing(is_chunked, length)
+        exchange.request.body = bytearray()
 
     def _read_body(self) -> None:
-        reader, exchange = self._reader, self._exchange
-        if reader is None or exchange is None:
-            return
-        before = len(reader.body)
-        at = reader.feed(self._waiting, 0)
-        self._waiting = self._waiting[at:]
-        exchange.hold(len(reader.body) - before)
-        if reader.complete:
-            exchange.request.body = reader.body
-            self._reader = None
-            self._answer(exchange)
+        exchange, framing = cast(_Exchange, self.exchange), self._framing
+        try:
+            data = framing.feed(self._waiting)
+        except ValueError as error:
+            raise _malformed(f"The body is malformed: {error}.") from None
+        self._waiting = framing.rest
+        exchange.hold(len(data))
+        exchange.request.body += data
+        size = len(exchange.request.body)
+        if size + framing.left > exchange.limit:  # a chunk is refused as soon as it is announced
+            raise _refusal("request_too_large", limit=exchange.limit)
+        if framing.ended:
+            self.state, self.deadline = "ANSWER", math.inf
+            exchange.begin()
             return
         if self._got_eof:
             self.close()
-        now = time.monotonic()
-        slowest = self._body_started_s + BODY_STALL_S + len(reader.body) / BODY_MIN_BYTES_PER_S
-        self.deadline = min(now + BODY_STALL_S, slowest)
-
-    def _answer(self, exchange: _Exchange) -> None:
-        self._state = "ANSWER"
-        self.deadline = math.inf
-        exchange.begin()
+        begun_s = exchange.request.record.started_s
+        slowest_s = begun_s + BODY_STALL_S + size / BODY_MIN_BYTES_PER_S
+        self.deadline = min(time.monotonic() + BODY_STALL_S, slowest_s)
 
     def answered(self, exchange: _Exchange) -> None:
         """The answer has been handed to the kernel or to the write buffer."""
-        if self._state == "CLOSING":
+        exchange.end()
+        if self.state == "CLOSING":
             return
         if not exchange.keep or self.server.draining:
-            self._linger(LINGER_S)
+            self.close(half=True)
             return
-        self._exchange = None
-        self._state = "HEAD"
-        self._head_begun = False
+        self.exchange = None
+        self.state = "HEAD"
         self.deadline = time.monotonic() + KEEP_ALIVE_S
-        if not self._reading:
-            self._reading = True
-            self.transport.resume_reading()
         if self._waiting:
             self._advance()
         elif self._got_eof:
@@ -7024,274 +5901,173 @@ class Connection(asyncio.Protocol):
 
     def _refuse(self, error: AztError) -> None:
         """Answer and close: what follows on this connection is never read as a request."""
-        exchange = self._exchange
+        exchange = self.exchange
         if exchange is None or exchange.ended:
-            exchange = self._exchange = self._new_exchange()
-        well_formed = error.code != "malformed_request" and exchange.request.method != "-"
+            exchange = self.exchange = _Exchange(self)
         exchange.keep = False
-        self._reader = None
-        self._state = "ANSWER"
-        if well_formed:
-            self._linger_bytes = LINGER_REFUSED_BYTES
+        self.state = "ANSWER"
         exchange.send(exchange.failed(error))
-        if well_formed:
+        if error.code != "malformed_request" and exchange.request.method != "-":
+            self._linger_bytes = LINGER_REFUSED_BYTES
             self.deadline = time.monotonic() + LINGER_REFUSED_S
 
-    # -- endings
-
-    def _linger(self, seconds: float) -> None:
-        """Shut the writing side and wait for the client to do the same."""
-        self._state = "CLOSING"
-        self._waiting = b""
-        self.deadline = time.monotonic() + seconds
-        if self._got_eof or not self.transport.can_write_eof():
+    def close(self, half: bool = False) -> None:
+        """End. `half`: shut the writing side only and wait for the client to do the same."""
+        self.state, self._waiting = "CLOSING", b""
+        self.deadline = time.monotonic() + LINGER_S
+        if not half or self._got_eof:
             self.transport.close()
             return
-        if not self._reading:
-            self.transport.resume_reading()
+        self.transport.resume_reading()
         # Python 3.11 raises where the peer has reset the connection meanwhile.
         with contextlib.suppress(OSError):
             self.transport.write_eof()
 
-    def close(self) -> None:
-        """End without an answer: nothing was asked."""
-        self._state = "CLOSING"
-        self.deadline = time.monotonic() + LINGER_S
-        self.transport.close()
-
-    def close_idle(self) -> None:
-        if self._state == "HEAD" and not self._waiting:
-            self.close()
-
-    def stop(self, error: AztError) -> None:
-        if self._state == "ANSWER" and self._exchange is not None and not self._exchange.ended:
-            self._exchange.stop(error)
-
     def tick(self, now: float) -> None:
         """Look at the deadlines; called by the server's ticker."""
-        if now >= self._write_deadline:
-            unwritten = self.transport.get_write_buffer_size()
-            if unwritten >= self._unwritten:
-                self.transport.abort()
-                return
-            self._unwritten = unwritten
-            self._write_deadline = now + WRITE_STALL_S
-        if now < self.deadline:
+        unwritten, before = self.transport.get_write_buffer_size(), self._unwritten
+        self._unwritten = unwritten
+        # The client has to take what is there; that may take its time as long as it goes on.
+        is_stuck = unwritten and (self.state == "CLOSING" or not self.can_write.is_set())
+        if not is_stuck or unwritten < before:
+            self._moved_s = now
+        if now - self._moved_s >= WRITE_STALL_S:
+            self.transport.abort()
+        elif now < self.deadline or is_stuck:
             return
-        if self._state == "CLOSING":
-            unwritten = self.transport.get_write_buffer_size()
-            if not unwritten:
-                self.transport.abort()
-            elif self._write_deadline == math.inf:
-                # The answer is still being read: that may take its time as long as it goes on.
-                self._unwritten = unwritten
-                self._write_deadline = now + WRITE_STALL_S
-        elif self._state == "BODY" or self._waiting:
-            message = "The request came too slowly. Send it again."
-            self._refuse(AztError(408, "request_timeout", message))
+        elif self.state == "CLOSING":
+            self.transport.abort()
+        elif self.state == "BODY" or self._waiting:
+            self._refuse(_refusal("request_timeout"))
         else:
             self.close()
-
-    async def writable(self) -> None:
-        """Wait until the client has caught up, or is gone."""
-        while self.is_paused and self._state != "CLOSING":
-            self._writable = asyncio.get_running_loop().create_future()
-            await self._writable
-
-    def _wake_writer(self) -> None:
-        if self._writable is not None and not self._writable.done():
-            self._writable.set_result(None)
 
 
 # -- the server
 
 _OUT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_TWINS = {"0.0.0.0": "::1", "127.0.0.1": "::1", "::": "0.0.0.0", "::1": "127.0.0.1"}
 
 
 def _raise_file_limit() -> int:
     """Allow as many open files as the system lets us; how many that are."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return 65536
     wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-            soft = wanted
-    return 65536 if soft == resource.RLIM_INFINITY else soft
-
-
-def _common_headers() -> str:
-    """What every answer carries, up to and with the line end."""
-    return (
-        f"date: {email.utils.formatdate(usegmt=True)}\r\n"
-        "x-content-type-options: nosniff\r\ncross-origin-resource-policy: same-origin\r\n"
-    )
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 class HttpServer:
-    """Listeners, connections and the ticker. `routes`, `context` and `policy` are the caller's.
+    """Listeners, connections, ticker. Handlers get `context`; each request asks `policy` anew."""
 
-    context  handed to every handler
-    policy   called for each request
-    workers  threads for large compressed bodies
-    """
-
-    def __init__(
-        self,
-        routes: Sequence[Route],
-        context: Any,
-        policy: Callable[[], Policy],
-        workers: WorkerPool | None = None,
-    ) -> None:
+    def __init__(self, routes: Sequence[Route], context: Any, policy: Callable[[], Policy]) -> None:
         self.context = context
         self.policy = policy
-        self.workers = workers or WorkerPool("inflate", 4)
-        self.inflating = asyncio.Semaphore(4)
-        self.zstd = _find_zstd()
-        self.running = 0
+        self.workers = WorkerPool("inflate", 4)
         self.draining = False
         self.bodies_bytes = 0
-        self.lan_streams: dict[str, int] = {}
-        self.common_headers = _common_headers()
-        self._table = _RouteTable(routes)
-        self._connections: set[Connection] = set()
-        self._by_peer: dict[str, int] = {}
+        self.running = 0
+        self.changed = asyncio.Event()  # fewer exchanges or connections than before
+        self.common_headers = ""
+        self._find = _path_finder(routes)
+        self.connections: set[Connection] = set()
+        self.connections_max = MAX_CONNECTIONS
         self._listeners: list[socket.socket] = []
         self._accepting: set[asyncio.Task[None]] = set()
-        self._ticker: asyncio.TimerHandle | None = None
-        self._changed = asyncio.Event()
-        self._reserve = -1
+        self._ticker: asyncio.TimerHandle
+        self._reserve: socket.socket
         self._complained_s = -math.inf
-        self._connections_max = MAX_CONNECTIONS
 
     # -- deciding
 
-    def decide(self, exchange: _Exchange) -> None:
-        """What the head alone decides: `route`, `limit`, `codings`, `cors`, or `error`."""
-        try:
-            self._decide(exchange, exchange.request)
-        except AztError as error:
-            exchange.error = error
-
-    def _decide(self, exchange: _Exchange, request: Request) -> None:
+    def decide(self, exchange: _Exchange, target: str) -> None:
+        """What the head alone decides: `route`, `limit`, `codings`, `cors`. Raises AztError."""
         if self.draining:
-            raise _shutting_down()
-        request.path, request.query = read_path(request.target)
+            raise _refusal("shutting_down")
+        request, headers = exchange.request, exchange.request.headers
+        request.path, request.query = read_path(target)
         request.record.path = request.path[:200]
         _refuse_oddities(request)
-        policy, headers, method = self.policy(), request.headers, request.method
+        policy, method = self.policy(), request.method
         is_preflight = method == "OPTIONS"
         if is_preflight:
-            method = headers.get(_ASKED_METHOD, "GET")
-        match = self._table.find(request.path, "GET" if method == "HEAD" else method)
-        caller = read_caller(request.peer_class, headers, policy, match.access)
+            method = headers.get("access-control-request-method", "")
+        found = self._find(request.path)
+        wanted = "GET" if method == "HEAD" else method
+        match = next((pair for pair in found if pair[0].method == wanted), None)
+        # A path that is not there follows the rows of the API: strangers learn nothing from a 404.
+        access: Access = (match or found[0])[0].access if found else "api"
+        caller = read_caller(request.peer_class, headers, policy)
         if is_preflight:
             # It carries no proof: the question is whether the call with it would be allowed.
             caller = replace(caller, key="good", proof=True, marked=True)
-        fault = may(caller, match.access, method, policy)
-        if caller.origin and match.access == "api" and not (fault and fault.status == 403):
-            exchange.cors = _cors_headers(caller.origin)
+        fault = may(caller, access, method, policy)
+        if caller.origin and access == "api" and not (fault and fault.status == 403):
+            exchange.cors = _cors_headers(caller.origin, headers)
         if fault is not None:
             raise fault
-        if not match.methods:
-            message = f"Invalid URL ({request.method} {request.path[:200]})"
-            raise AztError(404, "unknown_url", message)
-        if match.route is None and (not is_preflight or _ASKED_METHOD in headers):
-            raise _wrong_method(request, match.methods)
-        if match.route is None or is_preflight:
-            if exchange.cors:
-                asked = headers.get("access-control-request-headers", "")
-                exchange.cors += _preflight_headers(asked)
-            exchange.cors.append(("allow", ", ".join(sorted(match.methods | {"OPTIONS"}))))
-            exchange.route = _OPTIONS
+        if match and not is_preflight and _OVERRIDES.isdisjoint(headers):
+            (exchange.route, request.params), request.has_proof = match, caller.proof
+            self._accept_body(exchange, exchange.route, policy)
             return
-        self._accept_body(exchange, match.route, policy)
-        request.params, request.has_proof = match.params, caller.proof
-        exchange.route = match.route
+        words: Json = {"method": request.method, "path": request.path[:200]}
+        if not found:
+            raise _refusal("unknown_url", **words)
+        methods = {"OPTIONS", *(route.method for route, _ in found)}
+        allow = ", ".join(sorted(methods | {"HEAD"} if "GET" in methods else methods))
+        if not is_preflight or (method and not match):
+            raise _refusal("method_not_supported", {"allow": allow}, allow=allow, **words)
+        exchange.cors.append(("allow", allow))
 
     def _accept_body(self, exchange: _Exchange, route: Route, policy: Policy) -> None:
         headers = exchange.request.headers
         if route.access.startswith("admin") and route.method not in ("GET", "DELETE"):
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-            if kind not in route.types:
-                types = " or ".join(route.types)
-                message = f"Send the body as {types}."
-                raise BadRequest(message, code="unsupported_media_type", status=415)
+            if kind != "application/json":
+                raise _refusal("unsupported_media_type")
         if not route.raw_body and "content-encoding" in headers:
-            exchange.codings = content_codings(headers["content-encoding"], self.zstd)
+            exchange.codings = content_codings(headers["content-encoding"])
         exchange.limit = route.body_max_bytes or policy.body_max_bytes
 
     # -- connections
 
-    def admit(self, connection: Connection) -> bool:
-        """Count a new connection; False when there are too many of them."""
-        peer, here = connection.address, connection.place == "own"
-        most = MAX_CONNECTIONS_LOOPBACK if here else MAX_CONNECTIONS_PER_PEER
-        if len(self._connections) >= self._connections_max or self._by_peer.get(peer, 0) >= most:
-            return False
-        self._connections.add(connection)
-        self._by_peer[peer] = self._by_peer.get(peer, 0) + 1
-        return True
-
-    def forget(self, connection: Connection) -> None:
-        if connection not in self._connections:
-            return
-        self._connections.discard(connection)
-        self._by_peer[connection.address] -= 1
-        if not self._by_peer[connection.address]:
-            del self._by_peer[connection.address]
-        self._changed.set()
-
-    def count_down(self) -> None:
-        self.running -= 1
-        self._changed.set()
-
-    # -- listening
-
     async def listen(self, host: str, port: int) -> list[tuple[str, int]]:
         """Listen there, and on the loopback address of the other family where it can be had.
 
-        host     an address or a name; port 0 picks a free one
-        returns  (address, port) of every listener, the one asked for first
-        raises   OSError when the address is taken or is not this machine's
+        Port 0 picks a free one. Returns (address, port) of every listener, that asked for first.
+        raises  OSError when the address is taken or is not this machine's
         """
         loop = asyncio.get_running_loop()
-        found = await loop.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
-        )
-        family, *_, address = found[0]
-        first = self._bind(family, str(address[0]), port)
-        port = first.getsockname()[1]
-        twins = {"0.0.0.0": "::1", "127.0.0.1": "::1", "::": "0.0.0.0", "::1": "127.0.0.1"}
-        twin = twins.get(str(address[0]))
-        if twin is not None:
-            other = socket.AF_INET6 if ":" in twin else socket.AF_INET
-            with contextlib.suppress(OSError):
-                self._bind(other, twin, port)
-        self._connections_max = min(MAX_CONNECTIONS, max(16, (_raise_file_limit() - 64) // 2))
-        self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        address = str(found[0][4][0])
+        port = self._bind(address, port)
+        with contextlib.suppress(OSError, KeyError):
+            self._bind(_TWINS[address], port)
+        self.connections_max = min(MAX_CONNECTIONS, max(16, (_raise_file_limit() - 64) // 2))
+        self._reserve = socket.socket()
         for listener in self._listeners:
-            loop.add_reader(listener, self._accept, listener)
+            self._watch(listener)
         self._tick()
         return [listener.getsockname()[:2] for listener in self._listeners]
 
-    def _bind(self, family: int, address: str, port: int) -> socket.socket:
-        # With proto=IPPROTO_TCP, or asyncio leaves TCP_NODELAY off (performance.md 3).
-        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    def _bind(self, address: str, port: int) -> int:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
         try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            listener.setblocking(False)
-            listener.bind((address, port))
-            listener.listen(LISTEN_BACKLOG)
-        except OSError:
-            listener.close()
-            raise
+            listener = socket.create_server((address, port), family=family, backlog=LISTEN_BACKLOG)
+        except OSError as error:  # Python's own sentence repeats the address
+            raise OSError(error.errno, os.strerror(error.errno or 0)) from None
+        listener.setblocking(False)
         self._listeners.append(listener)
-        return listener
+        return int(listener.getsockname()[1])
+
+    def _watch(self, listener: socket.socket) -> None:
+        if listener in self._listeners:  # not closed meanwhile
+            asyncio.get_running_loop().add_reader(listener, self._accept, listener)
 
     def _accept(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
         for _ in range(LISTEN_BACKLOG):
             try:
                 sock, address = listener.accept()
@@ -7300,101 +6076,99 @@ class HttpServer:
             except OSError as error:
                 if error.errno not in _OUT_OF_FILES:
                     raise
-                self._out_of_files(listener)
+                self._turn_away(listener)
                 return
-            sock.setblocking(False)
-            with contextlib.suppress(OSError):
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            task = loop.create_task(self._adopt(sock, str(address[0])))
+            task = asyncio.get_running_loop().create_task(self._adopt(sock, str(address[0])))
             self._accepting.add(task)
             task.add_done_callback(self._accepting.discard)
 
     async def _adopt(self, sock: socket.socket, address: str) -> None:
         loop = asyncio.get_running_loop()
         try:
+            sock.setblocking(False)
+            # asyncio leaves this off for a listener that it has not made (performance.md 3).
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await loop.connect_accepted_socket(lambda: Connection(self, address), sock)
         except OSError:
             sock.close()
 
-    def _out_of_files(self, listener: socket.socket) -> None:
-        """No file is left for a new connection: turn it away with the reserved one, then rest."""
+    def _turn_away(self, listener: socket.socket) -> None:
+        """No file is left for a new connection: close it with the reserved one, then rest."""
         loop, now = asyncio.get_running_loop(), time.monotonic()
         if now - self._complained_s > 10:
             self._complained_s = now
             log.error("Too many open files: new connections are turned away (see ulimit -n).")
-        if self._reserve >= 0:
-            os.close(self._reserve)
-            with contextlib.suppress(OSError):
-                listener.accept()[0].close()
-            self._reserve = -1
+        self._reserve.close()
         with contextlib.suppress(OSError):
-            self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            listener.accept()[0].close()
+        with contextlib.suppress(OSError):
+            self._reserve = socket.socket()
         loop.remove_reader(listener)
-        loop.call_later(ACCEPT_PAUSE_S, self._accept_again, listener)
-
-    def _accept_again(self, listener: socket.socket) -> None:
-        if listener in self._listeners:
-            asyncio.get_running_loop().add_reader(listener, self._accept, listener)
+        loop.call_later(ACCEPT_PAUSE_S, self._watch, listener)
 
     def _tick(self) -> None:
         self._ticker = asyncio.get_running_loop().call_later(TICK_S, self._tick)
-        self.common_headers = _common_headers()
+        self.common_headers = (  # of every answer
+            f"date: {email.utils.formatdate(usegmt=True)}\r\n"
+            "x-content-type-options: nosniff\r\ncross-origin-resource-policy: same-origin\r\n"
+        )
         now = time.monotonic()
-        for connection in list(self._connections):
+        for connection in list(self.connections):
             connection.tick(now)
-
-    # -- stopping
 
     async def drain(self, timeout_s: float) -> None:
         """Stop accepting, let running requests end within `timeout_s`, then end them."""
         self.draining = True
-        self._stop_listening()
-        for connection in list(self._connections):
-            connection.close_idle()
-        await self._until(lambda: not self.running, timeout_s)
-        for connection in list(self._connections):
-            connection.stop(_shutting_down())
-        await self._until(lambda: not self.running, LINGER_S)
-        await self._until(lambda: not self._connections, 2 * LINGER_S)
-        for connection in list(self._connections):
-            connection.transport.abort()
-        await self._until(lambda: not self._connections, LINGER_S)
-        if self._ticker is not None:
-            self._ticker.cancel()
-
-    def _stop_listening(self) -> None:
-        loop = asyncio.get_running_loop()
         for listener in self._listeners:
-            loop.remove_reader(listener)
+            asyncio.get_running_loop().remove_reader(listener)
             listener.close()
         self._listeners.clear()
-        if self._reserve >= 0:
-            os.close(self._reserve)
-            self._reserve = -1
+        self._reserve.close()
+        for connection in list(self.connections):
+            if connection.state == "HEAD" and not connection._waiting:
+                connection.close()
+        await self._until(lambda: not self.running, timeout_s)
+        for connection in list(self.connections):
+            if connection.exchange is not None:
+                connection.exchange.stop(_refusal("shutting_down"))
+        await self._until(lambda: not self.connections, 3 * LINGER_S)
+        for connection in list(self.connections):
+            connection.transport.abort()
+        await self._until(lambda: not self.connections, LINGER_S)
+        self._ticker.cancel()
 
     async def _until(self, is_so: Callable[[], bool], timeout_s: float) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while not is_so():
-                    self._changed.clear()
-                    await self._changed.wait()
+                    self.changed.clear()
+                    await self.changed.wait()
 
 
-def _shutting_down() -> AztError:
-    message = "azt is shutting down. Try again when it is back."
-    return AztError(503, "shutting_down", message, headers={"retry-after": "5"})
 # ==================================================================================================
 # 16. Routes
 #     16a OpenAI, 16c admin, 16d pages, then the table. Handlers are thin: read, call, reply.
 # ==================================================================================================
-
-# -- 16a. OpenAI ------------------------------------------------------------------------------------
 
 _STREAM_HEADERS = [
     ("content-type", "text/event-stream; charset=utf-8"),
     ("cache-control", "no-cache, no-transform"),
     ("x-accel-buffering", "no"),
 ]
+
+
+def _private_reply(value: Json, status: int = 200) -> Reply:
+    """What no cache may keep."""
+    return json_reply(value, status, [("cache-control", "no-store")])
+
+
+def _view(view: Callable[[Gateway, Request], Json]) -> Handler:
+    """The handler that answers with a view of what is in memory."""
+
+    async def show(gw: Gateway, request: Request) -> Reply:
+        return _private_reply(view(gw, request))
+
+    return show
 
 
 async def read_object(gw: Gateway, request: Request) -> Json:
@@ -7416,204 +6190,168 @@ async def read_object(gw: Gateway, request: Request) -> Json:
     return value
 
 
-async def _translated(
-    gw: Gateway, request: Request, translate: Callable[..., T], body: Json, *more: Any
-) -> T:
-    """A request translated on the loop, or in a thread when it is large."""
-    arguments = (body, gw.catalogue.efforts, gw.default_model, *more)
+# -- 16a. OpenAI -----------------------------------------------------------------------------------
+
+
+async def _translated(gw: Gateway, request: Request, translate: Callable[..., T], *more: Any) -> T:
+    """The body as `translate` makes it, on the loop, or in a thread when it is large."""
+    arguments = (await read_object(gw, request), gw.catalogue.efforts, gw.default_model, *more)
     if request.record.request_bytes > MIB:
         return await in_thread(gw.short, translate, *arguments)
     return translate(*arguments)
 
 
-async def _start_turn(
+async def _run_turn(
     gw: Gateway,
     request: Request,
-    upstream: Json,
-    streaming: bool,
-    translator: Callable[[], Translator],
-) -> Relay:
-    """Open the upstream turn of a request and keep its record."""
+    asked: ChatRequest | ResponsesRequest,
+    kind: Callable[..., Translator],
+    keep: Callable[[Any], None] = lambda stream: None,
+) -> Reply:
+    """Open the upstream turn of a translated request and reply with its stream, or its whole.
+
+    kind  makes the translator of an attempt
+    keep  takes the translator of the answer when it has ended
+    """
+    record, upstream = request.record, asked.upstream
+    record.model = asked.model
+    translator = functools.partial(kind, asked, time.time(), fast=gw.environment.fast)
     session = str(upstream.get("prompt_cache_key") or uuid.uuid4())
-    is_large = request.record.request_bytes > MIB
-    if is_large:
+    if record.request_bytes > MIB:
         body = await in_thread(gw.short, encode_large_json, upstream)
         upstream.clear()  # the bytes are what is sent, also on another try: one copy is enough
     else:
         body = encode_json(upstream)
-    turn = Turn(body, session, streaming, translator)
-    del body
-    record = request.record
-    try:
-        relay = await gw.rotation.open_turn(turn)
-    finally:
-        record.attempts = turn.attempts
-        record.account = turn.account.name if turn.account else "-"
-    return relay
 
+    def note_turn(turn: Turn) -> None:
+        # At once: the record of a client that leaves is closed before its turn has ended.
+        record.attempts, record.account = turn.attempts, turn.account.name if turn.account else "-"
 
-def _turn_headers(request: Request, ignored: Sequence[str]) -> list[tuple[str, str]]:
-    headers = [("x-azt-attempts", str(request.record.attempts))]
+    def note_end(relay: Relay) -> None:
+        record.usage = relay.translator.usage
+        if relay.first_output_s is not None:
+            record.ttft_ms = round((relay.first_output_s - record.started_s) * 1000)
+        if failure := relay.translator.failure:
+            record.result, record.error_code = "failed", failure.code
+        keep(relay.translator)
+
+    relay = await gw.rotation.open_turn(Turn(body, session, asked.stream, translator, note_turn))
+    del body  # nor does anything else keep it while the answer runs
+    headers = [("x-azt-attempts", str(record.attempts))]
     if request.peer_class == "own":
-        headers.append(("x-azt-account", urllib.parse.quote(request.record.account)))
-    if ignored:
-        headers.append(("x-azt-ignored-params", ", ".join(ignored)))
-    return headers
-
-
-def _note_end(record: RequestRecord, relay: Relay) -> None:
-    """What the record learns when an answer has ended, however it ended."""
-    translator = relay.translator
-    record.usage = translator.usage
-    if relay.first_output_s is not None:
-        record.ttft_ms = round((relay.first_output_s - record.started_s) * 1000)
-    if translator.failure is not None:
-        record.result, record.error_code = "failed", translator.failure.code
-
-
-async def get_models(gw: Gateway, request: Request) -> Reply:
-    return json_reply(gw.catalogue.openai_models())
-
-
-async def get_model(gw: Gateway, request: Request) -> Reply:
-    return json_reply(gw.catalogue.find(request.params["id"]))
+        headers.append(("x-azt-account", urllib.parse.quote(record.account)))
+    if asked.ignored:
+        headers.append(("x-azt-ignored-params", ", ".join(asked.ignored)))
+    if asked.stream:
+        relay.on_end = note_end
+        return Reply(200, relay, _STREAM_HEADERS + headers)
+    await relay.whole()
+    note_end(relay)
+    return json_reply(relay.translator.result(), headers=headers)
 
 
 async def post_chat_completions(gw: Gateway, request: Request) -> Reply:
-    body = await read_object(gw, request)
-    chat = await _translated(gw, request, chat_to_responses, body)
-    del body
-    record, now = request.record, time.time()
-    record.model = chat.model
-    fast = gw.environment.fast
-    relay = await _start_turn(
-        gw, request, chat.upstream, chat.stream, lambda: ChatStream(chat, now, fast=fast)
-    )
-    headers = _turn_headers(request, chat.ignored)
-    if chat.stream:
-        relay.on_end = functools.partial(_note_end, record)
-        return Reply(200, relay, _STREAM_HEADERS + headers)
-    await relay.whole()
-    _note_end(record, relay)
-    return json_reply(relay.translator.result(), headers=headers)
+    chat = await _translated(gw, request, chat_to_responses)
+    return await _run_turn(gw, request, chat, ChatStream)
 
 
 async def post_responses(gw: Gateway, request: Request) -> Reply:
-    body = await read_object(gw, request)
     now = time.time()
-    asked = await _translated(gw, request, responses_to_upstream, body, gw.responses, now)
-    del body
-    record = request.record
-    record.model = asked.model
-    fast = gw.environment.fast
+    asked = await _translated(gw, request, responses_to_upstream, gw.responses, now)
 
-    def finish(relay: Relay) -> None:
-        _note_end(record, relay)
-        stream = cast(ResponsesStream, relay.translator)
+    def keep(stream: ResponsesStream) -> None:
         if asked.store and stream.done and stream.failure is None:
             gw.responses.put(stream.response, asked.input_items, stream.output_items, time.time())
 
-    relay = await _start_turn(
-        gw, request, asked.upstream, asked.stream, lambda: ResponsesStream(asked, now, fast=fast)
-    )
-    headers = _turn_headers(request, asked.ignored)
-    if asked.stream:
-        relay.on_end = finish
-        return Reply(200, relay, _STREAM_HEADERS + headers)
-    await relay.whole()
-    finish(relay)
-    return json_reply(relay.translator.result(), headers=headers)
-
-
-def _stored(gw: Gateway, request: Request) -> StoredResponse:
-    response_id = request.params["id"]
-    stored = gw.responses.get(response_id, time.time())
-    if stored is None:
-        raise AztError(
-            404,
-            "response_not_found",
-            f"There is no response {response_id[:80]!r} in memory: azt keeps the newest for a day.",
-            param="response_id",
-        )
-    return stored
-
-
-async def get_response(gw: Gateway, request: Request) -> Reply:
-    if request.query.get("stream") == "true":
-        raise BadRequest(
-            "A stored response cannot be streamed again; leave out 'stream'.",
-            "stream",
-            "unsupported_value",
-        )
-    return json_reply(_stored(gw, request).response)
-
-
-async def delete_response(gw: Gateway, request: Request) -> Reply:
-    stored = _stored(gw, request)
-    gw.responses.delete(request.params["id"])
-    return json_reply({"id": stored.response["id"], "object": "response", "deleted": True})
-
-
-async def get_response_input_items(gw: Gateway, request: Request) -> Reply:
-    return json_reply(input_items_page(_stored(gw, request), request.query))
-
-
-async def post_response_cancel(gw: Gateway, request: Request) -> Reply:
-    _stored(gw, request)
-    raise BadRequest("Cannot cancel a synchronous response.", None, None)
+    return await _run_turn(gw, request, asked, ResponsesStream, keep)
 
 
 async def post_input_tokens(gw: Gateway, request: Request) -> Reply:
-    body = await read_object(gw, request)
-    asked = await _translated(gw, request, responses_to_upstream, body, gw.responses, time.time())
+    asked = await _translated(gw, request, responses_to_upstream, gw.responses, time.time())
     count = estimate_input_tokens(asked.upstream)
     return json_reply({"object": "response.input_tokens", "input_tokens": count})
 
 
-# OpenAI paths below /v1 that clients try and azt does not offer -> why.
+get_models = _view(lambda gw, request: gw.catalogue.openai_models())
+get_model = _view(lambda gw, request: gw.catalogue.find(request.params["id"]))
+
+
+def _stored(gw: Gateway, request: Request) -> StoredResponse:
+    name = request.params["id"]
+    stored = gw.responses.get(name, time.time())
+    if stored is None:
+        message = f"There is no response {name[:80]!r} in memory: azt keeps the newest for a day."
+        raise AztError(404, "response_not_found", message, param="response_id")
+    return stored
+
+
+@_view
+def get_response(gw: Gateway, request: Request) -> Json:
+    if request.query.get("stream") == "true":
+        message = "A stored response cannot be streamed again; leave out 'stream'."
+        raise BadRequest(message, "stream", "unsupported_value")
+    return _stored(gw, request).response
+
+
+@_view
+def delete_response(gw: Gateway, request: Request) -> Json:
+    response_id = _stored(gw, request).response["id"]
+    gw.responses.delete(response_id)
+    return {"id": response_id, "object": "response", "deleted": True}
+
+
+get_response_input_items = _view(
+    lambda gw, request: input_items_page(_stored(gw, request), request.query)
+)
+
+
+@_view
+def post_response_cancel(gw: Gateway, request: Request) -> Json:
+    _stored(gw, request)
+    raise BadRequest("Cannot cancel a synchronous response.", None, None)
+
+
+# OpenAI paths that clients try and azt does not offer -> why.
 _NOT_OFFERED = {
-    "assistants": "the Codex backend has no assistants",
-    "audio": "the Codex backend takes no audio",
-    "batches": "the Codex backend has no batches",
-    "completions": "use /v1/chat/completions",
-    "embeddings": "the Codex backend has no embedding model",
-    "files": "azt stores no files; send file data inline",
-    "fine_tuning": "the Codex backend has no fine-tuning",
-    "moderations": "the Codex backend has no moderation endpoint",
-    "realtime": "azt does not relay voice",
-    "threads": "the Codex backend has no threads",
-    "uploads": "azt stores no files; send file data inline",
-    "vector_stores": "azt stores no files",
+    f"/v1/{name}{rest}": why
+    for why, names in {
+        "azt does not relay voice": "realtime",
+        "azt stores no files; send file data inline": "files uploads vector_stores",
+        "the backend has none": "assistants batches embeddings fine_tuning moderations threads",
+        "the backend takes no audio": "audio",
+        "use /v1/chat/completions": "completions",
+    }.items()
+    for name in names.split()
+    for rest in ("", "/{rest}")
 }
 
 
-async def _not_offered(gw: Gateway, request: Request) -> Reply:
-    why = _NOT_OFFERED[request.path.strip("/").removeprefix("v1/").partition("/")[0]]
-    # 404 and not 501: client libraries send every 5xx again.
-    raise AztError(404, "endpoint_not_supported", f"azt does not offer {request.path}: {why}.")
+def _refused(why: str) -> Handler:
+    """The handler of what is not offered. 404, not 501: client libraries repeat every 5xx."""
+
+    async def refuse(gw: Gateway, request: Request) -> Reply:
+        message = f"azt does not offer {request.path}: {why}."
+        raise AztError(404, "endpoint_not_supported", message)
+
+    return refuse
 
 
-# -- 16c. Admin -------------------------------------------------------------------------------------
+# -- 16c. Admin ------------------------------------------------------------------------------------
 
 
 def _ms(seconds: float) -> int | None:
     return int(seconds * 1000) if seconds else None
 
 
-def _private_reply(value: Json, status: int = 200) -> Reply:
-    """What no cache may keep."""
-    return json_reply(value, status, [("cache-control", "no-store")])
-
-
 def _account_view(gw: Gateway, account: Account) -> Json:
-    expired = bool(account.expires_at) and account.expires_at < time.time()
+    is_over = 0 < account.expires_at < time.time()
     return {
         "id": account.id,
         "email": account.email,
         "accountId": account.account_id,
         "label": account.label or None,
         "plan": account.plan,
-        "status": "login_rejected" if account.rejected else "expired" if expired else "ready",
+        "status": "login_rejected" if account.rejected else "expired" if is_over else "ready",
         "statusParams": {"reason": account.rejected} if account.rejected else {},
         "active": gw.store.active_id == account.id,
         "createdAt": _ms(account.created_at),
@@ -7621,36 +6359,26 @@ def _account_view(gw: Gateway, account: Account) -> Json:
     }
 
 
-async def admin_get_accounts(gw: Gateway, request: Request) -> Reply:
+@_view
+def admin_get_accounts(gw: Gateway, request: Request) -> Json:
     items = [_account_view(gw, account) for account in gw.store.accounts.values()]
-    return _private_reply({"items": items, "next": None, "total": len(items)})
+    return {"items": items, "next": None, "total": len(items)}
 
 
-async def admin_post_accounts_import(gw: Gateway, request: Request) -> Reply:
+async def admin_post_import(gw: Gateway, request: Request) -> Reply:
     """All or nothing: every entry is checked before the first one is added."""
-    body = await read_object(gw, request)
-    now = time.time()
-    accounts = to_accounts(import_entries(body.get("payload")), now)
+    payload = (await read_object(gw, request)).get("payload")
+    accounts = to_accounts(import_entries(payload), time.time())
     results = await gw.change_accounts(lambda store: [store.add(one) for one in accounts])
     items = [
-        {
-            "index": at,
-            "id": account.id,
-            "email": account.email,
-            "plan": account.plan,
-            "result": result,
-        }
-        for at, (account, result) in enumerate(zip(accounts, results, strict=True))
+        {"index": at, "id": one.id, "email": one.email, "plan": one.plan, "result": result}
+        for at, (one, result) in enumerate(zip(accounts, results, strict=True))
     ]
-    return _private_reply(
-        {
-            "summary": {word: results.count(word) for word in ("new", "update", "same")},
-            "items": items,
-        }
-    )
+    summary = {word: results.count(word) for word in ("new", "update", "same")}
+    return _private_reply({"summary": summary, "items": items})
 
 
-async def admin_post_account_activate(gw: Gateway, request: Request) -> Reply:
+async def admin_post_activate(gw: Gateway, request: Request) -> Reply:
     def activate(store: AccountStore) -> tuple[str | None, Account]:
         previous, account = store.active_id, store.find(request.params["id"])
         store.active_id = account.id
@@ -7661,7 +6389,7 @@ async def admin_post_account_activate(gw: Gateway, request: Request) -> Reply:
     return _private_reply({"activeId": account.id, "previousId": previous, "account": view})
 
 
-async def admin_post_accounts_remove(gw: Gateway, request: Request) -> Reply:
+async def admin_post_remove(gw: Gateway, request: Request) -> Reply:
     names = (await read_object(gw, request)).get("ids")
     # An empty name would fit any account: what a script sends whose variable is empty.
     if not isinstance(names, list) or not names or not all(names):
@@ -7677,46 +6405,39 @@ async def admin_post_accounts_remove(gw: Gateway, request: Request) -> Reply:
     return _private_reply({"removed": removed, "activeId": gw.store.active_id})
 
 
-async def admin_get_models(gw: Gateway, request: Request) -> Reply:
-    return _private_reply(_models_view(gw))
-
-
-async def admin_post_models_refresh(gw: Gateway, request: Request) -> Reply:
-    changed = await gw.refresh_models()
-    return _private_reply({"changed": changed, **_models_view(gw)})
-
-
 def _models_view(gw: Gateway) -> Json:
-    efforts = gw.catalogue.efforts
     items = [
         {
             "id": entry["slug"],
             "name": entry.get("display_name") or entry["slug"],
             "input": entry.get("input_modalities") or ["text"],
             "default": entry["slug"] == gw.default_model,
-            "efforts": efforts[entry["slug"]],
+            "efforts": gw.catalogue.efforts[entry["slug"]],
         }
         for entry in gw.catalogue.listed
     ]
     return {"items": items, "syncedAt": _ms(gw.catalogue.fetched_at), "source": gw.catalogue.source}
 
 
-async def admin_get_settings(gw: Gateway, request: Request) -> Reply:
-    return _private_reply(_settings_view(gw))
+admin_get_models = _view(lambda gw, request: _models_view(gw))
 
 
-def _settings_view(gw: Gateway) -> Json:
-    settings = gw.settings
+async def admin_post_refresh(gw: Gateway, request: Request) -> Reply:
+    changed = await gw.refresh_models()
+    return _private_reply({"changed": changed, **_models_view(gw)})
+
+
+@_view
+def admin_get_settings(gw: Gateway, request: Request) -> Json:
+    settings, before = gw.settings, gw.started_settings
     values = {key: settings[key] for key in SETTINGS}
-    values["networkProxy.hasPassword"] = "@" in settings.text("networkProxy.url")
-    values["networkProxy.url"] = re.sub(r"//[^/@]*@", "//", settings.text("networkProxy.url"))
-    restart = [
-        key for key in ("server.host", "server.port") if key not in settings.fixed and gw.listening
-    ]
-    changed = [key for key in restart if settings[key] != gw.started_settings[key]]
+    url = settings.text("networkProxy.url")
+    values["networkProxy.hasPassword"] = "@" in url
+    values["networkProxy.url"] = re.sub(r"//[^/]*@", "//", url)
+    bound = [key for key in ("server.host", "server.port") if key not in settings.fixed]
     return {
         "revision": settings.revision,
-        "restartNeeded": changed,
+        "restartNeeded": [key for key in bound if gw.listening and settings[key] != before[key]],
         "values": nested(values),
         "fixed": dict(settings.fixed),
     }
@@ -7731,24 +6452,17 @@ async def admin_patch_settings(gw: Gateway, request: Request) -> Reply:
     for key, value in changes.items():
         check_setting(key, value)
         if SETTINGS[key].widens and not request.has_proof:
-            raise AztError(
-                401,
-                "proof_needed",
-                f"Changing {key} needs the admin token: use `azt settings set`.",
-                param=key,
-            )
+            message = f"Changing {key} needs the admin token: use `azt settings set`."
+            raise AztError(401, "proof_needed", message, param=key)
         if key in gw.settings.fixed:
-            raise AztError(
-                409,
-                "setting_fixed",
-                f"{key} is fixed by {gw.settings.fixed[key]}; change it there.",
-                param=key,
-            )
+            message = f"{key} is fixed by {gw.settings.fixed[key]}; change it there."
+            raise AztError(409, "setting_fixed", message, param=key)
     await gw.change_settings(changes, body.get("revision"))
-    return _private_reply(_settings_view(gw))
+    return await admin_get_settings(gw, request)
 
 
-async def admin_get_state(gw: Gateway, request: Request) -> Reply:
+@_view
+def admin_get_state(gw: Gateway, request: Request) -> Json:
     port = gw.listening[0][1] if gw.listening else gw.settings.number("server.port")
     base = f"http://127.0.0.1:{port}"
     gateway = {
@@ -7764,48 +6478,36 @@ async def admin_get_state(gw: Gateway, request: Request) -> Reply:
         "lanApi": gw.settings.flag("server.lanApi"),
         "keys": len(gw.keys),
     }
-    accounts = [_account_view(gw, account) for account in gw.store.accounts.values()]
-    models = {
-        "count": len(gw.catalogue.listed),
-        "syncedAt": _ms(gw.catalogue.fetched_at),
-        "source": gw.catalogue.source,
+    catalogue = gw.catalogue
+    models = {"count": len(catalogue.listed), "syncedAt": _ms(catalogue.fetched_at)}
+    return {
+        "now": _ms(time.time()),
+        "gateway": gateway,
+        "defaultModel": gw.default_model,
+        "routing": {"autoSwitch": False, "activeId": gw.store.active_id},
+        "accounts": [_account_view(gw, account) for account in gw.store.accounts.values()],
+        "models": {**models, "source": catalogue.source},
     }
-    routing = {"autoSwitch": False, "activeId": gw.store.active_id}
-    return _private_reply(
-        {
-            "now": _ms(time.time()),
-            "gateway": gateway,
-            "defaultModel": gw.default_model,
-            "routing": routing,
-            "accounts": accounts,
-            "models": models,
-        }
-    )
 
 
-async def admin_get_keys(gw: Gateway, request: Request) -> Reply:
+@_view
+def admin_get_keys(gw: Gateway, request: Request) -> Json:
     shown = ("id", "name", "prefix", "createdAt")
-    return _private_reply({"items": [{name: key.get(name) for name in shown} for key in gw.keys]})
+    return {"items": [{name: key.get(name) for name in shown} for key in gw.keys]}
 
 
 async def admin_post_keys(gw: Gateway, request: Request) -> Reply:
     """The key itself is in this one answer and nowhere else: only its hash is kept."""
     name = (await read_object(gw, request)).get("name")
     if not isinstance(name, str) or not re.fullmatch(r"[\w .@-]{1,64}", name):
-        raise BadRequest(
-            "A key needs a name of 1 to 64 letters, digits, spaces or . @ - _", "name", "bad_field"
-        )
+        message = "A key needs a name of 1 to 64 letters, digits, spaces or . @ - _"
+        raise BadRequest(message, "name", "bad_field")
     key = "azt_" + secrets.token_urlsafe(32)
-    item = {
-        "id": "key_" + secrets.token_hex(4),
-        "name": name,
-        "prefix": key[:8],
-        "hash": hashlib.sha256(key.encode()).hexdigest(),
-        "createdAt": _ms(time.time()),
-    }
-    await gw.change_keys(lambda keys: [*keys, item])
-    public = {part: value for part, value in item.items() if part != "hash"}
-    return _private_reply({"item": public, "key": key, "first": gw.keys[:1] == [item]}, 201)
+    ident = "key_" + secrets.token_hex(4)
+    item = {"id": ident, "name": name, "prefix": key[:8], "createdAt": _ms(time.time())}
+    kept = {**item, "hash": hashlib.sha256(key.encode()).hexdigest()}
+    await gw.change_keys(lambda keys: [*keys, kept])
+    return _private_reply({"item": item, "key": key, "first": gw.keys == [kept]}, 201)
 
 
 async def admin_delete_key(gw: Gateway, request: Request) -> Reply:
@@ -7814,52 +6516,46 @@ async def admin_delete_key(gw: Gateway, request: Request) -> Reply:
     def revoke(keys: list[Json]) -> list[Json]:
         kept = [key for key in keys if wanted not in (key.get("id"), key.get("name"))]
         if len(kept) == len(keys):
-            raise AztError(
-                404, "key_not_found", f"There is no key {wanted!r}. `azt keys list` shows them."
-            )
+            message = f"There is no key {wanted!r}. `azt keys list` shows them."
+            raise AztError(404, "key_not_found", message)
         return kept
 
     await gw.change_keys(revoke)
     return Reply(204)
 
 
-async def get_health(gw: Gateway, request: Request) -> Reply:
-    return json_reply({"ok": True})
+get_health = _view(lambda gw, request: {"ok": True})
 
 
-# -- 16d. Pages -------------------------------------------------------------------------------------
+# -- 16d. Pages ------------------------------------------------------------------------------------
 
-_PAGE_HEADERS = [
-    (
-        "content-security-policy",
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
-        "manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-        "require-trusted-types-for 'script'; trusted-types 'none'",
-    ),
-    ("x-content-type-options", "nosniff"),
-    ("x-frame-options", "DENY"),
-    ("referrer-policy", "no-referrer"),
-    ("cross-origin-opener-policy", "same-origin"),
-    ("cross-origin-resource-policy", "same-origin"),
-    (
-        "permissions-policy",
-        "camera=(), microphone=(), geolocation=(), payment=(), usb=(), clipboard-read=(), clipboard-write=(self)",
-    ),
-    ("cache-control", "no-cache"),
-]
+_PAGE_HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self' blob:; connect-src 'self'; manifest-src 'self'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; "
+    "trusted-types 'none'",
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), microphone=(), geolocation=(), payment=(), usb=(), "
+    "clipboard-read=(), clipboard-write=(self)",
+    "cache-control": "no-cache",
+}
 
 
 async def get_page(gw: Gateway, request: Request) -> Reply:
     page = gw.pages.get(request.path)
     if page is None:
         raise AztError(404, "unknown_url", f"There is no page {request.path[:80]!r}.")
-    headers = [*_PAGE_HEADERS, ("etag", page.etag)]
+    headers = [*_PAGE_HEADERS.items(), ("etag", page.etag)]
     if request.headers.get("if-none-match") == page.etag:
         return Reply(304, b"", headers)
     return Reply(200, page.body, [("content-type", page.content_type), *headers])
 
 
-# -- The table --------------------------------------------------------------------------------------
+# -- The table -------------------------------------------------------------------------------------
 
 ADMIN = "/_gateway/admin"
 
@@ -7886,24 +6582,15 @@ ROUTES: list[Route] = sorted(
         Route("POST", "/v1/responses", post_responses, "api"),
         Route("POST", "/v1/responses/input_tokens", post_input_tokens, "api"),
         Route("POST", "/v1/responses/{id}/cancel", post_response_cancel, "api"),
-        Route(
-            "POST",
-            f"{ADMIN}/accounts/import",
-            admin_post_accounts_import,
-            "admin_write",
-            2 * IMPORT_MAX_BYTES,
-        ),
-        Route("POST", f"{ADMIN}/accounts/remove", admin_post_accounts_remove, "admin_write"),
-        Route(
-            "POST", f"{ADMIN}/accounts/{{id}}/activate", admin_post_account_activate, "admin_write"
-        ),
+        Route("POST", f"{ADMIN}/accounts/import", admin_post_import, "admin_write", 32 * MIB),
+        Route("POST", f"{ADMIN}/accounts/remove", admin_post_remove, "admin_write"),
+        Route("POST", f"{ADMIN}/accounts/{{id}}/activate", admin_post_activate, "admin_write"),
         Route("POST", f"{ADMIN}/keys", admin_post_keys, "admin_proof"),
-        Route("POST", f"{ADMIN}/models/refresh", admin_post_models_refresh, "admin_write"),
+        Route("POST", f"{ADMIN}/models/refresh", admin_post_refresh, "admin_write"),
         *(
-            Route(method, f"/v1/{name}{rest}", _not_offered, "api")
-            for name in _NOT_OFFERED
+            Route(method, path, _refused(why), "api")
+            for path, why in _NOT_OFFERED.items()
             for method in ("DELETE", "GET", "POST")
-            for rest in ("", "/{rest}")
         ),
     ],
     key=lambda route: (route.path, route.method),
@@ -7912,37 +6599,36 @@ ROUTES: list[Route] = sorted(
 
 def routes_of(gw: Gateway) -> list[Route]:
     """The table, and one route for each page that was found at the start."""
-    return ROUTES + [
-        Route("GET", name, get_page, "page") for name in sorted(gw.pages) if name != "/"
-    ]
+    pages = (name for name in sorted(gw.pages) if name != "/")
+    return ROUTES + [Route("GET", name, get_page, "page") for name in pages]
 
 
 def policy_source(gw: Gateway) -> Callable[[], Policy]:
     """The settings as values for the pure decision table of room 15; made anew after a change."""
+    name = socket.gethostname().lower()
     known: tuple[Settings, list[Json], Policy] | None = None
 
     def current() -> Policy:
         nonlocal known
-        if known is None or known[0] is not gw.settings or known[1] is not gw.keys:
-            known = gw.settings, gw.keys, _policy(gw.settings, gw.keys, gw.admin_token)
+        settings, keys = gw.settings, gw.keys
+        if known is None or known[0] is not settings or known[1] is not keys:
+            policy = Policy(
+                own_names=frozenset({name, f"{name}.local"}),
+                allowed_hosts=settings.words("server.allowedHosts"),
+                cors_origins=settings.words("server.corsOrigins"),
+                lan_api=settings.flag("server.lanApi"),
+                loopback_exempt=settings.flag("apiKeys.loopbackExempt"),
+                own_networks=(),
+                key_hashes=frozenset(str(key.get("hash")) for key in keys),
+                admin_token_hash=hashlib.sha256(gw.admin_token.encode()).hexdigest(),
+                body_max_bytes=settings.number("limits.bodyMb") * MIB,
+            )
+            known = settings, keys, policy
         return known[2]
 
     return current
 
 
-def _policy(settings: Settings, keys: list[Json], admin_token: str) -> Policy:
-    name = socket.gethostname().lower()
-    return Policy(
-        own_names=frozenset({name, f"{name}.local"}),
-        allowed_hosts=settings.words("server.allowedHosts"),
-        cors_origins=settings.words("server.corsOrigins"),
-        lan_api=settings.flag("server.lanApi"),
-        loopback_exempt=settings.flag("apiKeys.loopbackExempt"),
-        own_networks=(),
-        key_hashes=frozenset(str(key.get("hash")) for key in keys),
-        admin_token_hash=hashlib.sha256(admin_token.encode()).hexdigest(),
-        body_max_bytes=settings.number("limits.bodyMb") * MIB,
-    )
 # ==================================================================================================
 # 17. Demo upstream
 #     A fake Codex backend on loopback for `azt start --demo`: no account, no network. It speaks the
@@ -8213,100 +6899,74 @@ def demo_account(now: float) -> Json:
     parts = (encode_json({"alg": "none"}), encode_json(claims), b"unsigned")
     token = ".".join(base64.urlsafe_b64encode(part).rstrip(b"=").decode() for part in parts)
     return {"access_token": token, "refresh_token": f"rt_demo{int(now)}", "id_token": token}
+
+
 # ==================================================================================================
 # 18. Command line
-#     argparse, exit codes, and the only print. Every command but `start` speaks to the gateway over HTTP:
-#     the running one, else a private one that lives as long as the command and holds the same lock.
+#     argparse, exit codes, and the only print. Every command but `start` speaks to a gateway over
+#     HTTP: the running one, else a private one that lives, and holds the lock, as long as it does.
 # ==================================================================================================
 
 EXIT_OK, EXIT_FAILED, EXIT_UNUSABLE, EXIT_PORT_TAKEN = range(4)
 
 
 def say(text: str, end: str = "\n", to_stderr: bool = False) -> None:
-    """The only print. A reader that left (`azt models | head`) or a closed terminal ends nothing."""
+    """The only print. A reader that left (`azt models | head`) or a lost terminal ends nothing."""
     with contextlib.suppress(OSError, ValueError):
         print(text, end=end, file=sys.stderr if to_stderr else sys.stdout, flush=True)
 
 
-# -- Serving ----------------------------------------------------------------------------------------
+# -- Serving ---------------------------------------------------------------------------------------
 
 
 @contextlib.asynccontextmanager
-async def _serving(gw: Gateway, host: str, port: int) -> AsyncIterator[HttpServer]:
-    """A loaded gateway that listens; on the way out it drains."""
+async def _serving(gw: Gateway, host: str, port: int) -> AsyncIterator[tuple[HttpServer, str]]:
+    """A loaded gateway that listens, and its address for this machine."""
     server = HttpServer(routes_of(gw), gw, policy_source(gw))
     try:
         gw.listening = await server.listen(host, port)
     except OSError as error:
-        taken = error.errno == errno.EADDRINUSE
-        raise AztError(
-            500,
-            "port_in_use" if taken else "cannot_listen",
-            f"azt cannot listen on {host}:{port} ({error.strerror}). Stop the program that holds the "
-            f"port, or start azt with another `--host` or `--port` (`--port 0` picks a free port).",
-        ) from None
+        code = "port_in_use" if error.errno == errno.EADDRINUSE else "cannot_listen"
+        message = (
+            f"azt cannot listen on {host}:{port} ({error.strerror}). Stop what holds the port, "
+            "or start azt with another `--host` or `--port` (`--port 0` picks a free port)."
+        )
+        raise AztError(500, code, message) from None
+    host, port = gw.listening[0]
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     try:
-        yield server
+        yield server, f"http://{host}:{port}"
     finally:
         gw.listening = []
 
 
-def _local_url(listening: list[tuple[str, int]]) -> str:
-    host, port = listening[0]
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{host}:{port}"
-
-
 async def _serve(gw: Gateway, lock: HomeLock, opens_browser: bool) -> None:
-    """Listen until a signal comes; then finish what runs, for at most DRAIN_S. A second signal ends at once."""
+    """Listen until a signal; then finish what runs, for at most DRAIN_S or until the next one."""
     loop = asyncio.get_running_loop()
     signals: asyncio.Queue[int] = asyncio.Queue()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, signals.put_nowait, number)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a closed terminal does not end the gateway
-    async with _serving(
-        gw, gw.settings.text("server.host"), gw.settings.number("server.port")
-    ) as server:
-        url = _local_url(gw.listening)
+    settings = gw.settings
+    where = settings.text("server.host"), settings.number("server.port")
+    async with _serving(gw, *where) as (server, url):
         await in_thread(gw.files, lock.write, url)
         say(f"azt is ready: {url}")
-        _log_situation(gw, url)
+        log.info("base URL for clients: %s/v1", url)
+        if gw.store.active is None:
+            log.info("no account yet: `azt accounts import ~/.codex/auth.json` takes Codex's over")
+        if gw.listening[0][0] not in ("127.0.0.1", "::1"):
+            who = "open to this network" if settings.flag("server.lanApi") else "for this machine"
+            key = "with a key" if gw.keys else "without a key (`azt keys add NAME` sets one)"
+            log.info("API: %s, %s. Administration: this machine only.", who, key)
         if opens_browser:
             await in_thread(gw.short, webbrowser.open, url)
         await signals.get()
         log.info("stopping: %d requests are still running", server.running)
-        drained = asyncio.ensure_future(server.drain(DRAIN_S))
-        hurry = asyncio.ensure_future(signals.get())
-        await asyncio.wait({drained, hurry}, return_when=asyncio.FIRST_COMPLETED)
-        for task in (drained, hurry):
+        ends = {asyncio.ensure_future(server.drain(DRAIN_S)), asyncio.ensure_future(signals.get())}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        for task in ends:
             task.cancel()
-
-
-def _log_situation(gw: Gateway, url: str) -> None:
-    log.info("base URL for clients: %s/v1", url)
-    if gw.store.active is None:
-        log.info(
-            "no account yet: `azt accounts import ~/.codex/auth.json` takes over that of Codex"
-        )
-    if gw.listening[0][0] not in ("127.0.0.1", "::1"):
-        who = "open to this network" if gw.settings.flag("server.lanApi") else "for this machine"
-        lock = "with a key" if gw.keys else "without a key (`azt keys add NAME` sets one)"
-        log.info("API: %s, %s. Administration: this machine only.", who, lock)
-
-
-def _start(args: argparse.Namespace) -> int:
-    environment = read_environment()
-    flags: Json = {}
-    for flag, key in (("host", "server.host"), ("port", "server.port"), ("log_level", "log.level")):
-        if (value := getattr(args, flag)) is not None:
-            flags[key] = check_setting(key, value, "--" + flag.replace("_", "-"))
-    opens_browser = args.command == "start" and not args.no_open
-    if args.demo:
-        with tempfile.TemporaryDirectory(prefix="azt-demo-") as folder:
-            asyncio.run(_run_demo(environment, flags, Path(folder), opens_browser))
-    else:
-        asyncio.run(_run(environment, flags, opens_browser))
-    return EXIT_OK
 
 
 async def _run(environment: Environment, flags: Json, opens_browser: bool) -> None:
@@ -8317,83 +6977,85 @@ async def _run(environment: Environment, flags: Json, opens_browser: bool) -> No
     holder = await in_thread(gw.files, lock.acquire)
     if holder is not None:
         where = f" at {holder['url']}" if holder.get("url") else ""
-        raise StateError(
-            f"Another azt (pid {holder['pid']}) serves this home{where}. Use it, or stop it first."
-        )
-    await in_thread(gw.files, gw.load)
+        message = f"Another azt (pid {holder['pid']}) serves this home{where}."
+        raise StateError(f"{message} Use it, or stop it first.")
     try:
+        await in_thread(gw.files, gw.load)
         await _serve(gw, lock, opens_browser)
     finally:
         lock.release()
         gw.pool.close()
 
 
-async def _run_demo(
-    environment: Environment, flags: Json, folder: Path, opens_browser: bool
-) -> None:
-    """The gateway with the embedded upstream, in a throw-away home: it never touches the person's files."""
-    demo = DemoUpstream()
+async def _run_demo(environment: Environment, flags: Json, opens_browser: bool) -> None:
+    """The gateway with the embedded upstream, in a throw-away home: touches no file of yours."""
+    demo, files = DemoUpstream(), WorkerPool("file", 1)
     base = await demo.start()
-    environment = replace(
-        environment,
-        paths=Paths(folder / "home", folder / "codex"),
-        codex_base_url=f"{base}/backend-api/codex",
-        chatgpt_base_url=f"{base}/backend-api",
-        auth_base_url=base,
-    )
-    seed = AccountStore()
-    seed.add(to_accounts([demo_account(time.time())], time.time())[0])
-    files = WorkerPool("file", 1)
-    await in_thread(files, prepare_home, environment.paths)
-    await in_thread(files, write_json, environment.paths.accounts, seed.to_json())
-    try:
-        await _run(environment, flags, opens_browser)
-    finally:
-        await demo.stop()
-
-
-# -- Speaking to a gateway ---------------------------------------------------------------------------
-
-
-class _Client:
-    """HTTP to a gateway of this home, with the proof of the admin token."""
-
-    def __init__(self, url: str, admin_token: str) -> None:
-        self.url = url
-        host = urllib.parse.urlsplit(url).hostname or ""
-        self._pool = ConnectionPool(Egress(own_hosts=frozenset({host})))
-        self._headers = {
-            "authorization": f"Bearer {admin_token}",
-            "content-type": "application/json",
-            "user-agent": f"azt-cli/{VERSION}",
-            "x-azt-admin": "1",
-        }
-
-    @blocking
-    def call(self, method: str, path: str, body: Json | None = None) -> Json:
-        """One request, its JSON answer. Raises AztError with the gateway's own sentence."""
-        return parse_event(self._open(method, path, body).body) or {}
-
-    @blocking
-    def events(self, path: str, body: Json) -> Iterator[Json]:
-        """The events of a streamed answer, as they arrive."""
-        answer = self._open("POST", path, body)
-        sock, framing = cast(socket.socket, answer.sock), cast(Framing, answer.framing)
-        sock.settimeout(None)
-        parser, data = SSEParser(), answer.rest
-        while True:
-            yield from filter(None, map(parse_event, parser.feed(framing.feed(data))))
-            if framing.ended or not (data := sock.recv(READ_BYTES)):
-                return answer.close()
-
-    def _open(self, method: str, path: str, body: Json | None) -> Answer:
-        raw = b"" if body is None else encode_json(body)
-        answer = open_response(
-            self._pool, Call(method, self.url + path, self._headers, raw), Wire()
+    with tempfile.TemporaryDirectory(prefix="azt-demo-") as folder:
+        environment = replace(
+            environment,
+            paths=Paths(Path(folder, "home"), Path(folder, "codex")),
+            codex_base_url=f"{base}/backend-api/codex",
+            chatgpt_base_url=f"{base}/backend-api",
+            auth_base_url=base,
         )
-        if answer.status >= 400:
-            raise _answered(answer.status, parse_event(answer.body) or {})
-        return answer
+        seed = AccountStore()
+        seed.add(*to_accounts([demo_account(time.time())], time.time()))
+        await in_thread(files, prepare_home, environment.paths)
+        await in_thread(files, write_json, environment.paths.accounts, seed.to_json())
+        try:
+            await _run(environment, flags, opens_browser)
+        finally:
+            await demo.stop()
+
+
+def _start(args: argparse.Namespace) -> int:
+    flags: Json = {}
+    for flag, key in (("host", "server.host"), ("port", "server.port"), ("log_level", "log.level")):
+        if (value := getattr(args, flag)) is not None:
+            flags[key] = check_setting(key, value, "--" + flag.replace("_", "-"))
+    opens_browser = args.command == "start" and not args.no_open
+    asyncio.run((_run_demo if args.demo else _run)(read_environment(), flags, opens_browser))
+    return EXIT_OK
+
+
+# -- Speaking to a gateway -------------------------------------------------------------------------
+
+
+_Call = Callable[..., Answer]
+"""`_open_call` with its gateway: method, path and body to send -> the answer."""
+
+
+@blocking
+def _open_call(
+    url: str, admin_token: str, method: str, path: str, body: Json | None = None
+) -> Answer:
+    """HTTP to a gateway of this home, with proof. Raises AztError in the gateway's words."""
+    headers = {
+        "authorization": f"Bearer {admin_token}",
+        "content-type": "application/json",
+        "user-agent": f"azt-cli/{VERSION}",
+        "x-azt-admin": "1",
+    }
+    pool = ConnectionPool(Egress(own_hosts=frozenset({urllib.parse.urlsplit(url).hostname or ""})))
+    raw = b"" if body is None else encode_json(body)
+    answer = open_response(pool, Call(method, url + path, headers, raw), Wire())
+    pool.close()
+    if answer.status >= 400:
+        raise _answered(answer.status, parse_event(answer.body) or {})
+    return answer
+
+
+@blocking
+def _events(answer: Answer) -> Iterator[Json]:
+    """The events of a streamed answer, as they arrive."""
+    sock, framing = cast(socket.socket, answer.sock), cast(Framing, answer.framing)
+    sock.settimeout(None)
+    parser, data = SSEParser(), answer.rest
+    while True:
+        yield from filter(None, map(parse_event, parser.feed(framing.feed(data))))
+        if framing.ended or not (data := sock.recv(READ_BYTES)):
+            return answer.close()
 
 
 def _answered(status: int, value: Json) -> AztError:
@@ -8403,66 +7065,80 @@ def _answered(status: int, value: Json) -> AztError:
     return AztError(status, inner.get("code"), message)
 
 
-def _on_gateway(function: Callable[[_Client], T], must_run: bool = False) -> T:
-    """Run `function` with a client of the running gateway, else of a private one that ends with it."""
+def _on_gateway(function: Callable[[_Call], T], must_run: bool = False) -> T:
+    """Run `function` with the running gateway to call, else with a private one just for it."""
     environment = read_environment()
     prepare_home(environment.paths)
     lock = HomeLock(environment.paths.lock)
+    holder = lock.acquire()
     for _ in range(50):
-        holder = lock.acquire()
         if holder is None or holder.get("url"):
             break
         time.sleep(0.1)  # another command is at work; it takes a moment
-    else:
-        raise StateError(
-            f"Another azt (pid {holder['pid'] if holder else '?'}) is using this home. Try again."
-        )
+        holder = lock.acquire()
     try:
-        if holder is not None:
-            return function(
-                _Client(str(holder["url"]), read_or_make_secret(environment.paths.admin_token))
-            )
-        if must_run:
-            raise AztError(503, "not_running", "azt is not running. Start it with `azt start`.")
-        return asyncio.run(_privately(environment, function))
+        if holder is None:
+            if must_run:
+                raise AztError(503, "not_running", "azt is not running. Start it with `azt start`.")
+            return asyncio.run(_privately(environment, function))
+        if not holder.get("url"):
+            raise StateError(f"Another azt (pid {holder['pid']}) is using this home. Try again.")
+        admin_token = read_or_make_secret(environment.paths.admin_token)
+        return function(functools.partial(_open_call, str(holder["url"]), admin_token))
     finally:
         lock.release()
 
 
-async def _privately(environment: Environment, function: Callable[[_Client], T]) -> T:
-    """A gateway on a free loopback port for as long as `function` runs, which does so in a thread."""
+def _admin_call(method: str, path: str, body: Json | None = None, must_run: bool = False) -> Json:
+    """One call of the administration and its JSON answer."""
+
+    def fetch(call: _Call) -> Json:
+        return parse_event(call(method, ADMIN + path, body).body) or {}
+
+    return _on_gateway(fetch, must_run)
+
+
+async def _privately(environment: Environment, function: Callable[[_Call], T]) -> T:
+    """A gateway on a free loopback port for as long as `function` runs, in a thread."""
     gw = Gateway(environment, {})
     start_logging("warning")
     logging.disable(logging.INFO)  # whatever log.level says: this is the log of one command
     await in_thread(gw.files, gw.load)
-    async with _serving(gw, "127.0.0.1", 0) as server:
-        client = _Client(_local_url(gw.listening), gw.admin_token)
+    async with _serving(gw, "127.0.0.1", 0) as (server, url):
         try:
-            return await in_thread(gw.short, function, client)
+            call = functools.partial(_open_call, url, gw.admin_token)
+            return await in_thread(gw.short, function, call)
         finally:
             await server.drain(1.0)
             gw.pool.close()
 
 
-# -- Commands ----------------------------------------------------------------------------------------
+# -- Commands --------------------------------------------------------------------------------------
 
 
 def _show(args: argparse.Namespace, value: Any, lines: Iterable[str]) -> int:
     """The value as JSON with `--json`, else the lines for people."""
-    for line in [json.dumps(value, indent=2, ensure_ascii=False)] if args.json else lines:
+    for line in [_json(value, 2)] if args.json else lines:
         say(line)
     return EXIT_OK
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, indent=indent, ensure_ascii=False)
 
 
 def _table(*rows: Sequence[str]) -> list[str]:
     """Columns as wide as their widest cell; control characters never reach the terminal."""
     clean = [[mask(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*clean, strict=True)]
-    lines = (
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        for row in clean
-    )
-    return [line.rstrip() for line in lines]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in clean]
+
+
+def _listing(
+    empty: str, head: Sequence[str], cells: Callable[[Json], Sequence[str]]
+) -> Callable[[Json], list[str]]:
+    """The lines of a listing: one row for each of its items, or `empty` where there is none."""
+    return lambda shown: _table(head, *map(cells, shown["items"])) if shown["items"] else [empty]
 
 
 def _when(ms: int | None) -> str:
@@ -8484,7 +7160,7 @@ def _admin(
         words = ((name, value) for name, value in vars(args).items() if isinstance(value, str))
         texts = {name: urllib.parse.quote(value, safe="") for name, value in words}
         sent = body(args) if body else None if method == "GET" else {}
-        result = _on_gateway(lambda client: client.call(method, ADMIN + path.format(**texts), sent))
+        result = _admin_call(method, path.format(**texts), sent)
         return _show(args, result, lines(result))
 
     return run
@@ -8492,30 +7168,26 @@ def _admin(
 
 def _status(args: argparse.Namespace) -> int:
     try:
-        state = _on_gateway(lambda client: client.call("GET", f"{ADMIN}/state"), must_run=True)
+        state = _admin_call("GET", "/state", must_run=True)
     except AztError as error:
         if error.code != "not_running":
             raise
         _show(args, {"running": False}, [error.message])
         return EXIT_FAILED
     gateway, models, accounts = state["gateway"], state["models"], state["accounts"]
-    active = next((one for one in accounts if one["active"]), None)
-    rows = (
-        ("azt", f"{gateway['version']}, pid {gateway['pid']}, since {_when(gateway['startedAt'])}"),
-        ("base URL", gateway["baseUrl"]),
-        ("listens on", ", ".join(gateway["listen"])),
-        ("keys", str(gateway["keys"] or "none: the API asks for none")),
-        (
-            "serving",
-            f"{active['email'] or active['id']} ({active['plan']}, {active['status']})"
-            if active
-            else "no account",
-        ),
-        ("accounts", str(len(accounts))),
-        ("model", f"{state['defaultModel']} ({models['count']} listed, from {models['source']})"),
-        ("state", gateway["stateDir"]),
-    )
-    return _show(args, {"running": True, **state}, _table(*rows))
+    active = [one for one in accounts if one["active"]]
+    serving = [f"{one['email'] or one['id']} ({one['plan']}, {one['status']})" for one in active]
+    rows = {
+        "azt": f"{gateway['version']}, pid {gateway['pid']}, since {_when(gateway['startedAt'])}",
+        "base URL": gateway["baseUrl"],
+        "listens on": ", ".join(gateway["listen"]),
+        "keys": str(gateway["keys"] or "none: the API asks for none"),
+        "serving": "".join(serving) or "no account",
+        "accounts": str(len(accounts)),
+        "model": f"{state['defaultModel']} ({models['count']} listed, from {models['source']})",
+        "state": gateway["stateDir"],
+    }
+    return _show(args, {"running": True, **state}, _table(*rows.items()))
 
 
 def _ask(args: argparse.Namespace) -> int:
@@ -8528,8 +7200,8 @@ def _ask(args: argparse.Namespace) -> int:
         body["model"] = args.model
     parts: list[str] = []
 
-    def converse(client: _Client) -> None:
-        for chunk in client.events("/v1/chat/completions", body):
+    def converse(call: _Call) -> None:
+        for chunk in _events(call("POST", "/v1/chat/completions", body)):
             if "error" in chunk:
                 raise _answered(502, chunk)
             for choice in chunk.get("choices", []):
@@ -8541,122 +7213,90 @@ def _ask(args: argparse.Namespace) -> int:
     return _show(args, {"text": "".join(parts)}, [""])
 
 
-def _models(args: argparse.Namespace) -> int:
-    method, path = ("POST", "/models/refresh") if args.refresh else ("GET", "/models")
-    return _admin(method, path, _model_lines)(args)
-
-
-def _model_lines(models: Json) -> list[str]:
-    rows = [
-        (one["id"], "default" if one["default"] else "", " ".join(one["efforts"]))
-        for one in models["items"]
-    ]
-    return _table(("MODEL", "", "REASONING EFFORTS"), *rows)
-
-
-def _account_lines(accounts: Json) -> list[str]:
-    rows = [
-        (
-            "*" if one["active"] else "",
-            one["id"],
-            one["label"] or one["email"],
-            one["plan"],
-            one["status"],
-            _when(one["tokenExpiresAt"]),
-        )
-        for one in accounts["items"]
-    ]
-    if not rows:
-        return [
-            "No account yet. `azt accounts import ~/.codex/auth.json` takes over the sign-in of Codex."
-        ]
-    return _table(("", "ID", "ACCOUNT", "PLAN", "STATE", "TOKEN UNTIL"), *rows)
-
-
 def _import_body(args: argparse.Namespace) -> Json:
     entries: list[Json] = []
     for name in args.file:
         try:
             entries += read_entries(read_foreign(Path(os.path.expanduser(name)), IMPORT_MAX_BYTES))
         except OSError as error:
-            raise BadRequest(
-                f"{name} cannot be read ({error.strerror or error}).", "file"
-            ) from None
+            message = f"{name} cannot be read ({error.strerror or error})."
+            raise BadRequest(message, "file") from None
     return {"payload": entries}
 
 
-def _import_lines(result: Json) -> list[str]:
-    return _table(
-        *[(one["result"], one["id"], one["email"], one["plan"]) for one in result["items"]]
-    )
-
-
-def _now_serving(result: Json) -> str:
-    return f"{result['account']['email'] or result['activeId']} serves the API now."
-
-
-def _removed_lines(result: Json) -> list[str]:
-    return [f"Removed: {result['removed']}."]
-
-
 def _settings_get(args: argparse.Namespace) -> int:
-    values = flattened(
-        _on_gateway(lambda client: client.call("GET", f"{ADMIN}/settings"))["values"]
-    )
-    key = args.key or ""
+    values, key = flattened(_admin_call("GET", "/settings")["values"]), args.key or ""
     if key in values:
-        return _show(args, values[key], [json.dumps(values[key], ensure_ascii=False)])
-    found = {
-        name: value for name, value in sorted(values.items()) if name.startswith(key and key + ".")
-    }
+        return _show(args, values[key], [_json(values[key])])
+    found = {name: values[name] for name in sorted(values) if name.startswith(key and key + ".")}
     if not found:
         check_setting(key, None)
-    return _show(
-        args,
-        found,
-        [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in found.items()],
-    )
+    return _show(args, found, [f"{name} = {_json(value)}" for name, value in found.items()])
 
 
 def _settings_set(args: argparse.Namespace) -> int:
-    value = parse_setting(args.key, args.value)
-    late = f"{args.key} takes effect at the next start."
+    key, value = args.key, parse_setting(args.key, args.value)
+    told = [f"{key} = {_json(value)}", f"{key} takes effect at the next start."]
 
     def lines(result: Json) -> list[str]:
-        changed = f"{args.key} = {json.dumps(value, ensure_ascii=False)}"
-        return [changed, late] if args.key in result["restartNeeded"] else [changed]
+        return told if key in result["restartNeeded"] else told[:1]
 
-    return _admin("PATCH", "/settings", lines, lambda _: {"values": {args.key: value}})(args)
-
-
-def _key_lines(keys: Json) -> list[str]:
-    rows = [
-        (one["id"], one["name"], one["prefix"] + "…", _when(one["createdAt"]))
-        for one in keys["items"]
-    ]
-    return (
-        _table(*rows) if rows else ["No keys: the API asks for none. `azt keys add NAME` adds one."]
-    )
+    return _admin("PATCH", "/settings", lines, lambda _: {"values": {key: value}})(args)
 
 
 def _new_key_lines(result: Json) -> list[str]:
-    lines = [result["key"], "Shown only this once. Clients send it as their API key."]
+    told = [result["key"], "Shown only this once. Clients send it as their API key."]
     if result["first"]:
-        lines.append("From now on every call needs a key, also on this machine.")
-        lines.append(
-            "`azt settings set apiKeys.loopbackExempt true` exempts programs on this machine."
-        )
-    return lines
+        told.append("From now on every call needs a key, also on this machine.")
+        told.append("`azt settings set apiKeys.loopbackExempt true` exempts this machine.")
+    return told
+
+
+def _now_serving(result: Json) -> list[str]:
+    return [f"{result['account']['email'] or result['activeId']} serves the API now."]
+
+
+_account_lines = _listing(
+    "No account yet. `azt accounts import ~/.codex/auth.json` takes over the sign-in of Codex.",
+    ("", "ID", "ACCOUNT", "PLAN", "STATE", "TOKEN UNTIL"),
+    lambda one: (
+        *("*" if one["active"] else "", one["id"], one["label"] or one["email"]),
+        *(one["plan"], one["status"], _when(one["tokenExpiresAt"])),
+    ),
+)
+_import_lines = _listing(
+    "Nothing was imported.",
+    ("RESULT", "ID", "ACCOUNT", "PLAN"),
+    lambda one: (one["result"], one["id"], one["email"], one["plan"]),
+)
+_key_lines = _listing(
+    "No keys: the API asks for none. `azt keys add NAME` adds one.",
+    ("ID", "NAME", "KEY", "MADE"),
+    lambda one: (one["id"], one["name"], one["prefix"] + "…", _when(one["createdAt"])),
+)
+_model_lines = _listing(
+    "No models. `azt models --refresh` asks for them.",
+    ("MODEL", "", "REASONING EFFORTS"),
+    lambda one: (one["id"], "default" if one["default"] else "", " ".join(one["efforts"])),
+)
+
+
+def _models(args: argparse.Namespace) -> int:
+    method, path = ("POST", "/models/refresh") if args.refresh else ("GET", "/models")
+    return _admin(method, path, _model_lines)(args)
 
 
 # Every argument of every command, in argparse's terms.
 _ARGUMENTS: dict[str, Json] = {
-    "--demo": {"action": "store_true", "help": "embedded upstream: no account, no network"},
+    "--demo": {"action": "store_true", "help": "play the upstream too: no account, no network"},
     "--host": {"help": "address to listen on (default 0.0.0.0)"},
-    "--json": {"action": "store_true", "help": "print JSON"},
-    "--log-level": {"choices": ("debug", "info", "warning", "error"), "help": "default info"},
-    "--model": {"help": "default: the setting defaultModel"},
-    "--no-open": {"action": "store_true", "help": "do not open the console in a browser"},
+    "--json": {"action": "store_true", "help": "print JSON instead of text"},
+    "--log-level": {
+        "choices": ("debug", "info", "warning", "error"),
+        "help": "how much to log (default info)",
+    },
+    "--model": {"help": "the model to ask (default: the setting defaultModel)"},
+    "--no-open": {"action": "store_true", "help": "do not open azt's page in a browser"},
     "--port": {"type": int, "help": "port to listen on (default 8787; 0 picks a free one)"},
     "--refresh": {"action": "store_true", "help": "ask the upstream for the current list"},
     "ACCOUNT": {"help": "label, e-mail or the beginning of an id"},
@@ -8664,44 +7304,53 @@ _ARGUMENTS: dict[str, Json] = {
     "FILE...": {"nargs": "+", "help": "JSON such as Codex's auth.json, or a ZIP of such files"},
     "KEY": {"help": "a setting such as defaultModel"},
     "KEY?": {"nargs": "?", "help": "a setting such as defaultModel, or a group such as server"},
-    "NAME": {"help": "what the key is for, or its id"},
+    "NAME": {"help": "what the key is for; `revoke` takes its id too"},
     "TEXT*": {"nargs": "*", "help": "the question; read from standard input when left out"},
     "VALUE": {"help": "a JSON value; bare words need no quotes"},
 }
 
-# Command, with its arguments -> what it is for, and what runs.
+# Command with its arguments -> what it is for, and what runs.
 _COMMANDS: dict[str, tuple[str, _Run]] = {
     "start --host --port --demo --log-level --no-open": ("start the gateway", _start),
-    "serve --host --port --demo --log-level": ("start it without opening a browser", _start),
-    "status --json": ("what runs, and who serves", _status),
+    "serve --host --port --demo --log-level": ("start the gateway without a browser", _start),
+    "status --json": ("show what runs and which account serves", _status),
     "ask TEXT* --model --json": ("ask a model; the answer streams to the terminal", _ask),
     "models --refresh --json": ("list the models", _models),
-    "accounts list --json": ("list them", _admin("GET", "/accounts", _account_lines)),
+    "accounts list --json": ("list the accounts", _admin("GET", "/accounts", _account_lines)),
     "accounts import FILE... --json": (
         "add accounts from files",
         _admin("POST", "/accounts/import", _import_lines, _import_body),
     ),
     "accounts use ACCOUNT --json": (
-        "serve the API with this one",
-        _admin("POST", "/accounts/{account}/activate", lambda result: [_now_serving(result)]),
+        "serve the API with this account",
+        _admin("POST", "/accounts/{account}/activate", _now_serving),
     ),
     "accounts remove ACCOUNT... --json": (
-        "forget them",
-        _admin("POST", "/accounts/remove", _removed_lines, lambda args: {"ids": args.account}),
+        "forget accounts",
+        _admin(
+            "POST",
+            "/accounts/remove",
+            lambda done: [f"Removed: {done['removed']}."],
+            lambda args: {"ids": args.account},
+        ),
     ),
-    "settings get KEY? --json": ("show one, a group, or all", _settings_get),
-    "settings set KEY VALUE --json": ("change one", _settings_set),
-    "keys list --json": ("list them", _admin("GET", "/keys", _key_lines)),
+    "settings get KEY? --json": ("show one setting, a group, or all", _settings_get),
+    "settings set KEY VALUE --json": ("change one setting", _settings_set),
+    "keys list --json": ("list the keys of clients", _admin("GET", "/keys", _key_lines)),
     "keys add NAME --json": (
-        "make one; it is shown once",
+        "make a key for a client; it is shown once",
         _admin("POST", "/keys", _new_key_lines, lambda args: {"name": args.name}),
     ),
     "keys revoke NAME --json": (
-        "make one useless",
+        "make a key useless",
         _admin("DELETE", "/keys/{name}", lambda _: ["It is revoked."]),
     ),
 }
-_GROUPS = {"accounts": "who is signed in", "keys": "keys of clients", "settings": "every knob"}
+_GROUPS = {
+    "accounts": "show, add, choose and remove accounts",
+    "keys": "show, make and revoke the keys that clients use",
+    "settings": "show and change the settings",
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -8728,12 +7377,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command `azt`. Exit codes: 0 fine, 1 failed, 2 wrong use or state unusable, 3 port taken."""
+    """The command `azt`. Exit codes: 0 fine, 1 failed, 2 wrong use or bad state, 3 port taken."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not None, as a closed one is
             stream.reconfigure(errors="backslashreplace")
     args = _parser().parse_args(argv)
     try:
+        for package in ("certifi", "truststore"):  # h11 was imported at the top
+            if importlib.util.find_spec(package) is None:
+                raise StateError(
+                    f"The package {package} is missing: {sys.executable} -m pip install {package}"
+                )
         return cast(int, args.run(args))
     except (BadRequest, StateError) as error:
         code, message = EXIT_UNUSABLE, error.message

@@ -18,6 +18,11 @@ from typing import Any
 import pytest
 from fake_upstream import FakeUpstream
 from harness import Client, Gateway, home_variables, is_foreign, make_gateway
+from hypothesis import HealthCheck, settings
+
+# A property holds or it does not, however slow the machine is.
+settings.register_profile("azt", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("azt")
 
 
 @pytest.fixture(autouse=True)

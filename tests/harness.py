@@ -55,6 +55,7 @@ class Gateway:
         self.environment = {
             **kept,
             **home_variables(home),
+            "PYTHONDONTWRITEBYTECODE": "",  # or each of the many processes compiles azt.py again
             "PYTHONPATH": str(ROOT),
             "PYTHONUNBUFFERED": "1",
             **variables,

@@ -16,7 +16,9 @@ from collections.abc import Callable
 
 Script = Callable[["Peer"], None]
 
-STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+STREAM_HEAD = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+)
 
 
 def sized(body: bytes, status: str = "200 OK", head: bytes = b"") -> bytes:

@@ -1,4 +1,4 @@
-"""Who is signed in: every shape of an account file, hostile ones too, and finding an account again."""
+"""Who is signed in: every shape of an account file, hostile ones too, and finding accounts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import zipfile
 from collections.abc import Callable
 from typing import Any
 
-import azt
 import pytest
 from fake_upstream import account_file, make_token
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import azt
 
 Json = dict[str, Any]
 
@@ -419,6 +420,14 @@ def encrypted() -> bytes:
     return bytes(raw)
 
 
+def nameless() -> bytes:
+    """The directory calls the name of its only member a comment."""
+    raw = bytearray(zipped({"a.json": ONE}))
+    at = raw.index(b"PK\x01\x02")
+    raw[at + 28 : at + 34] = struct.pack("<HHH", 0, 0, len("a.json"))
+    return bytes(raw)
+
+
 def corrupted() -> bytes:
     raw = bytearray(zipped({"a.json": ONE}))
     at = raw.index(b"PK\x03\x04") + 60
@@ -450,6 +459,7 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "a pipe": lambda: with_mode(0o010666),
     "a header beyond the end": header_beyond_the_end,
     "corrupted data": corrupted,
+    "a member without a name": nameless,
     "nothing in it": lambda: zipped({}),
     "only folders": lambda: zipped({"a/": b"", "a/b/": b""}),
 }
@@ -466,7 +476,13 @@ def test_a_hostile_archive_is_refused_at_once(make: Callable[[], bytes]) -> None
 
 
 SLIPS = [
-    *("../../etc/passwd.json", "/etc/passwd.json", "..\\..\\x.json", "C:\\x.json", "a/../../x.json"),
+    *(
+        "../../etc/passwd.json",
+        "/etc/passwd.json",
+        "..\\..\\x.json",
+        "C:\\x.json",
+        "a/../../x.json",
+    ),
     *("con.json", ".json", "\x1b[2Jx.json", "a\r\nSet-Cookie: x.json", "x" * 5000 + ".json"),
 ]
 
@@ -502,7 +518,7 @@ def test_a_name_in_a_message_about_the_archive_is_short_too(name: str) -> None:
     assert len(told) < 200
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(0, 2**32))
 def test_a_damaged_archive_gives_accounts_or_a_refusal(seed: int) -> None:
     chance = random.Random(seed)

@@ -1,8 +1,7 @@
-"""The command `azt` as people run it: real processes, their output, exit codes, signals and files."""
+"""The command `azt` as people run it: processes, output, exit codes, signals and files."""
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import fcntl
 import hashlib
@@ -23,10 +22,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import azt
 import pytest
-from fake_upstream import FakeUpstream, Json, account_file, codex_models_cache, failed, message, text
+from fake_upstream import (
+    FakeUpstream,
+    Json,
+    account_file,
+    codex_models_cache,
+    failed,
+    message,
+    text,
+)
 from harness import READY, ROOT, Client, Gateway, Stream, chat_body
+
+import azt
 
 NewGateway = Callable[..., Gateway]
 
@@ -39,25 +47,42 @@ LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (DEBUG|INFO|WARNING
 
 
 @pytest.fixture
-def idle(home: Path, upstream: FakeUpstream) -> Gateway:
+def new(upstream: FakeUpstream) -> Iterator[NewGateway]:
+    """Makes gateways that are not started yet; those that were end with the test."""
+    made: list[Gateway] = []
+
+    def make(home: Path, variables: dict[str, str] | None = None, *more: str) -> Gateway:
+        where = [*more, "--host", "127.0.0.1", "--port", "0"]
+        made.append(Gateway(home, variables or upstream.environment(), where))
+        return made[-1]
+
+    yield make
+    for gateway in made:
+        if gateway.url:
+            gateway.stop()
+            assert "Traceback" not in gateway.log(), gateway.log()
+
+
+@pytest.fixture
+def idle(home: Path, new: NewGateway) -> Gateway:
     """A home in which nothing runs."""
-    return Gateway(home, upstream.environment(), ["--host", "127.0.0.1", "--port", "0"])
+    return new(home)
 
 
 @pytest.fixture(params=["with a server", "without a server"])
-def place(request: pytest.FixtureRequest, idle: Gateway) -> Iterator[Gateway]:
+def place(request: pytest.FixtureRequest, idle: Gateway) -> Gateway:
     """Commands give the same answers whether or not a server runs."""
-    if request.param == "without a server":
-        yield idle
-        return
-    idle.start()
-    yield idle
-    idle.stop()
-    assert "Traceback" not in idle.log(), idle.log()
+    return idle.start() if request.param == "with a server" else idle
 
 
-def has_account(gateway: Gateway, account: Json | None = None) -> Gateway:
-    gateway.import_account(account or account_file())
+def has_account(gateway: Gateway) -> Gateway:
+    if gateway.url:
+        gateway.import_account(account_file())
+        return gateway
+    store, paths = azt.AccountStore(), azt.Paths(gateway.state.parent, gateway.home / ".codex")
+    store.add(azt.to_accounts([account_file()], time.time())[0])
+    azt.prepare_home(paths)
+    azt.write_json(paths.accounts, store.to_json())
     return gateway
 
 
@@ -167,7 +192,6 @@ def test_start_prints_exactly_one_line_and_says_where_it_is(idle: Gateway) -> No
     assert ended(idle) == (0, b"")
     assert all(LOG_LINE.fullmatch(line) for line in idle.log().splitlines()), idle.log()
     assert "azt accounts import" in idle.log()
-    idle.stop()
 
 
 def test_a_taken_port_is_explained_and_not_replaced(idle: Gateway) -> None:
@@ -182,12 +206,11 @@ def test_a_taken_port_is_explained_and_not_replaced(idle: Gateway) -> None:
     assert not (idle.state / "settings.json").exists()
 
 
-@pytest.mark.parametrize("host", ["no-such-host.invalid", "203.0.113.7"])
-def test_an_address_of_another_machine_is_explained(idle: Gateway, host: str) -> None:
-    done = idle.azt("start", "--no-open", "--port", "0", "--host", host)
+def test_an_address_of_another_machine_is_explained(idle: Gateway) -> None:
+    done = idle.azt("start", "--no-open", "--port", "0", "--host", "203.0.113.7")
 
     assert (done.returncode, done.stdout) == (1, "")
-    assert host in done.stderr.splitlines()[-1]
+    assert "203.0.113.7" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
 
 
@@ -199,15 +222,14 @@ def test_a_second_server_on_one_home_names_the_first(idle: Gateway) -> None:
     assert str(idle.process.pid) in refused(done, 2)
     assert idle.url in done.stderr
     assert Client(idle.url).get("/_gateway/health").status == 200
-    idle.stop()
 
 
-@pytest.mark.parametrize("arguments", [["start", "--no-open", "--port", "0"], ["keys", "list"]])
-def test_a_home_that_cannot_be_used_exits_with_2(idle: Gateway, arguments: list[str]) -> None:
+@pytest.mark.parametrize("arguments", ["start --no-open", "keys list"])
+def test_a_home_that_cannot_be_used_exits_with_2(idle: Gateway, arguments: str) -> None:
     (idle.home / "file").write_text("")
     idle.environment["AI_ZERO_TOKEN_HOME"] = str(idle.home / "file")
 
-    assert "AI_ZERO_TOKEN_HOME" in refused(idle.azt(*arguments), 2)
+    assert "AI_ZERO_TOKEN_HOME" in refused(idle.azt(*arguments.split()), 2)
 
 
 def test_a_variable_with_a_bad_value_exits_with_2(idle: Gateway) -> None:
@@ -227,11 +249,16 @@ def opened(idle: Gateway) -> Path:
     return pipe
 
 
-def launch(gateway: Gateway, *command: str, **how: Any) -> subprocess.Popen[bytes]:
+@contextlib.contextmanager
+def launch(gateway: Gateway, *command: str, **how: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A command that the test talks to while it runs."""
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how}
-    return subprocess.Popen(
-        [sys.executable, "-m", "azt", *command], env=gateway.environment, cwd=gateway.home, **how
-    )
+    words = [sys.executable, "-m", "azt", *command]
+    with subprocess.Popen(words, env=gateway.environment, cwd=gateway.home, **how) as process:
+        try:
+            yield process
+        finally:
+            process.kill()  # nothing happens to one that has ended
 
 
 def test_start_opens_the_console_and_serve_does_not(idle: Gateway, opened: Path) -> None:
@@ -253,8 +280,8 @@ def test_start_opens_the_console_and_serve_does_not(idle: Gateway, opened: Path)
     assert b"Traceback" not in log
 
 
-def test_without_a_home_and_a_locale_it_starts(tmp_path: Path) -> None:
-    bare = Gateway(tmp_path, {}, ["--host", "127.0.0.1", "--port", "0"])
+def test_without_a_home_and_a_locale_it_starts(tmp_path: Path, new: NewGateway) -> None:
+    bare = new(tmp_path)
     bare.environment = {
         "LC_ALL": "C",
         "PATH": os.defpath,
@@ -271,7 +298,6 @@ def test_without_a_home_and_a_locale_it_starts(tmp_path: Path) -> None:
     assert "Ömer ✓" in listed
     assert (tmp_path / ".ai-zero-token" / ".state" / "accounts.json").exists()
     assert bare.stop() == 0
-    assert "Traceback" not in bare.log()
 
 
 def has_ipv6() -> bool:
@@ -290,12 +316,13 @@ def test_the_loopback_address_of_the_other_family_answers_too(idle: Gateway, hos
     for name in ("127.0.0.1", "[::1]", "localhost"):
         assert Client(f"http://{name}:{port}").get("/v1/models").status == 200
     assert good(idle.azt("status", "--json"))
-    idle.stop()
 
 
-def test_the_file_alone_serves_the_api_and_says_where_the_pages_are(tmp_path: Path) -> None:
+def test_the_file_alone_serves_the_api_and_says_where_the_pages_are(
+    tmp_path: Path, new: NewGateway
+) -> None:
     shutil.copy(ROOT / "azt.py", tmp_path / "azt.py")
-    alone = Gateway(tmp_path, {"PYTHONPATH": ""}, ["--host", "127.0.0.1", "--port", "0"]).start()
+    alone = new(tmp_path, {"PYTHONPATH": ""}).start()
     client = Client(alone.url)
 
     page = client.get("/")
@@ -311,14 +338,13 @@ def test_the_file_alone_serves_the_api_and_says_where_the_pages_are(tmp_path: Pa
 # -- The demo -------------------------------------------------------------------------------------
 
 
-def test_the_demo_answers_and_touches_no_home(tmp_path: Path) -> None:
+def test_the_demo_answers_and_touches_no_home(tmp_path: Path, new: NewGateway) -> None:
     scratch, real, codex = tmp_path / "tmp", tmp_path / ".ai-zero-token", tmp_path / ".codex"
     for folder in (scratch, real / ".state", codex):
         folder.mkdir(parents=True)
     (real / ".state" / "accounts.json").write_text("mine")
     (codex / "auth.json").write_text("mine")
-    where = ["--demo", "--host", "127.0.0.1", "--port", "0"]
-    demo = Gateway(tmp_path, {"TMPDIR": str(scratch)}, where).start()
+    demo = new(tmp_path, {"TMPDIR": str(scratch)}, "--demo").start()
     client = Client(demo.url)
 
     with client.open("POST", "/v1/chat/completions", chat_body("hello", stream=True)) as stream:
@@ -329,10 +355,11 @@ def test_the_demo_answers_and_touches_no_home(tmp_path: Path) -> None:
     assert whole.body.endswith(b"data: [DONE]\n\n")
     assert (code, printed) == (0, b"")
     assert [*scratch.iterdir()] == []
-    files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    files = {
+        path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()
+    }
     assert files == {".ai-zero-token/.state/accounts.json", ".codex/auth.json", "azt.log"}
     assert all(LOG_LINE.fullmatch(line) for line in demo.log().splitlines()), demo.log()
-    demo.stop()
 
 
 # -- Signals and lost terminals -------------------------------------------------------------------
@@ -372,7 +399,6 @@ def test_running_streams_finish_after_sigterm(idle: Gateway, upstream: FakeUpstr
     assert "Traceback" not in idle.log()
     for stream in streams:
         stream.close()
-    idle.stop()
 
 
 def test_a_second_sigterm_ends_running_streams_at_once(
@@ -391,7 +417,6 @@ def test_a_second_sigterm_ends_running_streams_at_once(
     assert "Traceback" not in idle.log()
     assert "never retrieved" not in idle.log()
     stream.close()
-    idle.stop()
 
 
 def test_a_command_during_the_drain_says_what_happens(
@@ -411,25 +436,19 @@ def test_a_command_during_the_drain_says_what_happens(
 
 def test_a_closed_terminal_does_not_end_it(idle: Gateway) -> None:
     ours, theirs = os.openpty()
-    process = launch(
-        idle,
-        "serve",
-        *idle.arguments,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-    )
-    os.close(theirs)
-    url = wait_for(lambda: lock_url(idle))
+    terminal: Json = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+    terminal["start_new_session"] = True
+    terminal["preexec_fn"] = lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
-    os.close(ours)  # the kernel sends SIGHUP, and every write to the terminal fails from now on
-    statuses = [Client(url).get("/v1/models").status for _ in range(3)]
+    with launch(idle, "serve", *idle.arguments, **terminal) as process:
+        os.close(theirs)
+        url = wait_for(lambda: lock_url(idle))
+        os.close(ours)  # the kernel sends SIGHUP, and from now on no write to the terminal works
+        statuses = [Client(url).get("/v1/models").status for _ in range(3)]
+        process.terminate()
+        code = process.wait(20)
 
-    assert statuses == [200, 200, 200]
-    process.terminate()
-    assert process.wait(20) == 0
+    assert (statuses, code) == ([200, 200, 200], 0)
 
 
 def test_sighup_does_not_end_it(idle: Gateway) -> None:
@@ -446,23 +465,26 @@ def test_sighup_does_not_end_it(idle: Gateway) -> None:
 def test_it_runs_without_anywhere_to_write(idle: Gateway, redirected: str) -> None:
     command = f'exec "{sys.executable}" -m azt serve {" ".join(idle.arguments)} {redirected}'
     with subprocess.Popen(["sh", "-c", command], env=idle.environment, cwd=idle.home) as process:
-        url = wait_for(lambda: lock_url(idle))
+        try:
+            url = wait_for(lambda: lock_url(idle))
+            statuses = [Client(url).get(path).status for path in ("/v1/models", "/v1/nothing")]
+            process.terminate()
+            code = process.wait(20)
+        finally:
+            process.kill()
 
-        assert Client(url).get("/v1/models").status == 200
-        assert Client(url).get("/v1/nothing").status == 404
-        process.terminate()
-        assert process.wait(20) == 0
+    assert (statuses, code) == ([200, 404], 0)
 
 
 def test_a_reader_that_left_is_no_error(idle: Gateway) -> None:
     reader, writer = os.pipe()
     os.close(reader)
 
-    done = launch(idle, "settings", "get", stdout=writer)
+    with launch(idle, "settings", "get", stdout=writer) as process:
+        os.close(writer)
+        _, complaints = process.communicate(timeout=20)
 
-    os.close(writer)
-    assert done.communicate(timeout=20)[1] == b""
-    assert done.returncode == 0
+    assert (process.returncode, complaints) == (0, b"")
 
 
 # -- status ---------------------------------------------------------------------------------------
@@ -549,13 +571,11 @@ def test_ask_without_a_question_shows_how_to_ask(idle: Gateway, redirected: str)
     assert "azt ask" in refused(done, 2)
 
 
-def test_ask_without_an_account_says_what_to_do(place: Gateway) -> None:
-    assert "azt accounts import" in refused(place.azt("ask", "hi"), 1)
+def test_ask_without_an_account_says_what_to_do(idle: Gateway) -> None:
+    assert "azt accounts import" in refused(idle.azt("ask", "hi"), 1)
 
 
-def test_ask_reports_a_failure_after_the_first_words(
-    idle: Gateway, upstream: FakeUpstream
-) -> None:
+def test_ask_reports_a_failure_after_the_first_words(idle: Gateway, upstream: FakeUpstream) -> None:
     has_account(idle)
     upstream.script(failed("server_error", "The model broke.", message("Hel", "lo")))
 
@@ -645,11 +665,9 @@ def test_every_known_shape_is_imported(place: Gateway) -> None:
         (place.home / name).write_bytes(raw)
 
     result = json.loads(good(place.azt("accounts", "import", *shapes, "--json")))
-    again = json.loads(good(place.azt("accounts", "import", "~/object.json", "--json")))
     listed = json.loads(good(place.azt("accounts", "list", "--json")))
 
     assert result["summary"] == {"new": 8, "update": 0, "same": 0}
-    assert again["summary"] == {"new": 0, "update": 0, "same": 1}
     assert [one["email"] for one in listed["items"]] == [one["email"] for one in people]
     assert [one["active"] for one in listed["items"]] == [True] + [False] * 7
     assert stat.S_IMODE((place.state / "accounts.json").stat().st_mode) == 0o600
@@ -664,22 +682,31 @@ def test_every_known_shape_is_imported(place: Gateway) -> None:
         (None, "cannot be read"),
         (b"hello", "JSON"),
         (b"[]", "no account"),
-        (b'{"access_token": "a"}', "refresh_token"),
         (b"PK\x03\x04broken", "ZIP"),
     ],
-    ids=["missing", "no JSON", "empty", "half", "broken ZIP"],
+    ids=["missing", "no JSON", "empty", "broken ZIP"],
 )
-def test_a_file_without_an_account_is_explained_and_nothing_is_imported(
+def test_a_file_without_an_account_is_explained(
     idle: Gateway, content: bytes | None, told: str
 ) -> None:
-    (idle.home / "good.json").write_text(json.dumps(account_file()))
     if content is not None:
         (idle.home / "bad.json").write_bytes(content)
 
-    said = refused(idle.azt("accounts", "import", "good.json", "bad.json"), 2 if told else 1)
+    done = idle.azt("accounts", "import", "bad.json")
 
-    assert told in said
+    assert (done.returncode in (1, 2), done.stdout) == (True, "")
+    assert re.fullmatch(rf"azt: .*{told}.*\n", done.stderr)
     assert not (idle.state / "accounts.json").exists()
+
+
+def test_one_bad_file_among_good_ones_imports_nothing(place: Gateway) -> None:
+    (place.home / "good.json").write_text(json.dumps(account_file()))
+    (place.home / "bad.json").write_text(json.dumps({"access_token": "a"}))
+
+    said = refused(place.azt("accounts", "import", "good.json", "bad.json"), 1)
+
+    assert "Entry 2 has no refresh_token" in said
+    assert not (place.state / "accounts.json").exists()
 
 
 def test_accounts_are_used_and_removed_by_any_of_their_names(place: Gateway) -> None:
@@ -690,14 +717,12 @@ def test_accounts_are_used_and_removed_by_any_of_their_names(place: Gateway) -> 
 
     used = good(place.azt("accounts", "use", "work"))
     listed = good(place.azt("accounts", "list"))
-    missing = refused(place.azt("accounts", "use", "nobody"), 1)
     empty = refused(place.azt("accounts", "remove", ""), 1)
     removed = good(place.azt("accounts", "remove", "bo@example.com", ids[1]))
     left = json.loads(good(place.azt("accounts", "list", "--json")))["items"]
 
     assert "bo@example.com serves the API now." in used
     assert re.search(rf"^\* +{ids[1]} +Work +plus +ready ", listed, re.MULTILINE)
-    assert "azt accounts list" in missing
     assert "Name the accounts" in empty
     assert removed == "Removed: 1.\n"
     assert [(one["id"], one["active"]) for one in left] == [(ids[0], True)]
@@ -711,14 +736,12 @@ def test_settings_are_shown_and_changed(place: Gateway) -> None:
     assert [line.partition(" = ")[0] for line in everything if "hasPassword" not in line] == [
         *azt.SETTINGS
     ]
-    assert good(place.azt("settings", "get", "log.level")) == '"info"\n'
 
     changed = [
         good(place.azt("settings", "set", *pair))
         for pair in (
             ("log.level", "warning"),
             ("server.corsOrigins", "https://a.test,https://b.test"),
-            ("server.lanApi", "false"),
         )
     ]
     group = json.loads(good(place.azt("settings", "get", "server", "--json")))
@@ -728,19 +751,18 @@ def test_settings_are_shown_and_changed(place: Gateway) -> None:
     assert changed[1] == 'server.corsOrigins = ["https://a.test", "https://b.test"]\n'
     assert group["server.corsOrigins"] == ["https://a.test", "https://b.test"]
     assert set(group) == {key for key in azt.SETTINGS if key.startswith("server.")}
-    assert saved["revision"] == 3
+    assert saved["revision"] == 2
     assert saved["values"] == {
         "log.level": "warning",
         "server.corsOrigins": ["https://a.test", "https://b.test"],
-        "server.lanApi": False,
     }
 
 
-def test_a_bad_setting_is_refused_with_what_it_accepts(place: Gateway) -> None:
-    assert "azt settings get" in refused(place.azt("settings", "set", "no.such", "1"), 2)
-    assert "azt settings get" in refused(place.azt("settings", "get", "no.such"), 2)
-    assert "true or false" in refused(place.azt("settings", "set", "server.lanApi", "maybe"), 2)
-    assert not (place.state / "settings.json").exists()
+def test_a_bad_setting_is_refused_with_what_it_accepts(idle: Gateway) -> None:
+    assert "azt settings get" in refused(idle.azt("settings", "set", "no.such", "1"), 2)
+    assert "azt settings get" in refused(idle.azt("settings", "get", "no.such"), 2)
+    assert "true or false" in refused(idle.azt("settings", "set", "server.lanApi", "maybe"), 2)
+    assert not (idle.state / "settings.json").exists()
 
 
 def test_a_setting_that_a_variable_fixes_is_refused_by_its_name(idle: Gateway) -> None:
@@ -770,7 +792,6 @@ def test_a_new_port_is_said_to_wait_for_the_next_start(idle: Gateway) -> None:
     assert "next start" not in other
     assert str(port) not in still
     assert idle.url == f"http://127.0.0.1:{port}"
-    idle.stop()
 
 
 # -- keys -----------------------------------------------------------------------------------------
@@ -790,11 +811,8 @@ def test_a_key_is_shown_once_and_kept_as_a_hash(place: Gateway) -> None:
     for secret in (key, second["key"]):
         assert secret not in listed + kept
         assert hashlib.sha256(secret.encode()).hexdigest() in kept
-
     good(place.azt("keys", "revoke", "my phone"))
-    assert "my phone" not in good(place.azt("keys", "list"))
-    assert "azt keys list" in refused(place.azt("keys", "revoke", "my phone"), 1)
-    assert "letters" in refused(place.azt("keys", "add", "a/b"), 1)
+    assert "my phone" not in (place.state / "keys.json").read_text()
 
 
 def test_a_key_is_needed_from_its_making_until_it_is_revoked(idle: Gateway) -> None:
@@ -813,5 +831,5 @@ def test_a_key_is_needed_from_its_making_until_it_is_revoked(idle: Gateway) -> N
     assert statuses(laptop, phone) == [401, 200, 401]
     good(idle.azt("settings", "set", "apiKeys.loopbackExempt", "true"))
     assert statuses(phone) == [200, 200]
-    assert laptop not in idle.log() and base64.b64encode(laptop.encode()).decode() not in idle.log()
+    assert laptop not in idle.log()
     assert idle.stop() == 0

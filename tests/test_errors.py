@@ -8,11 +8,12 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 
-import azt
 import pytest
 from fake_upstream import make_token
 from hypothesis import given
 from hypothesis import strategies as st
+
+import azt
 
 JWT = make_token()
 BASIC = base64.b64encode(b"user:hunter2hunter2").decode()
@@ -62,7 +63,9 @@ def test_a_secret_is_starred_out_in_the_middle_of_other_text(text: str, secret: 
 
 
 def test_what_is_around_a_secret_stays_readable() -> None:
-    assert azt.mask("http://user:pw@proxy.corp:3128 refused") == "http://***@proxy.corp:3128 refused"
+    assert (
+        azt.mask("http://user:pw@proxy.corp:3128 refused") == "http://***@proxy.corp:3128 refused"
+    )
     assert azt.mask('{"refresh_token": "abc", "plan": "plus"}').endswith('"plan": "plus"}')
     assert azt.mask("see https://example.com/a?b=c") == "see https://example.com/a?b=c"
 
@@ -129,7 +132,9 @@ def test_a_message_cannot_forge_a_second_log_line(log_lines: Callable[[], list[s
     assert not any(line.startswith("2026-01-01 INFO") for line in lines)
 
 
-def test_a_traceback_keeps_its_lines_and_loses_its_secrets(log_lines: Callable[[], list[str]]) -> None:
+def test_a_traceback_keeps_its_lines_and_loses_its_secrets(
+    log_lines: Callable[[], list[str]],
+) -> None:
     azt.start_logging("info")
     try:
         raise ValueError("refresh_token=s3cr3t\n2026-01-01 INFO all is well")

@@ -9,10 +9,11 @@ import time
 import tracemalloc
 from typing import Any
 
-import azt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import azt
 
 # -- A simple reference: the WHATWG rules, line by line, over the whole stream ---------------------
 

@@ -380,32 +380,34 @@ class Verdict:
 def judge(pieces: list[bytes]) -> Verdict:
     """Feed the pieces as a connection would: head, gate, body; stop at the first fault."""
     verdict, waiting = Verdict(), b""
-    reader: azt.LengthBody | azt.ChunkedBody | None = None
+    framing: azt.Framing | None = None
     try:
         for piece in pieces:
             waiting += piece
-            if reader is None and not verdict.complete and waiting:
+            if framing is None and waiting:
                 end = azt.find_head(waiting)
                 if not end:
                     continue
                 head, waiting = waiting[:end], waiting[end:]
                 azt.check_head(head)
-                reader = body_reader(head)
-            if reader is not None and not reader.complete:
-                waiting = waiting[reader.feed(waiting, 0) :]
-                verdict.body = bytes(reader.body)
-                verdict.complete = reader.complete
-    except azt.BadRequest as error:
+                framing = body_framing(head)
+                verdict.complete = framing.ended
+            if framing is not None and not framing.ended:
+                verdict.body += framing.feed(waiting)
+                waiting = framing.rest
+                verdict.complete = framing.ended
+    except azt.AztError as error:
         verdict = Verdict(error.status)
+    except ValueError:  # malformed chunks
+        verdict = Verdict(400)
     return verdict
 
 
-def body_reader(head: bytes) -> azt.LengthBody | azt.ChunkedBody:
+def body_framing(head: bytes) -> azt.Framing:
     lines = head.lower().split(b"\r\n")
-    if b"transfer-encoding: chunked" in lines:
-        return azt.ChunkedBody(azt.MAX_BODY_BYTES)
     lengths = [line.partition(b":")[2] for line in lines if line.startswith(b"content-length:")]
-    return azt.LengthBody(int(lengths[0]) if lengths else 0)
+    is_chunked = b"transfer-encoding: chunked" in lines
+    return azt.Framing(is_chunked, int(lengths[0]) if lengths else 0)
 
 
 def test_there_are_more_than_two_hundred_vectors() -> None:
@@ -450,17 +452,25 @@ def test_body_is_what_was_sent_in_chunks() -> None:
     assert (verdict.body, verdict.complete) == (b"hello!", True)
 
 
-def test_reader_stops_at_the_end_of_the_body() -> None:
-    reader = azt.ChunkedBody(100)
-    data = b"1\r\na\r\n0\r\n\r\nGET / HTTP/1.1\r\n"
-    assert data[reader.feed(data, 0) :] == b"GET / HTTP/1.1\r\n"
+def test_framing_stops_at_the_end_of_the_body() -> None:
+    framing = azt.Framing(True, None)
+    framing.feed(b"1\r\na\r\n0\r\n\r\nGET / HTTP/1.1\r\n")
+    assert (framing.ended, framing.rest) == (True, b"GET / HTTP/1.1\r\n")
 
 
-def test_chunk_over_the_limit_is_refused_when_it_is_announced() -> None:
-    reader = azt.ChunkedBody(10)
-    with pytest.raises(azt.BadRequest) as caught:
-        reader.feed(b"5\r\nhello\r\n6\r\n", 0)
-    assert caught.value.status == 413
+@pytest.mark.parametrize(
+    ("status", "raw"),
+    [
+        (501, post(b"Transfer-Encoding: gzip\r\n")),
+        (505, b"GET / HTTP/2.0\r\n" + HOST + b"\r\n"),
+    ],
+)
+def test_what_azt_does_not_implement_is_still_the_fault_of_the_request(
+    status: int, raw: bytes
+) -> None:
+    with pytest.raises(azt.AztError) as caught:
+        azt.check_head(raw)
+    assert (caught.value.status, caught.value.type) == (status, "invalid_request_error")
 
 
 def test_head_of_exactly_the_limit_passes() -> None:
@@ -530,7 +540,7 @@ def test_what_passes_the_gate_is_parsed_by_h11_too(raw: bytes) -> None:
         end = azt.find_head(raw) if raw else 0
         if end:
             azt.check_head(raw[:end])
-    except azt.BadRequest:
+    except azt.AztError:
         return
     if end:
         connection = h11.Connection(h11.SERVER, azt.MAX_HEAD_BYTES)

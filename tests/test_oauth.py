@@ -6,9 +6,10 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import azt
 import pytest
 from loopback import Peer, Server, answer, hang, once, sized
+
+import azt
 
 Json = dict[str, Any]
 

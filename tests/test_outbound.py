@@ -1,10 +1,12 @@
-"""The only sockets out: the pool, the framing, TLS trust, proxies, and what becomes of their faults."""
+"""The only sockets out: pool, framing, TLS trust, proxies, and what becomes of their faults."""
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime
 import gzip
+import resource
 import socket
 import ssl
 import threading
@@ -13,12 +15,13 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import azt
 import pytest
 import trustme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loopback import STREAM_HEAD, Peer, Script, Server, answer, chunk, hang, once, sized
+
+import azt
 
 OWN = frozenset({"127.0.0.1", "localhost", "::1"})
 
@@ -202,7 +205,9 @@ BROKEN = {
     "cut before the last line": (
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n"
     ),
-    "bad chunk size": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0x2\r\nab\r\n0\r\n\r\n",
+    "bad chunk size": (
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0x2\r\nab\r\n0\r\n\r\n"
+    ),
     "chunk longer than it says": (
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nabc\r\n0\r\n\r\n"
     ),
@@ -251,6 +256,7 @@ def test_an_answer_beyond_the_limit_is_refused(
         ("deflate", zlib.compress(b"text" * 999)[2:-4]),
         ("identity", b"text" * 999),
     ],
+    ids=["gzip", "x-gzip", "capitals", "deflate", "raw deflate", "identity"],
 )
 def test_a_compressed_answer_is_decoded(
     pool: azt.ConnectionPool, coding: str, coded: bytes
@@ -520,7 +526,7 @@ def test_a_black_hole_ends_at_the_connect_timeout(
             filler.setblocking(False)
             filler.connect_ex(listener.getsockname())
         started = time.monotonic()
-        error = refused(pool, "http://127.0.0.1:%d/" % listener.getsockname()[1])
+        error = refused(pool, f"http://127.0.0.1:{listener.getsockname()[1]}/")
         took = time.monotonic() - started
         for filler in fillers:
             filler.close()
@@ -746,7 +752,7 @@ def test_a_dead_kept_tls_connection_is_replaced_silently(
 
 
 def yesterday() -> datetime.datetime:
-    return datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(days=1)
+    return datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
 
 
 UNTRUSTED: dict[str, Callable[[trustme.CA], trustme.LeafCert]] = {
@@ -881,6 +887,32 @@ def test_tls_goes_through_a_tls_proxy(ca_file: str, server_tls: ssl.SSLContext) 
     assert server.requests[0].endswith(big)
 
 
+def test_a_tls_proxy_works_beyond_a_thousand_open_files(
+    ca_file: str, server_tls: ssl.SSLContext
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if before[1] < 2048:
+        pytest.skip("this user may not open so many files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(before[0], 2048), before[1]))
+    with contextlib.ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, before)
+        first = stack.enter_context(socket.socket())
+        for _ in range(1100):
+            stack.enter_context(first.dup())
+        server = stack.enter_context(Server(answer(sized(b"there")), tls=server_tls))
+        proxy = stack.enter_context(Server(tunnel, tls=server_tls))
+        pool = through(proxy.url, ca_file)
+        stack.callback(pool.close)
+        assert fetch(pool, server.url).body == b"there"
+
+
+@pytest.mark.parametrize("url", ["socks5://127.0.0.1:1", "http://127.0.0.1:port", "http://[::1"])
+def test_a_proxy_that_azt_cannot_use_is_named(url: str) -> None:
+    error = refused(through(url), "https://chatgpt.com/")
+    assert (error.status, error.code, error.fault) == (502, "proxy_failed", "network")
+    assert url in error.message
+
+
 def test_a_plain_call_goes_through_a_tls_proxy(ca_file: str, server_tls: ssl.SSLContext) -> None:
     with served(answer(sized(b"there"))) as server, Server(tunnel, tls=server_tls) as proxy:
         pool = through(proxy.url, ca_file)
@@ -1012,7 +1044,9 @@ CHUNKED = {
 
 @pytest.mark.parametrize("coded, body", CHUNKED.values(), ids=CHUNKED)
 @pytest.mark.parametrize("behind", [b"", b"GET / HTTP/1.1\r\n\r\n"])
-def test_a_chunked_body_is_the_same_in_every_split(coded: bytes, body: bytes, behind: bytes) -> None:
+def test_a_chunked_body_is_the_same_in_every_split(
+    coded: bytes, body: bytes, behind: bytes
+) -> None:
     for pieces in every_split(coded + behind):
         assert run(azt.Framing(True, None), pieces) == (body, behind, True)
 
@@ -1088,9 +1122,7 @@ def test_a_body_without_a_length_never_ends_by_itself() -> None:
 
 def splits(data: bytes) -> st.SearchStrategy[list[bytes]]:
     cuts = st.lists(st.integers(0, len(data)), max_size=12).map(sorted)
-    return cuts.map(
-        lambda at: [data[a:b] for a, b in zip([0, *at], [*at, len(data)], strict=True)]
-    )
+    return cuts.map(lambda at: [data[a:b] for a, b in zip([0, *at], [*at, len(data)], strict=True)])
 
 
 @given(data=st.data(), parts=st.lists(st.binary(max_size=40), max_size=8), behind=st.binary())

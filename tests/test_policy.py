@@ -399,7 +399,7 @@ def test_ordinary_headers_are_no_relay() -> None:
     ],
 )
 def test_host_is_read_without_port_and_brackets(host: str, name: str) -> None:
-    assert azt.read_caller("own", {"host": host}, OPEN, "api").host == name
+    assert azt.read_caller("own", {"host": host}, OPEN).host == name
 
 
 @pytest.mark.parametrize(
@@ -415,7 +415,7 @@ def test_host_is_read_without_port_and_brackets(host: str, name: str) -> None:
     ],
 )
 def test_own_origin_is_that_of_the_host_header(origin: str, own: bool) -> None:
-    caller = azt.read_caller("own", {"host": "localhost:8787", "origin": origin}, OPEN, "api")
+    caller = azt.read_caller("own", {"host": "localhost:8787", "origin": origin}, OPEN)
     assert caller.own_origin is own
 
 
@@ -442,15 +442,14 @@ def test_own_origin_is_that_of_the_host_header(origin: str, own: bool) -> None:
 def test_key_and_proof_are_read_from_the_headers(
     headers: dict[str, str], key: str, proof: bool
 ) -> None:
-    caller = azt.read_caller("own", {"host": "localhost", **headers}, KEYED, "api")
+    caller = azt.read_caller("own", {"host": "localhost", **headers}, KEYED)
     assert (caller.key, caller.proof) == (key, proof)
 
 
 def test_empty_admin_token_proves_nothing() -> None:
     without = replace(OPEN, admin_token_hash="")
-    caller = azt.read_caller(
-        "own", {"host": "localhost", "authorization": "Bearer "}, without, "admin_proof"
-    )
+    headers = {"host": "localhost", "authorization": "Bearer "}
+    caller = azt.read_caller("own", headers, without)
     assert not caller.proof
 
 
@@ -462,8 +461,8 @@ def test_browser_marks_are_read() -> None:
         "sec-fetch-dest": "document",
         "x-azt-admin": "1",
     }
-    caller = azt.read_caller("own", headers, OPEN, "page")
-    framed = azt.read_caller("own", {**headers, "sec-fetch-dest": "iframe"}, OPEN, "page")
+    caller = azt.read_caller("own", headers, OPEN)
+    framed = azt.read_caller("own", {**headers, "sec-fetch-dest": "iframe"}, OPEN)
     assert (caller.fetch_site, caller.navigates, caller.marked) == ("cross-site", True, True)
     assert not framed.navigates
 

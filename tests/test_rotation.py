@@ -1,4 +1,4 @@
-"""Choosing an account and renewing its sign-in: once, saved before use, and never with a dead token."""
+"""Choosing an account and renewing its sign-in: once, saved before use, never with a dead token."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
-import azt
 import pytest
 from fake_upstream import (
     FakeUpstream,
@@ -24,6 +23,8 @@ from fake_upstream import (
     token_claims,
     token_refused,
 )
+
+import azt
 
 Json = dict[str, Any]
 
@@ -69,6 +70,7 @@ class Bench:
         """The text of a whole answer."""
         relay = await self.rotation.open_turn(turn or self.turn())
         await relay.whole()
+        await until(lambda: relay.answer.sock is None)  # the end of the body follows the answer
         content: str = relay.translator.result()["choices"][0]["message"]["content"]
         return content
 
@@ -464,7 +466,9 @@ def test_with_one_account_a_refusal_is_passed_on(
     assert len(bench.upstream.turns) == 1
 
 
-ENCRYPTED = error_json("The encrypted content could not be verified.", code="invalid_encrypted_content")
+ENCRYPTED = error_json(
+    "The encrypted content could not be verified.", code="invalid_encrypted_content"
+)
 
 
 @pytest.mark.parametrize(

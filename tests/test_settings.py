@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import azt
 import pytest
+
+import azt
 
 
 def environment(**variables: str) -> azt.Environment:
-    return azt.read_environment({"HOME": "/home/ada", **variables})
+    return azt.read_environment({"HOME": "/people/ada", **variables})
 
 
 def saved(values: Any) -> dict[str, Any]:
@@ -190,8 +191,8 @@ def test_odd_text_is_refused_and_never_crashes(text: str) -> None:
 
 def test_an_empty_environment_gives_the_public_addresses_and_home() -> None:
     env = environment()
-    assert env.paths.state == Path("/home/ada/.ai-zero-token/.state")
-    assert env.paths.codex_models == Path("/home/ada/.codex/models_cache.json")
+    assert env.paths.state == Path("/people/ada/.ai-zero-token/.state")
+    assert env.paths.codex_models == Path("/people/ada/.codex/models_cache.json")
     assert env.codex_base_url == "https://chatgpt.com/backend-api/codex"
     assert env.chatgpt_base_url == "https://chatgpt.com/backend-api"
     assert env.auth_base_url == "https://auth.openai.com"
@@ -234,10 +235,14 @@ def test_the_proxy_for_https_wins_over_the_one_for_all() -> None:
 
 
 def test_a_tilde_means_the_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setenv("HOME", "/people/ada")
     assert azt.read_environment().paths.home.is_absolute()
     env = environment(AI_ZERO_TOKEN_HOME="~/azt")
-    assert env.paths.home == Path("/home/ada/azt")
+    assert env.paths.home == Path("/people/ada/azt")
+
+
+def test_the_home_of_nobody_is_a_name_like_any_other() -> None:
+    assert environment(AI_ZERO_TOKEN_HOME="~nobody-of-that-name/azt").paths.home.name == "azt"
 
 
 def test_a_machine_without_home_still_starts() -> None:
@@ -248,7 +253,13 @@ def test_a_machine_without_home_still_starts() -> None:
 @pytest.mark.parametrize(
     "name", ["AZT_CODEX_BASE_URL", "AZT_CHATGPT_BASE_URL", "AZT_AUTH_BASE_URL"]
 )
-@pytest.mark.parametrize("url", ["chatgpt.com", "ftp://a", "http://", "https://a b/c", "http:///x"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("chatgpt.com", "ftp://a", "http://", "https://a b/c", "http:///x"),
+        *("http://a:port", "http://a:99999", "http://a:0", "http://[::1", "http://?x"),
+    ],
+)
 def test_a_base_url_that_is_none_is_named(name: str, url: str) -> None:
     with pytest.raises(azt.BadRequest, match=name):
         environment(**{name: url})

@@ -1,4 +1,4 @@
-"""State on disk: whole, private, and never silently empty. The faults are real ones where the system allows."""
+"""State on disk: whole, private, never silently empty. The faults are real where they can be."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import azt
 import pytest
+
+import azt
 
 Json = dict[str, Any]
 
@@ -413,9 +414,7 @@ def test_a_fault_of_any_system_call_leaves_the_old_or_the_new_content(
     raise AssertionError("the save never went through")
 
 
-def failing(
-    monkeypatch: pytest.MonkeyPatch, name: str, fails_at: int, number: int
-) -> list[int]:
+def failing(monkeypatch: pytest.MonkeyPatch, name: str, fails_at: int, number: int) -> list[int]:
     """Let one call of `os.<name>` fail; the count of the calls is kept in the list."""
     real: Callable[..., Any] = getattr(os, name)
     count = [0]
@@ -588,6 +587,25 @@ def test_a_stale_lock_file_is_harmless(folder: Path) -> None:
     lock = azt.HomeLock(folder / "lock")
     assert lock.acquire() is None
     lock.release()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "[" * 4096, "\xff"])
+def test_a_holder_that_says_nothing_useful_is_a_holder_all_the_same(
+    folder: Path, holder: subprocess.Popen[str], content: str
+) -> None:
+    (folder / "lock").write_text(content)
+    assert azt.HomeLock(folder / "lock").acquire() == {"pid": 0, "url": None}
+
+
+def test_a_folder_that_knows_no_locks_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*args: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.raises(azt.StateError, match="cannot be locked.*AI_ZERO_TOKEN_HOME"):
+        azt.HomeLock(folder / "lock").acquire()
 
 
 def test_a_released_lock_can_be_taken_again(folder: Path) -> None:

@@ -13,8 +13,9 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
-import azt
 import pytest
+
+import azt
 
 
 @azt.blocking
@@ -27,6 +28,12 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
     while not condition():
         assert time.monotonic() < until, "it did not come about in time"
         time.sleep(0.001)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110 - another thread brings it about
+            await asyncio.sleep(0.001)
 
 
 class Gate:
@@ -135,8 +142,7 @@ def test_a_cancelled_await_ends_at_once_and_the_late_result_is_dropped() -> None
     async def main() -> tuple[float, int]:
         pool, gate = azt.WorkerPool("t", 1), Gate()
         waiting = asyncio.create_task(azt.in_thread(pool, gate))
-        while not gate.entered.is_set():
-            await asyncio.sleep(0)
+        await until(gate.entered.is_set)
         started = time.monotonic()
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -156,16 +162,33 @@ def test_a_late_result_that_nobody_takes_is_closed() -> None:
     async def main() -> None:
         pool, gate = azt.WorkerPool("t", 1), Gate()
         waiting = asyncio.create_task(azt.in_thread(pool, lambda: gate() and near))
-        while not gate.entered.is_set():
-            await asyncio.sleep(0)
+        await until(gate.entered.is_set)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
         gate.open()
-        while near.fileno() != -1:
-            await asyncio.sleep(0.001)
+        await until(lambda: near.fileno() == -1)
 
     asyncio.run(asyncio.wait_for(main(), 5))
+    assert far.recv(1) == b""
+    far.close()
+
+
+def test_a_result_that_came_just_before_the_cancellation_is_closed_too() -> None:
+    near, far = socket.socketpair()
+
+    async def main() -> None:
+        pool = azt.WorkerPool("t", 1)
+        waiting = asyncio.create_task(azt.in_thread(pool, lambda: near))
+        await asyncio.sleep(0)
+        time.sleep(0.1)  # noqa: ASYNC251 - the value comes while the loop is busy,
+        await asyncio.sleep(0)  # the future takes it, and its task has not run yet
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+    asyncio.run(main())
+    assert near.fileno() == -1
     assert far.recv(1) == b""
     far.close()
 
@@ -175,8 +198,7 @@ def test_a_result_after_the_end_of_the_loop_hurts_nobody() -> None:
 
     async def main() -> None:
         task = asyncio.create_task(azt.in_thread(pool, gate))
-        while not gate.entered.is_set():
-            await asyncio.sleep(0)
+        await until(gate.entered.is_set)
         task.cancel()
 
     asyncio.run(main())
@@ -218,8 +240,7 @@ def test_the_pool_grows_with_the_jobs_that_wait() -> None:
 
     async def main() -> list[int]:
         calls = [asyncio.create_task(azt.in_thread(pool, gate)) for gate in gates]
-        while not all(gate.entered.is_set() for gate in gates):
-            await asyncio.sleep(0.001)
+        await until(lambda: all(gate.entered.is_set() for gate in gates))
         for gate in gates:
             gate.open()
         return await asyncio.gather(*calls)
@@ -268,8 +289,7 @@ def test_a_full_pool_answers_503_with_retry_after() -> None:
     async def main() -> azt.AztError:
         pool, gate = azt.WorkerPool("t", 1, waiting_max=0), Gate()
         busy = asyncio.create_task(azt.in_thread(pool, gate))
-        while not gate.entered.is_set():
-            await asyncio.sleep(0)
+        await until(gate.entered.is_set)
         with pytest.raises(azt.AztError) as caught:
             await azt.in_thread(pool, thread_id)
         gate.open()

@@ -6,6 +6,7 @@ streaming client gets (`chunks.jsonl`, `expected.jsonl`) and what a waiting one 
 
 import json
 import secrets
+import tracemalloc
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -56,6 +57,10 @@ def events_of(kind: str, name: str, size: int = 0) -> list[bytes]:
     size = size or len(raw)
     parser = azt.SSEParser()
     return [data for at in range(0, len(raw), size) for data in parser.feed(raw[at : at + size])]
+
+
+def responses() -> azt.ResponsesStream:
+    return azt.ResponsesStream(responses_request(), NOW)
 
 
 def sent(stream: Any, events: list[bytes]) -> bytes:
@@ -367,6 +372,116 @@ def test_a_deeply_nested_annotation_does_not_break_the_stream() -> None:
         assert b'"Hi"' in raw
 
 
+def test_a_failure_event_with_an_error_of_any_shape_ends_the_stream() -> None:
+    for error in (None, "x", [], {"code": [], "message": {}}):
+        stream = azt.ResponsesStream(responses_request(), NOW)
+        raw = stream.feed(event("response.failed", response={"error": error}))
+        assert stream.done and event_values(raw)[-1]["type"] == "response.failed"
+
+
+def test_times_that_are_no_times_are_replaced() -> None:
+    for created_at in (10**400, 1e300, -1, "now"):
+        data = event("response.created", response={"id": "resp_1", "created_at": created_at})
+        [created] = event_values(azt.ResponsesStream(responses_request(), NOW).feed(data))
+        assert created["response"]["created_at"] == int(NOW)
+
+
+def test_text_after_an_empty_item_done_still_comes() -> None:
+    empty = {"type": "message", "id": "msg_1", "role": "assistant", "content": []}
+    whole = {**empty, "content": [{"type": "output_text", "text": "Hi"}]}
+    events = [
+        event("response.output_item.done", output_index=0, item=empty),
+        event("response.completed", response={"output": [whole]}),
+    ]
+    chat = azt.ChatStream(chat_request(), NOW)
+    assert content_of(chat_values(sent(chat, events))) == "Hi"
+    stream = responses()
+    kinds = [value["type"] for value in event_values(sent(stream, events))]
+    assert kinds.index("response.output_text.delta") < kinds.index("response.output_item.done")
+    assert stream.response["output"][0]["content"][0]["text"] == "Hi"
+
+
+def test_arguments_announced_with_the_item_are_not_taken_for_all_of_them() -> None:
+    call = {"type": "function_call", "id": "fc_1", "call_id": "c", "name": "f"}
+    stream = responses()
+    sent(
+        stream,
+        [
+            event("response.output_item.added", output_index=0, item={**call, "arguments": "{"}),
+            event("response.function_call_arguments.delta", item_id="fc_1", delta='{"a":'),
+        ],
+    )
+    stream.fail(azt.UpstreamError(502, "upstream_stream_truncated", "cut"))
+    assert stream.response["output"][0]["arguments"] == '{"a":'
+
+
+def test_lists_that_upstream_sends_as_null_are_lists_for_the_client() -> None:
+    part = {"type": "output_text", "text": "Hi", "annotations": None, "logprobs": None}
+    item = {"type": "message", "id": "msg_1", "role": None, "content": [part]}
+    stream = responses()
+    raw = sent(
+        stream,
+        [
+            event("response.content_part.done", item_id="msg_1", content_index=0, part=part),
+            event("response.output_item.done", output_index=0, item=item),
+            event("response.completed", response={}),
+        ],
+    )
+    [done] = [
+        value["part"]
+        for value in event_values(raw)
+        if value["type"] == "response.content_part.done"
+    ]
+    [message] = stream.response["output"]
+    assert done["annotations"] == done["logprobs"] == []
+    assert message["content"] == [done] and message["role"] == "assistant"
+
+
+def test_C15_empty_arguments_are_an_empty_object_for_responses_too() -> None:
+    call = {"type": "function_call", "id": "fc_1", "call_id": "c", "name": "f", "arguments": ""}
+    stream = responses()
+    sent(stream, [event("response.output_item.done", output_index=0, item=call)])
+    sent(stream, [event("response.completed", response={})])
+    assert stream.response["output"][0]["arguments"] == "{}"
+
+
+def test_nothing_is_sent_after_a_stop_string_that_a_call_completes() -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    stream = azt.ChatStream(chat_request(stop=["EN", "DENT"], tools=[tool]), NOW)
+    arguments = event("response.function_call_arguments.delta", item_id="fc_1", delta="{")
+    call = {"type": "function_call", "id": "fc_1", "call_id": "c", "name": "f", "arguments": ""}
+    raw = sent(stream, [arguments, text_delta("DEN")])
+    raw += stream.feed(event("response.output_item.added", item=call))
+    assert content_of(chat_values(raw)) == "D" and stream.stopped
+    assert stream.feed(arguments) == b""
+
+
+@pytest.mark.parametrize("text", ["word", "\n\n", '"', "\\n", "Wörld", "日本", " ", "\t🌍"])
+def test_deltas_after_the_first_are_pasted_without_being_decoded(text: str) -> None:
+    for stream in (azt.ChatStream(chat_request(), NOW), responses()):
+        stream.feed(text_delta("a", obfuscation="xyz", sequence_number=1))
+        decoded = stream._out
+        raw = stream.feed(text_delta(text, obfuscation="", sequence_number=2))
+        assert azt.encode_json(text) in raw and stream._out is decoded
+
+
+def test_a_chat_image_is_not_copied_more_than_three_times() -> None:
+    size = 4_000_000
+    item = {"type": "image_generation_call", "id": "ig_1", "result": "A" * size}
+    events = [
+        event("response.output_item.done", output_index=0, item=item),
+        event("response.completed", response={"output": [item]}),
+    ]
+    del item
+    stream = azt.ChatStream(chat_request(), NOW)
+    tracemalloc.start()
+    try:
+        assert len(sent(stream, events)) > size
+        assert tracemalloc.get_traced_memory()[1] < 3.2 * size
+    finally:
+        tracemalloc.stop()
+
+
 # ---- Properties ----------------------------------------------------------------------------------
 
 TEXTS = st.one_of(
@@ -392,7 +507,7 @@ TEXTS = st.one_of(
 )
 INDEXES = st.sampled_from([0, 0, 0, 1, 2, -1, True, None, "0", 1.5, [], 10**9])
 IDS = st.sampled_from(["msg_1", "msg_1", "msg_2", "fc_1", "", "é\ud800", None, 7, {}])
-PART_TYPES = [
+PART_TYPES: list[Any] = [
     "output_text",
     "refusal",
     "summary_text",
@@ -400,6 +515,7 @@ PART_TYPES = [
     "arguments",
     "odd",
     3,
+    [],
     None,
 ]
 KINDS = sorted(
@@ -418,13 +534,13 @@ PARTS = st.fixed_dictionaries(
 ITEMS = st.fixed_dictionaries(
     {
         "type": st.sampled_from(
-            [*azt._BLANK_ITEMS, *azt._BLANK_ITEMS, "image_generation_call", "odd", None]
+            [*azt._BLANK_ITEMS, *azt._BLANK_ITEMS, "image_generation_call", "odd", [], None]
         )
     },
     optional={
         "id": IDS,
         "call_id": IDS,
-        "name": st.sampled_from(["f", "g", "", None, 4]),
+        "name": st.sampled_from(["f", "g", "", None, 4, {}]),
         "arguments": TEXTS,
         "input": TEXTS,
         "result": TEXTS,
@@ -439,7 +555,7 @@ RESPONSE = st.fixed_dictionaries(
     {},
     optional={
         "id": IDS,
-        "created_at": st.sampled_from([1.9, 5, None, "now", 1e999]),
+        "created_at": st.sampled_from([1.9, 5, None, "now", 1e999, 10**400]),
         "output": st.one_of(st.lists(ITEMS, max_size=3), st.sampled_from([None, {}])),
         "usage": st.sampled_from([None, {}, {"input_tokens": -4, "output_tokens": "x"}, 3]),
         "incomplete_details": st.sampled_from([None, {"reason": "max_output_tokens"}, "x"]),
@@ -521,6 +637,30 @@ REQUESTS = st.sampled_from(
     ]
 )
 OPTIONS = {"max_examples": 100, "deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+
+
+@settings(**OPTIONS)
+@given(
+    st.sampled_from(
+        [("chat", name) for name in CHAT] + [("responses", name) for name in RESPONSES]
+    ),
+    st.sampled_from([b"\n", b"\r\n", b"\r"]),
+    st.lists(st.integers(0, 4000), max_size=30),
+)
+def test_an_answer_does_not_depend_on_where_the_upstream_bytes_are_split(
+    case: tuple[str, str], newline: bytes, cuts: list[int]
+) -> None:
+    raw = (CASES / case[0] / case[1] / "events.sse").read_bytes().replace(b"\n", newline)
+    bounds = [0, *sorted(cuts), len(raw)]
+    parser = azt.SSEParser()
+    split = [
+        data
+        for start, end in zip(bounds, bounds[1:], strict=False)
+        for data in parser.feed(raw[start:end])
+    ]
+    with mock.patch.object(secrets, "token_hex", lambda count: "0" * count):
+        whole = sent(stream_of(*case, True), events_of(*case))
+        assert sent(stream_of(*case, True), split) == whole
 
 
 @settings(**OPTIONS)

@@ -1,4 +1,4 @@
-"""The backend: its errors in every shape, the relay of one event stream, and the model catalogue."""
+"""The backend: its errors in every shape, the relay of one event stream, the model catalogue."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
-import azt
 import pytest
 import trustme
 from fake_upstream import codex_models_cache, limit_reached, model_info
 from hypothesis import given
 from hypothesis import strategies as st
 from loopback import STREAM_HEAD, Peer, Script, Server, answer, chunk, once, sized
+
+import azt
 
 Json = dict[str, Any]
 
@@ -46,7 +47,11 @@ INVALIDATED = {**coded("token_invalidated", type="invalid_request_error"), "stat
 UNSUPPORTED = "The 'x' model is not supported when using Codex with a ChatGPT account."
 
 ANSWERS: dict[str, tuple[int, Any, tuple[int, str, str]]] = {
-    "400 detail": (400, {"detail": "Stream must be true"}, (400, "invalid_request_error", "request")),
+    "400 detail": (
+        400,
+        {"detail": "Stream must be true"},
+        (400, "invalid_request_error", "request"),
+    ),
     "400 coded": (400, coded("invalid_value", param="input[0]"), (400, "invalid_value", "request")),
     "400 typed": (400, typed("invalid_request_error"), (400, "invalid_request_error", "request")),
     "400 html": (400, HTML, (400, "invalid_request_error", "request")),
@@ -55,7 +60,11 @@ ANSWERS: dict[str, tuple[int, Any, tuple[int, str, str]]] = {
     "400 unsupported model": (400, {"detail": UNSUPPORTED}, (404, "model_not_found", "request")),
     "404 model": (404, coded("model_not_found"), (404, "model_not_found", "request")),
     "404 model in words": (404, {"detail": "no such model"}, (404, "model_not_found", "request")),
-    "400 context": (400, coded("context_length_exceeded"), (400, "context_length_exceeded", "request")),
+    "400 context": (
+        400,
+        coded("context_length_exceeded"),
+        (400, "context_length_exceeded", "request"),
+    ),
     "400 policy": (400, coded("cyber_policy"), (400, "content_policy_violation", "request")),
     "400 moderation": (400, coded("moderation_blocked"), (400, "moderation_blocked", "request")),
     "401 expired": (401, coded("token_expired"), (401, "account_auth_expired", "token")),
@@ -168,10 +177,6 @@ def test_a_long_message_is_cut_and_a_secret_masked() -> None:
     assert len(error(400, {"detail": "x" * 100_000}).message) == 2048
     got = error(400, {"detail": "your token Bearer s3cr3t is bad"})
     assert "s3cr3t" not in json.dumps(azt.error_body(got))
-
-
-def in_a_week(now: float) -> float:
-    return now + 7 * 24 * 3600
 
 
 WAITS: dict[str, tuple[Json, str, int]] = {
@@ -366,7 +371,7 @@ class Words:
         self.failure: azt.AztError | None = None
         self.usage: Json | None = None
         self.kinds: list[str] = []
-        self.text = ""
+        self.pieces: list[str] = []
 
     def feed(self, data: bytes) -> bytes:
         event = json.loads(data)
@@ -378,7 +383,7 @@ class Words:
         if piece == "crash":
             raise KeyError("a mistake in the translator")
         self.stopped = piece == "stop"
-        self.text += piece
+        self.pieces.append(piece)
         return f"|{piece}|".encode() if piece else b""
 
     def absorb(self, data: bytes) -> bytes:
@@ -390,14 +395,14 @@ class Words:
         return f"!{error.code}".encode()
 
     def result(self) -> Json:
-        return {"text": self.text}
+        return {"text": "".join(self.pieces)}
 
 
 class Wall:
     """A sink that keeps what is written to it."""
 
     def __init__(self) -> None:
-        self.written = b""
+        self.written = bytearray()
         self.finished = 0
         self.was_cut = False
         self.news = asyncio.Event()
@@ -428,6 +433,7 @@ class Line:
         self.server = server
         self.pool = pool
         self.threads = azt.WorkerPool("call", 8)
+        self.relays: list[azt.Relay] = []
         self.words = Words()
         self.wall = Wall()
 
@@ -445,7 +451,13 @@ class Line:
             "session-1",
             azt.Wire(),
         )
-        return azt.Relay(self.pool, opened, self.words, streaming)
+        self.relays.append(azt.Relay(self.pool, opened, self.words, streaming))
+        return self.relays[-1]
+
+    def close(self) -> None:
+        for relay in self.relays:
+            relay.cancel()
+        self.pool.close()
 
     async def start(self, hold_s: float = 5.0) -> azt.Relay:
         """A relay behind its hold-back that writes to the wall."""
@@ -458,7 +470,7 @@ class Line:
         """What a streaming client gets from beginning to end."""
         await self.start()
         await self.wall.until(lambda wall: wall.finished)
-        return self.wall.written
+        return bytes(self.wall.written)
 
     async def refused(self, hold_s: float = 5.0) -> azt.AztError:
         relay = await self.open()
@@ -478,7 +490,7 @@ class Line:
 
     async def until_kept(self) -> None:
         async with asyncio.timeout(5):
-            while not self.kept():
+            while not self.kept():  # noqa: ASYNC110 - a pool tells nobody
                 await asyncio.sleep(0.002)
 
 
@@ -530,11 +542,8 @@ def in_pieces(data: bytes, size: int) -> Script:
 async def line(*scripts: Script, tls: ssl.SSLContext | None = None, ca_file: str = "") -> Any:
     with Server(*scripts, tls=tls) as server:
         egress = azt.Egress(ca_file=ca_file, own_hosts=frozenset({"127.0.0.1"}))
-        pool = azt.ConnectionPool(egress)
-        try:
-            yield Line(server, pool)
-        finally:
-            pool.close()
+        with contextlib.closing(Line(server, azt.ConnectionPool(egress))) as made:
+            yield made
 
 
 def run(main: Callable[[], Awaitable[Any]]) -> Any:
@@ -560,9 +569,7 @@ def whole(*scripts: Script) -> tuple[bytes, list[str]]:
 def refusal(script: Script) -> azt.UpstreamError:
     async def main() -> azt.AztError:
         async with line(script) as one:
-            error = await one.refused()
-            assert not one.kept()
-            return error
+            return await one.refused()
 
     got: azt.UpstreamError = run(main)
     return got
@@ -664,8 +671,7 @@ def test_handshake_events_are_held_until_something_was_generated() -> None:
             relay.start(one.wall)
             script.go(2)
             await one.wall.until(lambda wall: wall.finished)
-            written: bytes = one.wall.written
-            return written
+            return bytes(one.wall.written)
 
     assert run(main) == b"|a|END"
 
@@ -715,10 +721,10 @@ def test_when_nothing_comes_the_answer_opens_late(streaming: bool, expected: byt
             await relay.ready(0.1)
             assert 0.09 < time.monotonic() - started < 2
             relay.start(one.wall)
-            first = one.wall.written
+            first = bytes(one.wall.written)
             script.go(1)
             await one.wall.until(lambda wall: wall.finished)
-            return first, one.wall.written.removeprefix(first)
+            return first, bytes(one.wall.written).removeprefix(first)
 
     first, rest = run(main)
     assert first == expected
@@ -734,7 +740,10 @@ FAILURES: dict[str, tuple[bytes, tuple[int, str]]] = {
         sse("error", status=429, **limit_reached(60)),
         (429, "usage_limit_reached"),
     ),
-    "a flat error": (CREATED + sse("error", code="server_error", message="x"), (502, "upstream_error")),
+    "a flat error": (
+        CREATED + sse("error", code="server_error", message="x"),
+        (502, "upstream_error"),
+    ),
     "an unnamed error": (b'data: {"error":{"code":"slow_down"}}\n\n', (503, "overloaded")),
     "nothing": (b": only a comment\n\n", (502, "upstream_stream_truncated")),
     "only the handshake": (HANDSHAKE, (502, "upstream_stream_truncated")),
@@ -758,6 +767,16 @@ def test_a_failure_before_anything_was_generated_is_raised(
 def test_a_broken_transfer_before_anything_was_generated_is_raised(tail: bytes) -> None:
     got = refusal(once(STREAM_HEAD + chunk(CREATED) + tail))
     assert (got.status, got.code, got.fault) == (502, "upstream_stream_truncated", "transient")
+
+
+def test_a_connection_whose_transfer_broke_is_not_kept() -> None:
+    async def main() -> bool:
+        async with line(once(STREAM_HEAD + chunk(CREATED) + b"zz\r\n")) as one:
+            await one.refused()
+            kept: bool = one.kept()
+            return kept
+
+    assert not run(main)
 
 
 def test_an_empty_stream_of_length_zero_is_raised_at_once() -> None:
@@ -793,12 +812,16 @@ def test_silence_before_anything_was_generated_is_504(monkeypatch: pytest.Monkey
     ids=["closed", "ended", "cut chunk", "no number", "half an event"],
 )
 def test_a_cut_after_the_first_event_is_an_error_event_and_a_proper_end(tail: bytes) -> None:
+    script = Chunks(chunk(HANDSHAKE + delta("a")), tail, close=True)
+    script.go(0)
+
     async def main() -> tuple[bytes, int, bool]:
-        async with line(once(STREAM_HEAD + chunk(HANDSHAKE + delta("a")) + tail)) as one:
-            await one.whole()
-            assert not one.kept()
+        async with line(script) as one:
+            await one.start()
+            script.go(1)
+            await one.wall.until(lambda wall: wall.finished)
             assert one.words.failure is not None
-            return one.wall.written, one.wall.finished, one.wall.was_cut
+            return bytes(one.wall.written), one.wall.finished, one.wall.was_cut
 
     assert run(main) == (b"|a|!upstream_stream_truncated", 1, False)
 
@@ -842,8 +865,7 @@ def test_heartbeats_fill_the_silence(monkeypatch: pytest.MonkeyPatch) -> None:
             await one.wall.until(lambda wall: wall.written.count(azt.HEARTBEAT) >= 3)
             script.go(1)
             await one.wall.until(lambda wall: wall.finished)
-            written: bytes = one.wall.written
-            return written
+            return bytes(one.wall.written)
 
     written = run(main)
     assert written.startswith(b"|a|" + azt.HEARTBEAT)
@@ -860,18 +882,25 @@ def test_a_probe_writes_something_that_every_client_skips() -> None:
             assert relay.probe()
             script.go(1)
             await one.wall.until(lambda wall: wall.finished)
-            written: bytes = one.wall.written
-            return written
+            return bytes(one.wall.written)
 
     assert run(main) == b"|a|" + azt.HEARTBEAT + b"END"
 
 
 def test_an_event_beyond_the_limit_is_an_error_event(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(azt, "MAX_EVENT_BYTES", 10_000)
-    script = Chunks(chunk(delta("a")), chunk(delta("x" * 20_000)[:-2]))
+    script = Chunks(chunk(delta("a")), chunk(delta("x" * 9_000)[:-2]), chunk(b"y" * 2_000))
     script.go(0)
-    script.go(1)
-    assert whole(script)[0] == b"|a|!upstream_error"
+
+    async def main() -> bytes:
+        async with line(script) as one:
+            await one.start()
+            script.go(1)
+            script.go(2)
+            await one.wall.until(lambda wall: wall.finished)
+            return bytes(one.wall.written)
+
+    assert run(main) == b"|a|!upstream_error"
 
 
 @pytest.mark.parametrize("before", [b"", delta("a")], ids=["held", "open"])
@@ -915,8 +944,7 @@ def test_stopping_writes_the_error_and_ends_the_upstream_call() -> None:
             relay.stop(azt.AztError(503, "again", "azt is going down."))
             assert one.wall.finished == 1
             assert await asyncio.to_thread(script.left.wait, 1)
-            written: bytes = one.wall.written
-            return written
+            return bytes(one.wall.written)
 
     assert run(main) == b"|a|!shutting_down"
 
@@ -932,7 +960,7 @@ def test_when_the_rest_is_not_wanted_the_upstream_call_ends_at_once() -> None:
             await one.wall.until(lambda wall: wall.finished)
             assert await asyncio.to_thread(script.left.wait, 1)
             assert not one.kept()
-            return one.wall.written, script.left_at - ended
+            return bytes(one.wall.written), script.left_at - ended
 
     written, took = run(main)
     assert written == b"|a||stop|"
@@ -949,7 +977,7 @@ def test_cancelling_closes_the_upstream_within_a_quarter_second(streaming: bool)
             relay = await one.open(streaming)
             await relay.ready(5.0)
             relay.start(one.wall)
-            before = one.wall.written
+            before = bytes(one.wall.written)
             left = time.monotonic()
             relay.cancel()
             relay.cancel()
@@ -989,7 +1017,7 @@ def test_the_end_is_reported_once_however_it_comes(how: str) -> None:
         async with line(script) as one:
             relay = await one.open()
             reports: list[tuple[bool, bytes]] = []
-            relay.on_end = lambda ended: reports.append((ended.ended, one.wall.written))
+            relay.on_end = lambda ended: reports.append((ended.ended, bytes(one.wall.written)))
             await relay.ready(5.0)
             relay.start(one.wall)
             if how == "cancel":
@@ -1010,7 +1038,7 @@ def test_the_end_is_reported_once_however_it_comes(how: str) -> None:
 
 
 def test_a_paused_relay_reads_no_further_and_loses_nothing() -> None:
-    count = 3000
+    count = 1500
     body = b"".join(chunk(delta("x" * 5000)) for _ in range(count))
     script = Chunks(chunk(delta("first")), body, chunk(COMPLETED) + END)
     script.go(0)
@@ -1042,9 +1070,9 @@ def test_pausing_again_and_again_loses_and_reorders_nothing() -> None:
                 relay.pause()
                 await asyncio.sleep(0)
                 relay.resume()
-                await asyncio.sleep(0)
-            written: bytes = one.wall.written
-            return written
+                await asyncio.sleep(0)  # the loop sees that the socket is readable,
+                await asyncio.sleep(0)  # and then reads
+            return bytes(one.wall.written)
 
     assert run(main) == b"".join(b"|%05d|" % number for number in range(5000)) + b"END"
 
@@ -1065,8 +1093,7 @@ def test_the_silence_of_a_paused_relay_is_not_the_upstreams(
             script.go(1)
             relay.resume()
             await one.wall.until(lambda wall: wall.finished)
-            written: bytes = one.wall.written
-            return written
+            return bytes(one.wall.written)
 
     assert run(main).replace(azt.HEARTBEAT, b"") == b"|a|END"
 
@@ -1119,9 +1146,8 @@ def test_an_end_that_does_not_come_costs_the_connection() -> None:
     [
         stream(WHOLE, END + b"HTTP/1.1 200 OK\r\n"),
         STREAM_HEAD.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n") + chunk(WHOLE) + END,
-        stream(WHOLE, b"0\r\nbroken trailer\r\n\r\n"),
     ],
-    ids=["bytes behind the end", "connection close", "broken trailer"],
+    ids=["bytes behind the end", "connection close"],
 )
 def test_a_connection_that_is_spoilt_is_not_kept(response: bytes) -> None:
     async def main() -> None:
@@ -1166,7 +1192,7 @@ def test_a_stream_over_tls_is_relayed_and_its_connection_kept(
 
 
 def test_records_that_came_at_once_are_all_read(tls: tuple[ssl.SSLContext, str]) -> None:
-    """The kernel's buffer is empty while OpenSSL still holds bytes: nothing makes the socket readable."""
+    """While OpenSSL still holds bytes nothing makes the socket readable."""
     body = b"".join(chunk(delta(f"{number:04}" * 50)) for number in range(2000))
     script = Chunks(chunk(delta("a")), body + chunk(COMPLETED) + END)
     script.go(0)
@@ -1182,8 +1208,7 @@ def test_records_that_came_at_once_are_all_read(tls: tuple[ssl.SSLContext, str])
                 relay.resume()
                 await asyncio.sleep(0.001)
                 relay.pause()
-            written: bytes = one.wall.written
-            return written
+            return bytes(one.wall.written)
 
     expected = b"".join(b"|" + b"%04d" % number * 50 + b"|" for number in range(2000))
     assert run(main) == b"|a|" + expected + b"END"
@@ -1248,6 +1273,7 @@ def test_a_turn_is_posted_under_azts_own_name(pool: azt.ConnectionPool) -> None:
         (b"HTTP/1.1 204 No Content\r\n\r\n", (502, "upstream_error")),
         (sized(b"", "302 Found", b"Location: http://127.0.0.1:1/\r\n"), (502, "upstream_error")),
     ],
+    ids=["limit", "challenge", "json", "page", "nothing", "redirect"],
 )
 def test_an_answer_without_a_stream_is_raised_and_its_connection_kept(
     pool: azt.ConnectionPool, response: bytes, expected: tuple[int, str]
@@ -1364,7 +1390,7 @@ def test_hidden_models_are_not_listed_and_the_rest_stands_in_the_backends_order(
         },
         None,
     )
-    assert [entry["slug"] for entry in got.listed()] == ["first", "third", "last", "odd"]
+    assert [entry["slug"] for entry in got.listed] == ["first", "third", "last", "odd"]
     assert [entry["id"] for entry in got.openai_models()["data"]] == [
         "first",
         "third",
@@ -1379,9 +1405,7 @@ def test_a_list_of_hidden_models_is_better_than_none() -> None:
     assert got.default("gpt-5.4") == "hidden"
 
 
-@pytest.mark.parametrize(
-    "wanted, default", [("b", "b"), ("gone", "a"), ("", "a"), ("hidden", "a")]
-)
+@pytest.mark.parametrize("wanted, default", [("b", "b"), ("gone", "a"), ("", "a"), ("hidden", "a")])
 def test_the_default_is_the_wanted_model_when_it_is_listed(wanted: str, default: str) -> None:
     got = azt.Catalogue.read(
         {
@@ -1409,12 +1433,15 @@ def test_efforts_are_read_from_every_shape() -> None:
                 model_info("a", "low high"),
                 {"slug": "b"},
                 {"slug": "c", "supported_reasoning_levels": "x"},
-                {"slug": "d", "supported_reasoning_levels": [None, {}, {"effort": 5}, {"effort": "low"}]},
+                {
+                    "slug": "d",
+                    "supported_reasoning_levels": [None, {}, {"effort": 5}, {"effort": "low"}],
+                },
             ]
         },
         None,
     )
-    assert got.efforts() == {"a": ("low", "high"), "b": (), "c": (), "d": ("low",)}
+    assert got.efforts == {"a": ("low", "high"), "b": (), "c": (), "d": ("low",)}
 
 
 def test_a_model_has_the_four_official_keys_and_what_pickers_look_for() -> None:

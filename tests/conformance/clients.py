@@ -23,6 +23,14 @@ from fake_upstream import (
 )
 from harness import MODEL
 
+QUIET = {
+    "DO_NOT_TRACK": "1",
+    "LANGCHAIN_TRACING_V2": "false",
+    "LANGSMITH_TRACING": "false",
+    "NO_PROXY": "127.0.0.1,localhost,::1",
+}
+"""Variables that keep libraries on loopback: no telemetry, no proxy."""
+
 HI: Any = [{"role": "user", "content": "hi"}]
 COUNTED = usage(50, 20, cached=30, reasoning_tokens=8)
 CITY = {

@@ -14,19 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clients import run_client
+from clients import QUIET, run_client
 from harness import ROOT
 
 SCRIPTS = Path(__file__).parent
 PREPARED = ROOT / ".azt-test-env" / "node" / "node_modules"
 NODE_MODULES = Path(os.environ.get("AZT_TEST_NODE_MODULES") or PREPARED)
-
-QUIET = {
-    "DO_NOT_TRACK": "1",
-    "LANGCHAIN_TRACING_V2": "false",
-    "LANGSMITH_TRACING": "false",
-    "NO_PROXY": "127.0.0.1,localhost,::1",
-}
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,707 @@
+"""The administration over HTTP: what it answers, what it changes, and whom it refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from fake_upstream import FakeUpstream, Json, account_file
+from harness import Answer, Client, Gateway, make_gateway
+
+import azt
+
+NewGateway = Callable[..., Gateway]
+
+ADMIN = "/_gateway/admin"
+MARK = {"X-AZT-Admin": "1"}
+JSON_TYPE = {"Content-Type": "application/json"}
+READS = sorted({one.path for one in azt.ROUTES if one.access == "admin_read"})
+CHANGES = sorted(
+    (one.method, one.path.replace("{id}", "nobody"))
+    for one in azt.ROUTES
+    if one.access in ("admin_write", "admin_proof")
+)
+
+ADA = account_file()
+BO = account_file("acct-2", "user-2", "bo@example.com", "pro")
+CY = account_file("acct-3", "user-3", "cy@example.com", "free")
+
+
+# -- Set-up ---------------------------------------------------------------------------------------
+
+
+class Admin(Client):
+    """Calls below the administration, with the mark that changes need."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        super().__init__(gateway.url)
+        self.state = gateway.state
+        self.proof = gateway.proof()
+
+    def call(self, method: str, path: str, json: Any = None, *, proof: bool = False) -> Answer:
+        headers = self.proof if proof else MARK
+        return self.request(method, ADMIN + path, json, headers=headers)
+
+    def read(self, path: str) -> Any:
+        return self.call("GET", path).json
+
+    def imported(self, *accounts: Json) -> list[str]:
+        """The ids that these accounts got."""
+        done = self.call("POST", "/accounts/import", {"payload": list(accounts)})
+        assert done.status == 200, done.body
+        return [one["id"] for one in done.json["items"]]
+
+    def saved(self, name: str) -> Json:
+        value: Json = json.loads((self.state / name).read_text())
+        return value
+
+
+@pytest.fixture(scope="module")
+def running(
+    shared_upstream: FakeUpstream, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Gateway]:
+    gateway = make_gateway(tmp_path_factory.mktemp("admin"), shared_upstream, accounts=[])
+    yield gateway
+    gateway.stop()
+    assert "Traceback" not in gateway.log(), gateway.log()
+
+
+@pytest.fixture
+def admin(running: Gateway, upstream: FakeUpstream) -> Iterator[Admin]:
+    """A gateway without accounts, keys or changed settings; cleared again after the test."""
+    made = Admin(running)
+    yield made
+    for key in made.read("/keys")["items"]:
+        assert made.call("DELETE", f"/keys/{key['id']}", proof=True).status == 204
+    if ids := [one["id"] for one in made.read("/accounts")["items"]]:
+        assert made.call("POST", "/accounts/remove", {"ids": ids}).status == 200
+    free = {
+        key: one.default
+        for key, one in azt.SETTINGS.items()
+        if one.env not in ("AZT_HOST", "AZT_PORT")
+    }
+    assert made.call("PATCH", "/settings", {"values": free}, proof=True).status == 200
+
+
+def refused(answer: Answer, status: int, code: str) -> str:
+    assert (answer.status, answer.error["code"]) == (status, code), answer.body
+    return str(answer.error["message"])
+
+
+# -- State and accounts ---------------------------------------------------------------------------
+
+
+def test_the_state_describes_the_gateway(admin: Admin, running: Gateway) -> None:
+    (ada,) = admin.imported(ADA)
+
+    state = admin.read("/state")
+
+    gateway = state["gateway"]
+    assert gateway["version"] == azt.VERSION
+    assert gateway["pid"] == running.process.pid
+    assert gateway["baseUrl"] == f"{running.url}/v1"
+    assert gateway["adminUrl"] == f"{running.url}/"
+    assert gateway["listen"][0] == running.url.removeprefix("http://")
+    assert gateway["stateDir"] == str(running.state)
+    assert (gateway["lanApi"], gateway["keys"]) == (True, 0)
+    assert 0 <= state["now"] - gateway["startedAt"] < 600_000
+    assert state["routing"]["activeId"] == ada
+    assert state["defaultModel"] == "gpt-5.4"
+    assert state["models"]["count"] == 4
+    assert state["accounts"] == admin.read("/accounts")["items"]
+
+
+def test_an_account_is_described_without_its_tokens(admin: Admin) -> None:
+    (ada,) = admin.imported(ADA)
+
+    (shown,) = admin.read("/accounts")["items"]
+
+    assert shown["id"] == ada
+    assert (shown["email"], shown["plan"]) == ("ada@example.com", "plus")
+    assert (shown["accountId"], shown["label"]) == ("acct-1", None)
+    assert (shown["status"], shown["active"]) == ("ready", True)
+    assert shown["tokenExpiresAt"] == ADA["expires_at"] * 1000
+
+
+def test_no_answer_holds_a_secret_and_no_cache_may_keep_one(admin: Admin) -> None:
+    admin.imported({**ADA, "label": "Ada"})
+    key = admin.call("POST", "/keys", {"name": "phone"}, proof=True).json["key"]
+    secrets = [ADA[name] for name in ("access_token", "refresh_token", "id_token")]
+    secrets += [
+        key,
+        admin.proof["Authorization"].split()[1],
+        hashlib.sha256(key.encode()).hexdigest(),
+    ]
+
+    for path in READS:
+        answer = admin.get(path)
+
+        assert answer.status == 200, path
+        assert answer.headers["cache-control"] == "no-store", path
+        assert not [one for one in secrets if one.encode() in answer.body], path
+
+
+def test_an_expired_account_says_so(admin: Admin) -> None:
+    admin.imported(account_file(exp=1_700_000_000))
+
+    assert admin.read("/accounts")["items"][0]["status"] == "expired"
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [ADA, [ADA], {"profiles": [ADA]}, {"tokens": {**ADA, "expires_at": None}}],
+    ids=["object", "array", "profiles", "auth.json"],
+)
+def test_every_shape_of_an_import_is_taken(admin: Admin, payload: Any) -> None:
+    done = admin.call("POST", "/accounts/import", {"payload": payload})
+
+    assert done.json["summary"] == {"new": 1, "update": 0, "same": 0}
+    assert done.headers["cache-control"] == "no-store"
+    assert admin.read("/accounts")["items"][0]["email"] == "ada@example.com"
+
+
+def test_importing_again_renews_and_keeps_the_serving_account(admin: Admin) -> None:
+    ada, bo = admin.imported({**ADA, "label": "Mine"}, BO)
+    renewed = account_file()
+
+    done = admin.call("POST", "/accounts/import", {"payload": [renewed, BO, CY]})
+
+    assert done.json["summary"] == {"new": 1, "update": 1, "same": 1}
+    assert [one["result"] for one in done.json["items"]] == ["update", "same", "new"]
+    shown = admin.read("/accounts")["items"]
+    assert [(one["id"], one["label"], one["active"]) for one in shown][:2] == [
+        (ada, "Mine", True),
+        (bo, None, False),
+    ]
+    saved = admin.saved("accounts.json")["accounts"]
+    assert saved[0]["refresh_token"] == renewed["refresh_token"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "code"),
+    [
+        ({**BO, "refresh_token": ""}, "no_refresh_token"),
+        ({**BO, "access_token": None}, "no_access_token"),
+        ({**BO, "access_token": "two words"}, "unknown_format"),
+        ({**BO, "refresh_token": "line\nbreak"}, "unknown_format"),
+        ({"access_token": "opaque", "refresh_token": "rt"}, "no_account_id"),
+        (
+            {"access_token": "a", "refresh_token": "r", "account_id": "a", "expires_at": -5},
+            "bad_expiry",
+        ),
+        ("text", "unknown_format"),
+        (None, "unknown_format"),
+    ],
+)
+def test_one_bad_entry_refuses_the_whole_import(admin: Admin, bad: Any, code: str) -> None:
+    admin.imported(ADA)
+    before = admin.saved("accounts.json")
+
+    done = admin.call("POST", "/accounts/import", {"payload": [CY, bad]})
+
+    assert "2" in refused(done, 400, code)
+    assert [one["email"] for one in admin.read("/accounts")["items"]] == ["ada@example.com"]
+    assert admin.saved("accounts.json") == before
+
+
+@pytest.mark.parametrize("payload", [None, [], 5, "text", {}, {"profiles": []}, {"profiles": 5}])
+def test_an_import_without_an_account_is_refused(admin: Admin, payload: Any) -> None:
+    done = admin.call("POST", "/accounts/import", {"payload": payload})
+
+    assert done.status == 400
+    assert done.error["code"] in ("nothing_to_import", "unknown_format", "no_access_token")
+    assert admin.read("/accounts")["items"] == []
+
+
+def test_an_activated_account_serves_the_next_request(admin: Admin, upstream: FakeUpstream) -> None:
+    ada, bo = admin.imported(ADA, BO)
+    assert admin.chat().status == 200
+
+    done = admin.call("POST", f"/accounts/{bo}/activate", {})
+    assert admin.chat().status == 200
+
+    assert (done.json["activeId"], done.json["previousId"]) == (bo, ada)
+    assert (done.json["account"]["id"], done.json["account"]["active"]) == (bo, True)
+    assert [turn.account for turn in upstream.turns] == ["acct-1", "acct-2"]
+    assert admin.saved("accounts.json")["active_id"] == bo
+
+
+@pytest.mark.parametrize("name", ["bo@example.com", "BO@EXAMPLE.COM", "Work%20account"])
+def test_an_account_is_found_by_its_email_and_label(admin: Admin, name: str) -> None:
+    _, bo = admin.imported(ADA, {**BO, "label": "Work account"})
+
+    assert admin.call("POST", f"/accounts/{name}/activate", {}).json["activeId"] == bo
+
+
+@pytest.mark.parametrize("name", ["nobody", "acc_zz", "%2e%2e%2fadmin", "acc_"])
+def test_a_name_that_fits_no_single_account_changes_nothing(admin: Admin, name: str) -> None:
+    ada, _ = admin.imported(ADA, BO)
+
+    assert admin.call("POST", f"/accounts/{name}/activate", {}).status in (400, 404)
+    assert admin.read("/state")["routing"]["activeId"] == ada
+
+
+def test_removing_the_serving_account_hands_over_to_the_next(admin: Admin) -> None:
+    ada, bo, cy = admin.imported(ADA, BO, CY)
+
+    done = admin.call("POST", "/accounts/remove", {"ids": [ada, "cy@example.com", cy]})
+
+    assert done.json == {"removed": 2, "activeId": bo}
+    assert [one["id"] for one in admin.read("/accounts")["items"]] == [bo]
+    assert ADA["refresh_token"] not in (admin.state / "accounts.json").read_text()
+
+
+def test_one_unknown_name_removes_nothing(admin: Admin) -> None:
+    ada, _ = admin.imported(ADA, BO)
+
+    refused(
+        admin.call("POST", "/accounts/remove", {"ids": [ada, "nobody"]}), 404, "account_not_found"
+    )
+
+    assert admin.read("/accounts")["total"] == 2
+
+
+@pytest.mark.parametrize("ids", [None, [], "acc", [""], [None], 5])
+def test_removing_nobody_in_particular_is_refused(admin: Admin, ids: Any) -> None:
+    admin.imported(ADA)
+
+    refused(admin.call("POST", "/accounts/remove", {"ids": ids}), 400, "bad_field")
+
+    assert admin.read("/accounts")["total"] == 1
+
+
+# -- Settings -------------------------------------------------------------------------------------
+
+
+def test_settings_are_shown_nested_with_what_fixes_them(admin: Admin) -> None:
+    shown = admin.read("/settings")
+
+    values = azt.flattened(shown["values"])
+    assert {*values} == {*azt.SETTINGS, "networkProxy.hasPassword"}
+    assert shown["values"]["server"]["allowedHosts"] == []
+    assert shown["fixed"] == {"server.host": "command line", "server.port": "command line"}
+    assert shown["restartNeeded"] == []
+
+
+@pytest.mark.parametrize("values", [{"log": {"level": "debug"}}, {"log.level": "debug"}])
+def test_a_change_is_answered_with_the_new_values(admin: Admin, values: Json) -> None:
+    before = admin.read("/settings")
+
+    done = admin.call("PATCH", "/settings", {"revision": before["revision"], "values": values})
+
+    assert done.status == 200
+    assert done.json == admin.read("/settings")
+    assert done.json["revision"] == before["revision"] + 1
+    assert done.json["values"]["log"]["level"] == "debug"
+    assert admin.saved("settings.json")["values"]["log.level"] == "debug"
+
+
+def test_a_stale_revision_changes_nothing(admin: Admin) -> None:
+    revision = admin.read("/settings")["revision"]
+    change = {"revision": revision, "values": {"defaultModel": "gpt-5.5"}}
+    assert admin.call("PATCH", "/settings", change).status == 200
+
+    late = {"revision": revision, "values": {"defaultModel": "gpt-6-luna"}}
+    refused(admin.call("PATCH", "/settings", late), 409, "stale_revision")
+
+    assert admin.read("/settings")["values"]["defaultModel"] == "gpt-5.5"
+    assert admin.read("/settings")["revision"] == revision + 1
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"defaultModel": "gpt-5.5", "no.such": 1},
+        {"defaultModel": "gpt-5.5", "limits.bodyMb": 0},
+        {"defaultModel": "gpt-5.5", "limits": {"bodyMb": "many"}},
+        {"defaultModel": "gpt-5.5", "networkProxy.hasPassword": True},
+        {"defaultModel": "gpt-5.5", "log": "debug"},
+        {"defaultModel": 5},
+        "defaultModel",
+        None,
+    ],
+    ids=str,
+)
+def test_one_bad_value_refuses_the_whole_change(admin: Admin, values: Any) -> None:
+    before = admin.read("/settings")
+
+    assert admin.call("PATCH", "/settings", {"values": values}).status == 400
+
+    assert admin.read("/settings") == before
+
+
+@pytest.mark.parametrize("key", [key for key, one in azt.SETTINGS.items() if one.widens])
+def test_a_setting_that_lets_more_in_needs_the_admin_token(admin: Admin, key: str) -> None:
+    change = {"values": {"defaultModel": "gpt-5.5", key: azt.SETTINGS[key].default}}
+
+    bare = admin.call("PATCH", "/settings", change)
+    proven = admin.call("PATCH", "/settings", change, proof=True)
+
+    assert bare.status == 401
+    assert "azt settings set" in bare.error["message"]
+    fixed = key in ("server.host", "server.port")
+    assert proven.status == (409 if fixed else 200)
+    assert not fixed or "command line" in refused(proven, 409, "setting_fixed")
+
+
+def test_these_settings_need_proof() -> None:
+    """trust.md row 9: everything below `server`, `apiKeys` and `networkProxy`."""
+    groups = ("apiKeys.", "networkProxy.", "server.")
+
+    assert [key for key, one in azt.SETTINGS.items() if one.widens] == [
+        key for key in azt.SETTINGS if key.startswith(groups)
+    ]
+
+
+def test_the_password_of_a_proxy_is_never_shown(admin: Admin) -> None:
+    url = "http://me:hunter2@proxy.example:3128"
+
+    done = admin.call("PATCH", "/settings", {"values": {"networkProxy.url": url}}, proof=True)
+
+    assert done.json["values"]["networkProxy"]["url"] == "http://proxy.example:3128"
+    assert done.json["values"]["networkProxy"]["hasPassword"] is True
+    assert b"hunter2" not in admin.get(f"{ADMIN}/settings").body
+
+
+# -- Keys and models ------------------------------------------------------------------------------
+
+
+def test_a_key_is_made_listed_and_revoked(admin: Admin) -> None:
+    made = admin.call("POST", "/keys", {"name": "phone"}, proof=True)
+    other = admin.call("POST", "/keys", {"name": "tablet"}, proof=True)
+    listed = admin.read("/keys")["items"]
+    revoked = admin.call("DELETE", f"/keys/{made.json['item']['id']}", proof=True)
+
+    assert (made.status, made.json["first"], other.json["first"]) == (201, True, False)
+    assert made.json["key"].startswith(made.json["item"]["prefix"])
+    assert listed == [made.json["item"], other.json["item"]]
+    assert {*listed[0]} == {"id", "name", "prefix", "createdAt"}
+    assert (revoked.status, revoked.body) == (204, b"")
+    assert [one["name"] for one in admin.read("/keys")["items"]] == ["tablet"]
+
+
+@pytest.mark.parametrize("name", [None, "", "a/b", "x" * 65, "line\nbreak", 5])
+def test_a_key_needs_a_plain_name(admin: Admin, name: Any) -> None:
+    refused(admin.call("POST", "/keys", {"name": name}, proof=True), 400, "bad_field")
+    assert admin.read("/keys")["items"] == []
+
+
+def test_an_unknown_key_cannot_be_revoked(admin: Admin) -> None:
+    admin.call("POST", "/keys", {"name": "phone"}, proof=True)
+
+    refused(admin.call("DELETE", "/keys/tablet", proof=True), 404, "key_not_found")
+
+    assert len(admin.read("/keys")["items"]) == 1
+
+
+def test_models_are_listed_and_refreshed(admin: Admin, upstream: FakeUpstream) -> None:
+    admin.imported(ADA)
+    upstream.etag = 'W/"new"'
+    upstream.models = upstream.models[:2]
+
+    refreshed = admin.call("POST", "/models/refresh", {})
+
+    assert (refreshed.json["changed"], refreshed.json["source"]) == (True, "azt")
+    assert [one["id"] for one in admin.read("/models")["items"]] == ["gpt-5.5", "gpt-5.4"]
+    assert admin.read("/models")["items"][1] == {
+        "id": "gpt-5.4",
+        "name": "gpt-5.4",
+        "input": ["text", "image"],
+        "default": True,
+        "efforts": ["low", "medium", "high"],
+    }
+    assert [one["id"] for one in admin.get("/v1/models").json["data"]] == ["gpt-5.5", "gpt-5.4"]
+
+
+def test_a_refresh_without_an_account_says_what_to_do(admin: Admin) -> None:
+    assert "azt accounts import" in refused(
+        admin.call("POST", "/models/refresh", {}), 503, "no_account"
+    )
+
+
+# -- Who may: rows 6 to 11 of the decision table --------------------------------------------------
+
+
+def ask(client: Client, method: str, path: str, **headers: str) -> Answer:
+    body = None if method == "DELETE" else b"{}"
+    sent = {name.replace("_", "-"): value for name, value in headers.items()}
+    return client.request(method, path, body=body, headers=sent)
+
+
+def state_files(admin: Admin) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in admin.state.iterdir()}
+
+
+@pytest.mark.parametrize(("method", "path"), CHANGES)
+def test_no_change_without_the_header_that_pages_cannot_send(
+    admin: Admin, method: str, path: str
+) -> None:
+    before = state_files(admin)
+
+    bare = ask(admin, method, path, Authorization=admin.proof["Authorization"])
+
+    refused(bare, 403, "csrf_header_missing")
+    assert state_files(admin) == before
+
+
+@pytest.mark.parametrize(("method", "path"), [one for one in CHANGES if one[0] != "DELETE"])
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
+def test_no_change_by_anything_but_json(admin: Admin, method: str, path: str, kind: str) -> None:
+    before = state_files(admin)
+
+    answer = admin.request(method, path, body=b"{}", headers={**admin.proof, "Content-Type": kind})
+
+    refused(answer, 415, "unsupported_media_type")
+    assert state_files(admin) == before
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    sorted((one.method, one.path) for one in azt.ROUTES if one.access == "admin_proof"),
+)
+@pytest.mark.parametrize("sent", ["", "Bearer", "Bearer azt_admin_wrong", "Basic {token}"])
+def test_keys_are_made_and_revoked_only_with_the_admin_token(
+    admin: Admin, method: str, path: str, sent: str
+) -> None:
+    bearer = sent.format(token=admin.proof["Authorization"].split()[1])
+    headers = {**MARK, **({"Authorization": bearer} if bearer else {})}
+
+    answer = admin.request(method, path, {"name": "x"}, headers=headers)
+
+    refused(answer, 401, "proof_needed")
+    assert admin.read("/keys")["items"] == []
+
+
+STRANGERS = {
+    "another page": {"Origin": "https://evil.example"},
+    "a page of another port": {"Origin": "http://localhost:3000", "Sec-Fetch-Site": "same-site"},
+    "a listed page": {"Origin": "https://listed.example"},
+    "a page without origin": {"Origin": "null"},
+    "a cross-site request": {"Sec-Fetch-Site": "cross-site"},
+    "a relay": {"X-Forwarded-For": "127.0.0.1"},
+    "another relay": {"Forwarded": "for=127.0.0.1"},
+    "a tunnel": {"CF-Connecting-IP": "127.0.0.1"},
+    "a proxy": {"Via": "1.1 nginx"},
+    "a rebound name": {"Host": "evil.example"},
+    "a container": {"Host": "host.docker.internal"},
+    "an address of the network": {"Host": "192.168.1.5:8787"},
+}
+
+
+@pytest.fixture
+def listed_origin(admin: Admin) -> None:
+    change = {"values": {"server.corsOrigins": ["https://listed.example"]}}
+    assert admin.call("PATCH", "/settings", change, proof=True).status == 200
+
+
+@pytest.mark.parametrize("stranger", STRANGERS)
+def test_strangers_get_no_answer_of_the_administration(
+    admin: Admin, listed_origin: None, stranger: str
+) -> None:
+    before = state_files(admin)
+
+    answers = [
+        ask(admin, method, path, **{**admin.proof, **JSON_TYPE, **STRANGERS[stranger]})
+        for method, path in [*CHANGES, *(("GET", path) for path in READS)]
+    ]
+
+    assert {one.status for one in answers} == {403}
+    assert len({one.error["message"] for one in answers}) == 1
+    for one in answers:
+        assert not [name for name in one.headers if name.startswith("access-control-")]
+    assert state_files(admin) == before
+
+
+def test_a_listed_page_reaches_the_api_all_the_same(admin: Admin, listed_origin: None) -> None:
+    headers = {"Origin": "https://listed.example", "Sec-Fetch-Site": "cross-site"}
+
+    answer = admin.get("/v1/models", headers=headers)
+
+    assert (answer.status, answer.headers["vary"]) == (200, "Origin")
+    assert answer.headers["access-control-allow-origin"] == "https://listed.example"
+
+
+@pytest.mark.parametrize("method", ["PATCH", "POST"])
+def test_no_preflight_opens_the_administration_to_a_page(admin: Admin, method: str) -> None:
+    path = "/settings" if method == "PATCH" else "/keys"
+    headers = {"Origin": "http://localhost:3000", "Access-Control-Request-Method": method}
+
+    answer = admin.request("OPTIONS", ADMIN + path, headers=headers)
+
+    assert answer.status == 403
+    assert not [name for name in answer.headers if name.startswith("access-control-")]
+
+
+def test_the_own_page_reads_and_changes(admin: Admin, running: Gateway) -> None:
+    own = {"Origin": running.url, "Sec-Fetch-Site": "same-origin", **MARK, **JSON_TYPE}
+
+    read = admin.get(f"{ADMIN}/state", headers=own)
+    changed = ask(admin, "PATCH", f"{ADMIN}/settings", **own)
+    body = {"values": {"defaultModel": "gpt-5.5"}}
+    accepted = admin.request("PATCH", f"{ADMIN}/settings", body, headers=own)
+
+    assert (read.status, accepted.status) == (200, 200)
+    refused(changed, 400, "bad_field")
+
+
+@pytest.mark.parametrize("header", ["X-HTTP-Method-Override", "X-Method-Override"])
+def test_no_method_is_overridden(admin: Admin, header: str) -> None:
+    answer = ask(admin, "POST", f"{ADMIN}/keys", **{**admin.proof, **JSON_TYPE, header: "DELETE"})
+
+    assert answer.status == 405
+
+
+# -- Callers from the network ---------------------------------------------------------------------
+
+
+class Neighbour(Client):
+    """Calls from and to an address of this machine that is not loopback."""
+
+    place: str
+    """How azt sees it: `lan`, or `public`."""
+
+
+def own_address(family: socket.AddressFamily) -> str | None:
+    """An address that others see. Connecting a datagram socket sends nothing."""
+    far = "198.51.100.1" if family == socket.AF_INET else "2001:db8::1"
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((far, 9))
+            return str(probe.getsockname()[0])
+    except OSError:
+        return None
+
+
+@pytest.fixture(scope="module")
+def on_the_network(
+    shared_upstream: FakeUpstream, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Gateway]:
+    try:
+        socket.create_server(("::", 0), family=socket.AF_INET6).close()
+        host = "::"
+    except OSError:
+        host = "0.0.0.0"
+    home = tmp_path_factory.mktemp("network")
+    gateway = make_gateway(home, shared_upstream, arguments=("--host", host, "--port", "0"))
+    yield gateway
+    gateway.stop()
+    assert "Traceback" not in gateway.log(), gateway.log()
+
+
+@pytest.fixture(params=["IPv4", "IPv6"])
+def neighbour(
+    request: pytest.FixtureRequest, on_the_network: Gateway, upstream: FakeUpstream
+) -> Neighbour:
+    address = own_address(socket.AF_INET if request.param == "IPv4" else socket.AF_INET6)
+    if address is None or azt.peer_place(address, ()) == "own":
+        pytest.skip(f"this machine has no {request.param} address but loopback")
+    port = on_the_network.url.rpartition(":")[2]
+    try:
+        socket.create_connection((address, int(port)), 5).close()
+    except OSError:
+        pytest.skip(f"{address} does not answer here")
+    client = Neighbour(
+        f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
+    )
+    client.place = azt.peer_place(address, ())
+    return client
+
+
+@pytest.mark.parametrize(
+    "relayed", [{}, {"X-Forwarded-For": "127.0.0.1"}, {"Forwarded": "for=::1"}]
+)
+def test_the_network_never_reaches_the_administration(
+    neighbour: Neighbour, on_the_network: Gateway, relayed: dict[str, str]
+) -> None:
+    for host in ({}, {"Host": "localhost"}, {"Host": "127.0.0.1"}):
+        for method, path in [*CHANGES, *(("GET", path) for path in READS)]:
+            headers = {**on_the_network.proof(), **JSON_TYPE, **relayed, **host}
+
+            answer = ask(neighbour, method, path, **headers)
+
+            refused(answer, 403, "local_only")
+
+
+def test_the_network_uses_the_api_and_learns_no_account(
+    neighbour: Neighbour, upstream: FakeUpstream
+) -> None:
+    answer = neighbour.chat()
+
+    if neighbour.place == "public":
+        refused(answer, 403, "api_key_needed")
+        assert upstream.turns == []
+    else:
+        assert answer.message["content"] == "You said: hi"
+        assert answer.headers["x-azt-attempts"] == "1"
+        assert "x-azt-account" not in answer.headers
+
+
+def test_the_network_sees_health_and_loses_the_api_when_it_is_off(
+    neighbour: Neighbour, on_the_network: Gateway
+) -> None:
+    local = Admin(on_the_network)
+    off, on = ({"values": {"server.lanApi": state}} for state in (False, True))
+
+    assert neighbour.get("/_gateway/health").json == {"ok": True}
+    assert local.call("PATCH", "/settings", off, proof=True).status == 200
+    closed, here = neighbour.get("/v1/models"), local.get("/v1/models")
+    assert local.call("PATCH", "/settings", on, proof=True).status == 200
+
+    wanted = "lan_off" if neighbour.place == "lan" else "api_key_needed"
+    refused(closed, 403, wanted)
+    assert here.status == 200
+
+
+def test_any_caller_gets_in_with_a_key(neighbour: Neighbour, on_the_network: Gateway) -> None:
+    local = Admin(on_the_network)
+    made = local.call("POST", "/keys", {"name": "phone"}, proof=True).json
+
+    without = neighbour.get("/v1/models")
+    wrong = neighbour.get("/v1/models", headers=local.proof)
+    having = neighbour.get("/v1/models", headers={"x-api-key": made["key"]})
+    local.call("DELETE", f"/keys/{made['item']['id']}", proof=True)
+
+    assert (without.status, wrong.status, having.status) == (401, 401, 200)
+
+
+# -- Oddities -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/nothing", "/accounts/x/y/z", "/keys/", "/settings/log"])
+def test_an_unknown_administration_path_is_not_found(admin: Admin, path: str) -> None:
+    assert admin.call("POST", path, {}, proof=True).status in (401, 404, 405, 400)
+    assert admin.call("GET", path).status in (200, 404, 405)
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{", b'"x"', b"\xff", b"[" * 100_000])
+def test_a_body_that_is_no_object_is_refused_by_every_change(admin: Admin, body: bytes) -> None:
+    before = state_files(admin)
+    headers = {**admin.proof, **JSON_TYPE}
+
+    for method, path in CHANGES:
+        if method == "DELETE" or path.endswith(("/activate", "/refresh")):
+            continue
+        answer = admin.request(method, path, body=body, headers=headers)
+        assert answer.status == 400, path
+
+    assert state_files(admin) == before
+
+
+def test_an_import_larger_than_its_limit_is_refused_unread(admin: Admin) -> None:
+    connection = admin.connect()
+    connection.putrequest("POST", f"{ADMIN}/accounts/import")
+    for name, value in {**admin.proof, **JSON_TYPE}.items():
+        connection.putheader(name, value)
+    connection.putheader("Content-Length", str(33 * azt.MIB))
+    connection.endheaders()
+
+    response: http.client.HTTPResponse = connection.getresponse()
+    response.read()
+    connection.close()
+
+    assert response.status == 413
