@@ -24,7 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = ROOT / ".azt-test-env"
 BIN = ENVIRONMENT / "bin"
 NODE = ENVIRONMENT / "node"
+LITELLM = ENVIRONMENT / "litellm"
 
+LITELLM_PACKAGE = "litellm[mcp]>=1.100,<2"
 NODE_PACKAGES = {
     "@ai-sdk/openai": "^4",
     "@ai-sdk/openai-compatible": "^3",
@@ -72,6 +74,7 @@ def prepare() -> None:
     venv.create(ENVIRONMENT, with_pip=True)
     quiet_pip = [BIN / "python", "-m", "pip", "--disable-pip-version-check", "install", "-qq"]
     subprocess.run([*quiet_pip, "--editable", ".[dev]"], cwd=ROOT, check=True)
+    install_litellm()
     install_node_packages()
     stamp.write_text(wanted)
 
@@ -79,6 +82,7 @@ def prepare() -> None:
 def fingerprint() -> str:
     """Changes with everything that the environment is made from."""
     parts = [sys.version, sys.prefix, str(ROOT), str(shutil.which("npm")), repr(NODE_PACKAGES)]
+    parts.append(LITELLM_PACKAGE)
     parts.append((ROOT / "pyproject.toml").read_text())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
@@ -98,6 +102,13 @@ def install_debian_packages() -> None:
     quietly = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     subprocess.run(["apt-get", "update", "-qq"], env=quietly, check=True)
     subprocess.run(["apt-get", "install", "-y", "-qq", *missing], env=quietly, check=True)
+
+
+def install_litellm() -> None:
+    """In an environment of its own: it holds back the version of the openai library."""
+    venv.create(LITELLM, with_pip=True)
+    quiet_pip = [LITELLM / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "install"]
+    subprocess.run([*quiet_pip, "-qq", LITELLM_PACKAGE], cwd=ROOT, check=True)
 
 
 def install_node_packages() -> None:

@@ -134,7 +134,7 @@ def test_plain_call_on_loopback_is_never_refused(access: Access, method: str) ->
 @pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE"])
 @pytest.mark.parametrize("access", ["admin_write", "admin_proof"])
 def test_admin_change_without_its_header_is_refused(access: Access, method: str) -> None:
-    assert status(replace(OWN, proof=True), access, method) == 400
+    assert status(replace(OWN, proof=True), access, method) == 403
     assert status(replace(OWN, proof=True, marked=True), access, method) == 200
 
 

@@ -360,6 +360,7 @@ def test_a_left_stream_ends_the_upstream_call(library: Call, upstream: FakeUpstr
 def test_the_gaps_between_deltas_are_those_of_a_direct_connection(
     node: Call, gateway: Gateway, upstream: FakeUpstream
 ) -> None:
+    upstream.script(text("first"), times=3)
     script_paced(upstream, times=3)
 
     arrived = node(SCRIPT, "gaps", url=f"{gateway.url}/v1", direct=direct(upstream))
