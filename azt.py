@@ -4672,8 +4672,8 @@ class Turn:
     attempts: int = 0
 
 
-def pick_account(store: AccountStore, tried: set[str] | frozenset[str] = frozenset()) -> Account:
-    """The serving account, unless it was tried or cannot serve.
+def pick_account(store: AccountStore) -> Account:
+    """The account that serves the next turn.
 
     raises  AztError that says what the person can do
     """
@@ -4683,8 +4683,6 @@ def pick_account(store: AccountStore, tried: set[str] | frozenset[str] = frozens
         raise AztError(503, "no_account", message, headers={"x-should-retry": "false"})
     if account.rejected:
         raise _sign_in_again(account)
-    if account.id in tried:
-        raise AztError(503, "no_account", "No other account can serve this request.")
     return account
 
 
@@ -4844,15 +4842,17 @@ def _without_reasoning(body: bytes) -> bytes:
 class RequestRecord:
     """One request from its head to the last byte of its answer. Metadata only.
 
-    started_s  monotonic clock, like every duration here
-    account    label or short id, never the e-mail
-    ttft_ms    from the complete request to the first content delta written
+    started_s   monotonic clock, like every duration here
+    complete_s  when the last byte of the request was here
+    account     label or short id, never the e-mail
+    ttft_ms     from the complete request to the first content delta written
     """
 
     id: str
     method: str
     path: str
     started_s: float
+    complete_s: float = 0.0
     status: int = 0
     account: str = "-"
     model: str = "-"
@@ -5550,6 +5550,7 @@ class _Exchange:
             if sum(one.state == "ANSWER" for one in peers) > MAX_LAN_STREAMS:
                 self.error = self.error or _refusal("concurrency_limit", most=MAX_LAN_STREAMS)
         server.running += 1
+        self.request.record.complete_s = time.monotonic()
         self.task = asyncio.get_running_loop().create_task(self._run())
 
     async def _run(self) -> None:
@@ -5604,6 +5605,8 @@ class _Exchange:
         except (h11.LocalProtocolError, UnicodeEncodeError):
             log.exception("%s: the answer has a header that cannot be sent", self.request.id)
             self._wire, self.keep = h11.Connection(h11.SERVER), False
+            if not isinstance(body, (bytes, bytearray, AsyncIterator)):
+                body.cancel()
             self.send(self.failed(_refusal("internal_error", id=self.request.id)))
             return
         if is_empty:
@@ -6230,7 +6233,7 @@ async def _run_turn(
     def note_end(relay: Relay) -> None:
         record.usage = relay.translator.usage
         if relay.first_output_s is not None:
-            record.ttft_ms = round((relay.first_output_s - record.started_s) * 1000)
+            record.ttft_ms = round((relay.first_output_s - record.complete_s) * 1000)
         if failure := relay.translator.failure:
             record.result, record.error_code = "failed", failure.code
         keep(relay.translator)

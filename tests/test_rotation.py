@@ -114,14 +114,7 @@ def test_without_an_account_the_answer_says_how_to_sign_in(bench: Bench) -> None
 
 def test_the_serving_account_is_picked(bench: Bench) -> None:
     account = bench.sign_in()
-    assert azt.pick_account(bench.store, set()) is account
-
-
-def test_an_account_that_was_tried_is_not_picked_again(bench: Bench) -> None:
-    account = bench.sign_in()
-    with pytest.raises(azt.AztError) as caught:
-        azt.pick_account(bench.store, {account.id})
-    assert (caught.value.status, caught.value.code) == (503, "no_account")
+    assert azt.pick_account(bench.store) is account
 
 
 def test_a_rejected_account_is_401_and_names_the_way_back(bench: Bench) -> None:

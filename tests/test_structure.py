@@ -254,20 +254,6 @@ def test_routes_are_sorted_and_unique() -> None:
 # -- Size -----------------------------------------------------------------------------------------
 
 
-def test_no_name_of_the_module_is_bound_twice() -> None:
-    """In one shared file the later binding would win silently, also for the rooms above it."""
-    bound: list[str] = []
-    for node in TREE.body:
-        if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
-            bound.append(node.name)
-        elif isinstance(node, ast.Assign):
-            bound += [target.id for target in node.targets if isinstance(target, ast.Name)]
-        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            bound.append(node.target.id)
-
-    assert [name for name in set(bound) if bound.count(name) > 1] == []
-
-
 def test_the_file_stays_readable_in_length() -> None:
     assert len(LINES) < LINES_MAX
 
