@@ -876,13 +876,17 @@ def flattened(tree: Mapping[str, Any], prefix: str = "") -> Json:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One outbound request. A plain value, so that it may cross threads and be sent again."""
+    """One outbound request. A plain value, so that it may cross threads and be sent again.
+
+    once  it carries something single use: a fresh connection, and never sent a second time
+    """
 
     method: str
     url: str
     headers: Mapping[str, str]
     body: bytes | bytearray = b""
     head_timeout_s: float = UPSTREAM_HEAD_TIMEOUT_S
+    once: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -1120,7 +1124,7 @@ def open_response(pool: ConnectionPool, call: Call, wire: Wire) -> Answer:
         text = f"azt does not call {host}: it is not in its table of hosts."
         raise UpstreamError(502, "upstream_unreachable", text)
     key = (parts.scheme, host, parts.port or _PORTS[parts.scheme])
-    for last_try in (False, True):
+    for last_try in (True,) if call.once else (False, True):
         sock = None if last_try else pool.take(key)
         started, is_kept = time.monotonic(), sock is not None
         try:
@@ -1998,7 +2002,7 @@ def refresh_tokens(
     secret = {"grant_type": "refresh_token", "refresh_token": refresh_token}
     body = encode_json({"client_id": OAUTH_CLIENT_ID, **secret})
     headers = {"content-type": "application/json", "accept": "application/json"} | OWN_HEADERS
-    call = Call("POST", f"{auth_base_url}/oauth/token", headers, body, 30.0)
+    call = Call("POST", f"{auth_base_url}/oauth/token", headers, body, 30.0, once=True)
     answer = open_response(pool, call, wire)
     value = parse_event(answer.body) or {}
     tokens = _tokens(value)

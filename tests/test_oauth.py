@@ -178,3 +178,16 @@ def test_the_token_is_in_no_message(pool: azt.ConnectionPool) -> None:
 
 def test_every_dead_code_is_spelled_the_way_it_is_compared() -> None:
     assert {code.lower() for code in azt.REFRESH_DEAD} == azt.REFRESH_DEAD
+
+
+def test_a_single_use_token_is_never_sent_twice(pool: azt.ConnectionPool) -> None:
+    def reset(peer: Peer) -> None:
+        peer.read_request()
+        peer.reset()
+
+    with Server(reset, answer(response(GOOD))) as server:
+        with pytest.raises(azt.UpstreamError) as caught:
+            azt.refresh_tokens(pool, server.url, "rt_old", azt.Wire())
+
+        assert caught.value.code == "upstream_unreachable"
+        assert len(server.requests) == 1
