@@ -132,6 +132,7 @@ MAX_TRAILER_BYTES, MAX_CHUNK_EXTENSION_BYTES = 8 * KIB, 256
 MAX_CODING_LAYERS, ZSTD_WINDOW_LOG = 2, 23
 MAX_JSON_DEPTH = 64
 JSON_PIECES_MAX = 10_000
+HEADS_KEPT_MAX = 256
 MAX_CONNECTIONS, MAX_CONNECTIONS_PER_PEER, MAX_CONNECTIONS_LOOPBACK = 4096, 128, 2048
 MAX_LAN_STREAMS, MAX_CALL_THREADS = 64, 1024
 LISTEN_BACKLOG = 1024
@@ -1069,6 +1070,14 @@ class Framing:
         parts: list[bytes] = []
         at = 0
         while not self.ended:
+            if not (self.left or self._in_chunk) and self._trailer_bytes < 0:
+                found = _CHUNK_HEAD.match(data, at)
+                start = found.end() if found else 0
+                end = start + int(found[1], 16) if found else 0
+                if end > start and data.startswith(b"\r\n", end):  # a whole chunk: the usual case
+                    parts.append(data[start:end])
+                    at = end + 2
+                    continue
             if self.left:
                 parts.append(data[at : at + self.left])
                 at += len(parts[-1])
@@ -5639,9 +5648,15 @@ class _Exchange:
             headers.append(("content-length", str(size)))
         if not self.keep:
             headers.append(("connection", "close"))
-        reason = http.client.responses.get(reply.status, "").encode()
-        response = h11.Response(status_code=reply.status, headers=headers, reason=reason)
-        head = self._wire.send(response)
+        # The heads of streams repeat; making one is a good part of the way to the first token.
+        key = (reply.status, tuple(headers), self.is_modern, self.request.method)
+        head = self.server.heads.get(key) if size is None else None
+        if head is None:
+            reason = http.client.responses.get(reply.status, "").encode()
+            response = h11.Response(status_code=reply.status, headers=headers, reason=reason)
+            head = self._wire.send(response)
+            if size is None and len(self.server.heads) < HEADS_KEPT_MAX:
+                self.server.heads[key] = head
         record.status = reply.status
         # Lines that are safe by their making are added here: h11 would check each of them twice.
         own = f"{self.server.common_headers}\r\n"
@@ -5975,6 +5990,7 @@ class HttpServer:
         self.policy = policy
         self.workers = WorkerPool("inflate", 4)
         self.draining = False
+        self.heads: dict[tuple[Any, ...], bytes] = {}  # those of streams, as h11 wrote them
         self.bodies_bytes = 0
         self.running = 0
         self.changed = asyncio.Event()  # fewer exchanges or connections than before
