@@ -1198,44 +1198,32 @@ class _Response(http.client.HTTPResponse):
             return b""
 
 
-class _Connection(http.client.HTTPConnection):
-    """One exchange over a socket that azt opened, and that stays azt's own."""
-
-    response_class = _Response
-    body: bytes | bytearray = b""
-
-    def close(self) -> None:
-        # http.client would close the socket under a stream whose head said `Connection: close`.
-        pass
-
-    def send(self, data: Any) -> None:
-        """The head, which http.client sends alone: with a small body it is one packet, one call."""
-        if len(self.body) <= READ_BYTES:
-            data += self.body
-        self.sock.sendall(data)
-        if len(self.body) > READ_BYTES:
-            self.sock.sendall(self.body)
-
-
 def _exchange(
     sock: socket.socket, key: _Key, call: Call, parts: urllib.parse.SplitResult
 ) -> Answer:
-    """One request and its response over an open socket."""
+    """One request and its response over an open socket.
+
+    The head is written directly: http.client takes 70 us for it, and sends it apart from the body.
+    """
     sock.settimeout(call.head_timeout_s)
-    connection = _Connection(key[1], key[2])
-    connection.sock, connection.body = sock, call.body
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    connection.putrequest(call.method, target, skip_host=True, skip_accept_encoding=True)
-    connection.putheader("host", parts.netloc.rpartition("@")[2])
-    for name, value in call.headers.items():
-        connection.putheader(name, value)
+    lines = [f"{call.method} {target} HTTP/1.1", f"host: {parts.netloc.rpartition('@')[2]}"]
+    lines += [f"{name}: {value}" for name, value in call.headers.items()]
     if call.body or call.method in ("POST", "PUT"):
-        connection.putheader("content-length", str(len(call.body)))
+        lines.append(f"content-length: {len(call.body)}")
+    if any("\r" in line or "\n" in line for line in lines):
+        raise ValueError("a line break in the head of a request")
+    head = "\r\n".join([*lines, "", ""]).encode("latin-1")
     # Refused in mid-upload the answer may be there all the same, a 413 say: the reader finds out.
     with contextlib.suppress(ConnectionError):
-        connection.endheaders()
+        if len(call.body) <= READ_BYTES:
+            sock.sendall(head + call.body)
+        else:
+            sock.sendall(head)
+            sock.sendall(call.body)
     # Closes the reader only; the socket goes on.
-    with contextlib.closing(cast(_Response, connection.getresponse())) as response:
+    with contextlib.closing(_Response(sock, method=call.method)) as response:
+        response.begin()
         return _answer(sock, key, response)
 
 
