@@ -6978,6 +6978,10 @@ async def _serve(gw: Gateway, lock: HomeLock, opens_browser: bool) -> None:
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         for task in ends:
             task.cancel()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # It ends by itself now: a late signal must not turn exit 0 into a kill.
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_IGN)
 
 
 async def _run(environment: Environment, flags: Json, opens_browser: bool) -> None:
