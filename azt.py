@@ -1682,6 +1682,12 @@ class Account:
     created_at: int = 0
     refreshed_at: int = 0
     rejected: str = ""  # why the provider no longer accepts the sign-in
+    priority: int = 0  # the person's own order: 1 is first, 0 says nothing
+    last_used_at: int = 0
+    cooldown_until: int = 0  # unix seconds; the account rests until then
+    cooldown_reason: str = ""
+    quota: Json = field(default_factory=dict)  # the last reading; {} before the first
+    exports: Json = field(default_factory=dict)  # {"count", "last_at", "last_kind"}
 
     @property
     def name(self) -> str:
@@ -1754,7 +1760,7 @@ class AccountStore:
                 known = {name: entry[name] for name in Account.__slots__ if name in entry}
                 account = Account(**known)
                 for name, kind in Account.__annotations__.items():
-                    if type(getattr(account, name)).__name__ != kind:
+                    if type(getattr(account, name)).__name__ != kind.replace("Json", "dict"):
                         raise TypeError(f"{name} is no {kind}")
                 store.accounts[account.id] = account
             store.active_id = saved["active_id"] if saved["active_id"] in store.accounts else None
@@ -4696,8 +4702,8 @@ def _sign_in_again(account: Account) -> AztError:
 
 
 @dataclass(eq=False, slots=True)
-class Rotation:
-    """Turns to relays. Owns no state but the refreshes under way."""
+class Renewals:
+    """Keeps sign-ins fresh. Owns no state but the refreshes under way."""
 
     _store: AccountStore
     _pool: ConnectionPool
@@ -4706,53 +4712,6 @@ class Rotation:
     _save: Callable[[], Awaitable[None]]
     _refreshes: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     _one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    async def open_turn(self, turn: Turn) -> Relay:
-        """The one retry rule (trust.md 3.2): another try only while no byte has reached the client.
-
-        raises  AztError: the last failure, when nothing more may be tried
-        """
-        loop = asyncio.get_running_loop()
-        opens_at = loop.time() + HOLD_BACK_S
-        renewed: set[str] = set()
-        while True:
-            account = turn.account = pick_account(self._store)
-            turn.on_news(turn)
-            account = await self.fresh_account(account)
-            token = account.access_token  # another turn may renew it before the answer is here
-            turn.attempts += 1
-            turn.on_news(turn)
-            try:
-                return await self._attempt(account, turn, max(opens_at - loop.time(), 0))
-            except UpstreamError as error:
-                body = turn.body
-                if error.fault == "token" and account.id not in renewed:
-                    renewed.add(account.id)
-                    await self.fresh_account(account, refused=token)
-                elif error.status == 401:
-                    raise await self._reject(account, error.code or "401") from None
-                elif error.code == "invalid_encrypted_content":
-                    turn.body = _without_reasoning(body)
-                    if turn.body is body:
-                        raise
-                else:
-                    raise
-
-    async def _attempt(self, account: Account, turn: Turn, hold_s: float) -> Relay:
-        wire, translator, base_url = Wire(), turn.translator(), self._environment.codex_base_url
-        credentials = Credentials(account.access_token, account.account_id)
-        call = (self._pool, base_url, credentials, turn.body, turn.session, wire)
-        try:
-            answer = await in_thread(self._calls, open_stream, *call)
-        except asyncio.CancelledError:
-            wire.end()
-            raise
-        except UpstreamError as error:
-            translator.fail(error)  # puts the client's own field name into `param`
-            raise
-        relay = Relay(self._pool, answer, translator, turn.streaming)
-        await relay.ready(hold_s)
-        return relay
 
     async def fresh_account(self, account: Account, refused: str = "") -> Account:
         """The account with a token that can be used now.
@@ -4796,7 +4755,7 @@ class Rotation:
             try:
                 tokens = await in_thread(self._calls, refresh_tokens, *call)
             except SignInRejected as error:
-                raise await self._reject(account, error.reason) from None
+                raise await self.reject(account, error.reason) from None
             now = time.time()
             new = account_from_tokens(
                 tokens.access_token or account.access_token,
@@ -4813,12 +4772,70 @@ class Rotation:
             await self._save()
             log.info("the sign-in of %s was renewed", account.name)
 
-    async def _reject(self, account: Account, reason: str) -> AztError:
+    async def reject(self, account: Account, reason: str) -> AztError:
         """Remember that only a new sign-in helps, so that the dead token is never tried again."""
         account.rejected = reason
         await self._save()
         log.warning("account %s needs to sign in again (%s)", account.name, reason)
         return _sign_in_again(account)
+
+
+@dataclass(eq=False, slots=True)
+class Rotation:
+    """Turns to relays: chooses, tries, moves on."""
+
+    _store: AccountStore
+    _pool: ConnectionPool
+    _calls: WorkerPool
+    _environment: Environment
+    _renewals: Renewals
+
+    async def open_turn(self, turn: Turn) -> Relay:
+        """The one retry rule (trust.md 3.2): another try only while no byte has reached the client.
+
+        raises  AztError: the last failure, when nothing more may be tried
+        """
+        loop = asyncio.get_running_loop()
+        opens_at = loop.time() + HOLD_BACK_S
+        renewed: set[str] = set()
+        while True:
+            account = turn.account = pick_account(self._store)
+            turn.on_news(turn)
+            account = await self._renewals.fresh_account(account)
+            token = account.access_token  # another turn may renew it before the answer is here
+            turn.attempts += 1
+            turn.on_news(turn)
+            try:
+                return await self._attempt(account, turn, max(opens_at - loop.time(), 0))
+            except UpstreamError as error:
+                body = turn.body
+                if error.fault == "token" and account.id not in renewed:
+                    renewed.add(account.id)
+                    await self._renewals.fresh_account(account, refused=token)
+                elif error.status == 401:
+                    raise await self._renewals.reject(account, error.code or "401") from None
+                elif error.code == "invalid_encrypted_content":
+                    turn.body = _without_reasoning(body)
+                    if turn.body is body:
+                        raise
+                else:
+                    raise
+
+    async def _attempt(self, account: Account, turn: Turn, hold_s: float) -> Relay:
+        wire, translator, base_url = Wire(), turn.translator(), self._environment.codex_base_url
+        credentials = Credentials(account.access_token, account.account_id)
+        call = (self._pool, base_url, credentials, turn.body, turn.session, wire)
+        try:
+            answer = await in_thread(self._calls, open_stream, *call)
+        except asyncio.CancelledError:
+            wire.end()
+            raise
+        except UpstreamError as error:
+            translator.fail(error)  # puts the client's own field name into `param`
+            raise
+        relay = Relay(self._pool, answer, translator, turn.streaming)
+        await relay.ready(hold_s)
+        return relay
 
 
 def _without_reasoning(body: bytes) -> bytes:
@@ -4904,7 +4921,9 @@ class Gateway:
         self.calls = WorkerPool("call", MAX_CALL_THREADS, waiting_max=0)
         self.short = WorkerPool("short", 16)
         self.files = WorkerPool("file", 1)
-        self.rotation = Rotation(self.store, self.pool, self.calls, environment, self.save_accounts)
+        use = (self.store, self.pool, self.calls, environment)
+        self.renewals = Renewals(*use, self.save_accounts)
+        self.rotation = Rotation(*use, self.renewals)
         self.started_at = time.time()
         self.listening: list[tuple[str, int]] = []
         self._changing = asyncio.Lock()
@@ -4999,7 +5018,7 @@ class Gateway:
 
     async def refresh_models(self) -> bool:
         """Ask the backend for the catalogue; False when ours is still current."""
-        account = await self.rotation.fresh_account(pick_account(self.store))
+        account = await self.renewals.fresh_account(pick_account(self.store))
         credentials = Credentials(account.access_token, account.account_id)
         etag = self.catalogue.etag if self.catalogue.source == "azt" else ""
         call = (self.pool, self.environment.codex_base_url, credentials, etag, Wire())

@@ -42,7 +42,9 @@ class Bench:
         self.pool = azt.ConnectionPool(azt.Egress(own_hosts=frozenset({"127.0.0.1"})))
         self.calls = azt.WorkerPool("call", 256)
         self.saved: list[Json] = []
-        self.rotation = azt.Rotation(self.store, self.pool, self.calls, environment, self.save)
+        use = (self.store, self.pool, self.calls, environment)
+        self.renewals = azt.Renewals(*use, self.save)
+        self.rotation = azt.Rotation(*use, self.renewals)
 
     async def save(self) -> None:
         self.saved.append(json.loads(json.dumps(self.store.to_json())))
@@ -171,7 +173,7 @@ def test_the_new_tokens_are_saved_before_they_are_used(bench: Bench) -> None:
         turns_at_save.append(len(bench.upstream.turns))
         await save()
 
-    bench.rotation._save = slow_save
+    bench.renewals._save = slow_save
     run(bench.ask())
     assert turns_at_save == [0, 0]
     [saved] = bench.saved
@@ -186,7 +188,7 @@ def test_a_save_that_fails_is_told_and_the_new_tokens_stay_in_memory(bench: Benc
     async def full() -> None:
         raise azt.AztError(507, "state_not_saved", "The disk is full.")
 
-    bench.rotation._save = full
+    bench.renewals._save = full
     assert run(bench.refused()).status == 507
     assert bench.store.accounts[account.id].refresh_token != before
     assert bench.upstream.turns == []
@@ -290,7 +292,7 @@ def test_a_token_that_does_not_tell_its_end_lives_as_long_as_the_answer_says(ben
     bench.upstream.script(
         path="/oauth/token", json={"access_token": "opaque", "expires_in": 1000, "id_token": "x"}
     )
-    run(bench.rotation.fresh_account(account))
+    run(bench.renewals.fresh_account(account))
     assert bench.store.accounts[account.id].expires_at == pytest.approx(time.time() + 1000, abs=5)
     assert bench.store.accounts[account.id].plan == "plus"
 
@@ -358,7 +360,7 @@ def test_the_renewals_of_several_accounts_come_one_after_another(bench: Bench) -
     async def main() -> None:
         for account in accounts:
             bench.store.add(account)
-        await asyncio.gather(*(bench.rotation.fresh_account(account) for account in accounts))
+        await asyncio.gather(*(bench.renewals.fresh_account(account) for account in accounts))
 
     run(main())
     assert len(bench.refreshes) == 5
@@ -396,7 +398,7 @@ def test_a_renewal_that_fails_after_its_client_left_makes_no_noise(
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking
-        await until(lambda: not bench.rotation._refreshes)
+        await until(lambda: not bench.renewals._refreshes)
         gc.collect()
 
     run(main())
