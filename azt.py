@@ -57,6 +57,7 @@ import math
 import os
 import platform
 import queue
+import random
 import re
 import resource
 import secrets
@@ -79,6 +80,7 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Collection,
     Iterable,
     Iterator,
     Mapping,
@@ -701,18 +703,25 @@ _YES_NO: _Kind = (lambda value: isinstance(value, bool), "true or false")
 _ORIGIN = r"\*|https?://[^/\s*]+|[a-z-]+-extension://[a-zA-Z0-9-]+"
 _ORIGINS = _texts("a list of origins such as https://app.example", _ORIGIN)
 _PROXY = _text("http://host:port or https://host:port", r"(https?://[^\s/]+/?)?")
+_ORDER = _text("most_left, soonest_reset or priority", "most_left|soonest_reset|priority")
 _LEVEL = _text("debug, info, warning or error", "debug|info|warning|error")
 _WORDS = _texts("a list of texts", ".+")
 _TEXT = _text("a text")
 
 SETTINGS: dict[str, Setting] = {
     "apiKeys.loopbackExempt": Setting(False, *_YES_NO, widens=True),
+    "autoSwitch.beforePercent": Setting(3, *_number(0, 99)),
+    "autoSwitch.enabled": Setting(False, *_YES_NO),
+    "autoSwitch.excludedIds": Setting([], *_WORDS),
+    "autoSwitch.order": Setting("most_left", *_ORDER),
     "defaultModel": Setting("gpt-5.4", *_TEXT),
     "limits.bodyMb": Setting(128, *_number(1, 4096), "AZT_BODY_LIMIT_MB"),
     "log.level": Setting("info", *_LEVEL, "AZT_LOG_LEVEL"),
     "networkProxy.enabled": Setting(False, *_YES_NO, widens=True),
     "networkProxy.noProxy": Setting("localhost,127.0.0.1,::1", *_TEXT, widens=True),
     "networkProxy.url": Setting("", *_PROXY, widens=True),
+    "quota.concurrency": Setting(16, *_number(1, 32)),
+    "quota.everyMinutes": Setting(0, *_number(0, 10_080)),
     "server.allowedHosts": Setting([], *_WORDS, widens=True),
     "server.corsOrigins": Setting([], *_ORIGINS, "AZT_CORS_ORIGIN", widens=True),
     "server.host": Setting("0.0.0.0", *_text("an address to listen on"), "AZT_HOST", widens=True),
@@ -1695,6 +1704,14 @@ class Account:
         return self.label or self.id
 
 
+def percent_left(quota: Json, now: float) -> float:
+    """What is left in the tightest window, 0 to 100; -1 when nothing is known. A window whose reset
+    time has passed counts as full again."""
+    windows = quota.get("windows", ())
+    used = [one["used"] for one in windows if not 0 < one["resets_at"] <= now]
+    return 100.0 - max(used, default=0.0) if windows else -1.0
+
+
 def account_id_of(account_id: str, user_id: str) -> str:
     return "acc_" + hashlib.sha256(f"{account_id}|{user_id}".encode()).hexdigest()[:10]
 
@@ -2120,7 +2137,7 @@ def _classify(status: int, inner: Json, retry_after: int | None, now: float) -> 
         outcome = 400, kind or "invalid_request_error", "request"
     own_status, code, fault = _OUTCOMES.get(kind, outcome)
     if own_status == 429:
-        return _limit_error(code, message, inner, retry_after, now)
+        return limit_error(code, message, inner, retry_after, now)
     if code == "context_length_exceeded":
         param = param or "input"
         if not re.search(r"context (length|window)", message):
@@ -2139,7 +2156,7 @@ def _classify(status: int, inner: Json, retry_after: int | None, now: float) -> 
     )
 
 
-def _limit_error(
+def limit_error(
     code: str, message: str, inner: Json, retry_after: int | None, now: float
 ) -> UpstreamError:
     """A 429 with the wait in every form clients read. A long one forbids SDKs to sleep it out."""
@@ -4237,6 +4254,8 @@ class StoredResponse:
     """With encrypted reasoning, also where the client did not see it."""
     size_bytes: int
     expires_at: float
+    session: str = ""
+    """The cache key of its conversation, which the next turn goes on with."""
 
 
 class ResponseStore:
@@ -4251,7 +4270,12 @@ class ResponseStore:
         self.size_bytes = 0
 
     def put(
-        self, response: Json, input_items: list[Json], output_items: list[Json], now: float
+        self,
+        response: Json,
+        input_items: list[Json],
+        output_items: list[Json],
+        now: float,
+        session: str = "",
     ) -> None:
         """Remember a response under its id. One that exceeds the bound alone is not kept."""
         response_id = response["id"]
@@ -4263,7 +4287,7 @@ class ResponseStore:
             return
         self.size_bytes += size
         self._responses[response_id] = StoredResponse(
-            response, input_items, output_items, size, now + STORED_RESPONSES_TTL_S
+            response, input_items, output_items, size, now + STORED_RESPONSES_TTL_S, session
         )
         for item in (*input_items, *output_items):
             self._items[item["id"]] = (response_id, item)
@@ -4357,6 +4381,9 @@ def responses_to_upstream(
     upstream = _upstream_body(body, model, efforts, said, tools, asked)
     include = [known for known in _INCLUDES if known in (body.get("include") or [])]
     upstream["include"] = [*dict.fromkeys((*include, REASONING_INCLUDE))]
+    previous = store.get(body.get("previous_response_id") or "", now)
+    if previous and previous.session and not body.get("prompt_cache_key"):
+        upstream["prompt_cache_key"] = previous.session
     echo = {name: body[name] for name in _ECHO_DEFAULTS if body.get(name) is not None}
     text = {"format": {"type": "text"}, "verbosity": "medium", **_given(_object(body, "text"))}
     reasoning = {name: asked[name][0] for name in ("effort", "summary")}
@@ -4661,36 +4688,144 @@ def _whole_usage(usage: Json) -> Json:
 #     HTTP request and returns no HTTP reply.
 # ==================================================================================================
 
+STICKY_MAX, STICKY_KEY_MAX, SWITCHES_MAX = 10_000, 128, 200
+TRIED_ACCOUNTS_MAX, LAST_TRY_S, TRY_JITTER_S = 3, 20.0, 0.1
+REST_FORBIDDEN_S, REST_SHORT_S = 300, 30
+
 
 @dataclass(slots=True)
 class Turn:
     """One model request to its end, whatever protocol asked for it.
 
-    body     the encoded upstream request: kept as bytes, because another attempt may send it again
-    on_news  told when `account` or `attempts` has changed
+    body        the encoded upstream request: kept as bytes, because another attempt may send it
+    session     stable per conversation, for the upstream's caches
+    translator  what a `Relay` of `open_turn` writes through; a passthrough needs none
+    on_news     told when `account` or `attempts` has changed
+    keys        what names the conversation (its session, an earlier response, a Codex thread): it
+                stays with one account while that one can serve
     """
 
     body: bytes = field(repr=False)
     session: str
-    streaming: bool
-    translator: Callable[[], Translator]
+    streaming: bool = True
+    translator: Callable[[], Translator] | None = None
     on_news: Callable[[Turn], None] = lambda turn: None
+    keys: tuple[str, ...] = ()
     account: Account | None = None
     attempts: int = 0
 
 
-def pick_account(store: AccountStore) -> Account:
-    """The account that serves the next turn.
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How to choose, out of the settings `autoSwitch.*`. Not enabled: one account serves."""
 
-    raises  AztError that says what the person can do
-    """
-    account = store.active
-    if account is None:
-        message = "No account is signed in: run `azt login`, or `azt accounts import FILE`."
-        raise AztError(503, "no_account", message, headers={"x-should-retry": "false"})
+    enabled: bool = False
+    order: str = "most_left"  # or soonest_reset, priority
+    before_percent: int = 0
+    excluded: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """An automatic switch. `until`: unix seconds, 0 where nobody knows."""
+
+    at: float
+    from_id: str
+    to_id: str
+    reason: str
+    until: int
+
+
+# An account that rests for one of these reasons is not even asked; for any other it is asked last.
+_RESTS_HARD = frozenset(("excluded", "quota_exhausted", "rate_limited"))
+_RESTS_SHORT = "upstream_5xx"  # others stand in meanwhile: it stays the serving one
+
+
+def hindrance(account: Account, now: float, rules: Rules) -> tuple[str, int]:
+    """Why others come first, and until when (unix seconds; 0: until a person acts); ("", 0) is
+    nothing. A wait whose time has come is none."""
     if account.rejected:
-        raise _sign_in_again(account)
-    return account
+        return "login_rejected", 0
+    if account.id in rules.excluded:
+        return "excluded", 0
+    if account.cooldown_until > now:
+        return account.cooldown_reason, account.cooldown_until
+    left = percent_left(account.quota, now)
+    if 0 <= left <= rules.before_percent:
+        tight = (
+            one for one in account.quota["windows"] if one["used"] >= 100 - rules.before_percent
+        )
+        until = max(int(one["resets_at"]) for one in tight)
+        return "quota_empty" if left == 0 else "quota_low", until
+    return "", 0
+
+
+def pick_account(
+    accounts: Mapping[str, Account],
+    now: float,
+    rules: Rules,
+    wanted: Sequence[str] = (),
+    tried: Collection[str] = (),
+) -> Account | None:
+    """The account that serves next; None when none can.
+
+    wanted  ids: the conversation's account, then the serving one, which alone may serve where the
+            rules are not enabled. Each is taken while nothing hinders it; else the order decides.
+    tried   ids of those that failed for this request
+
+    One pass without calls: 300 accounts take less than 100 us (performance.md 4).
+    """
+    if not rules.enabled:
+        alone = accounts.get(wanted[-1]) if wanted else None
+        return alone if alone and not alone.rejected and alone.id not in tried else None
+    asked = [accounts[name] for name in wanted if name in accounts and name not in tried]
+    for account in asked:
+        if not hindrance(account, now, rules)[0]:
+            return account
+    best, best_score, best_priority = None, -math.inf, 0
+    out, order, before = rules.excluded.union(tried), rules.order, rules.before_percent
+    for account in accounts.values():
+        if account.rejected or account.id in out:
+            continue
+        score, left, quota = 0.0, -1.0, account.quota
+        if account.cooldown_until > now:
+            if account.cooldown_reason in _RESTS_HARD:
+                continue
+            score = -1e12
+        if quota:
+            left = quota["left"] if now < quota["until"] else percent_left(quota, now)
+            if 0 <= left <= before:
+                score -= 1e13
+        if order == "most_left":
+            score += left  # the unknown come after those that are known to have something left
+        elif order == "soonest_reset":
+            score -= quota["until"] if left >= 0 and quota["until"] > now else 1e11
+        priority = account.priority or 1_000_000
+        if order == "priority":
+            score -= priority
+        if score > best_score or (score == best_score and priority < best_priority):
+            best, best_score, best_priority = account, score, priority
+    # Where all are hindered in the same way, a change would help nobody.
+    reason = best and hindrance(best, now, rules)[0]
+    return next((one for one in asked if hindrance(one, now, rules)[0] == reason), best)
+
+
+def nobody_serves(accounts: Sequence[Account], now: float, rules: Rules) -> AztError:
+    """Why none of these accounts can serve, and what the person can do."""
+    resting = [a for a in accounts if a.cooldown_until > now and a.cooldown_reason in _RESTS_HARD]
+    first = min(resting, key=lambda account: account.cooldown_until, default=None)
+    if first is not None:
+        is_short = first.cooldown_reason == "rate_limited"
+        code = "rate_limit_exceeded" if is_short else "usage_limit_reached"
+        message = f"No account can serve now; the first one back is {first.name}."
+        return limit_error(code, message, {"resets_at": first.cooldown_until}, None, now)
+    for account in accounts:
+        if account.rejected and account.id not in rules.excluded:
+            return _sign_in_again(account)
+    message = "No account is signed in: run `azt login`, or `azt accounts import FILE`."
+    if accounts:
+        message = "Every account is excluded: `azt accounts include ACCOUNT` takes one back."
+    return AztError(503, "no_account", message, headers={"x-should-retry": "false"})
 
 
 def _sign_in_again(account: Account) -> AztError:
@@ -4780,49 +4915,222 @@ class Renewals:
         return _sign_in_again(account)
 
 
+class Stickiness:
+    """Which account each conversation is with: the newest ones, in memory only."""
+
+    def __init__(self) -> None:
+        self._homes: dict[str, str] = {}
+
+    def find(self, keys: Iterable[str]) -> str:
+        """The id of the account, "" for a conversation that is not known."""
+        for key in keys:
+            if home := self._homes.pop(key[:STICKY_KEY_MAX], ""):
+                self._homes[key[:STICKY_KEY_MAX]] = home  # the newest now
+                return home
+        return ""
+
+    def bind(self, keys: Iterable[str], account_id: str) -> None:
+        for key in keys:
+            self._homes.pop(key[:STICKY_KEY_MAX], None)
+            self._homes[key[:STICKY_KEY_MAX]] = account_id
+        while len(self._homes) > STICKY_MAX:
+            del self._homes[next(iter(self._homes))]
+
+    def clear(self) -> None:
+        self._homes.clear()
+
+
 @dataclass(eq=False, slots=True)
 class Rotation:
-    """Turns to relays: chooses, tries, moves on."""
+    """Turns to relays: chooses, tries, moves on.
+
+    rules     in force; replaced when the settings change
+    changed   told when an account has: it is saved soon, never on the way to the first byte
+    switches  the newest automatic ones, for the log and the console
+    """
 
     _store: AccountStore
     _pool: ConnectionPool
     _calls: WorkerPool
     _environment: Environment
     _renewals: Renewals
+    changed: Callable[[], None] = lambda: None
+    rules: Rules = Rules()
+    sticky: Stickiness = field(default_factory=Stickiness)
+    switches: collections.deque[Switch] = field(
+        default_factory=lambda: collections.deque(maxlen=SWITCHES_MAX)
+    )
 
     async def open_turn(self, turn: Turn) -> Relay:
-        """The one retry rule (trust.md 3.2): another try only while no byte has reached the client.
+        """A translated turn. Raises AztError: the failure, when nothing more may be tried."""
+        return await self.try_accounts(turn, functools.partial(self._attempt, turn))
 
-        raises  AztError: the last failure, when nothing more may be tried
+    async def try_accounts(
+        self, turn: Turn, attempt: Callable[[Account, float], Awaitable[T]]
+    ) -> T:
+        """The one retry rule (trust.md 3.2): another account only while nothing reached the client,
+        TRIED_ACCOUNTS_MAX at most, and none begun later than LAST_TRY_S after the request.
+
+        attempt  one try of `turn.body` on an account with a fresh token; it may hold back what
+                 comes for the given seconds. Once it returns, the answer is final; whatever of it
+                 failed before is raised as UpstreamError
+        raises   AztError: the failure, when nothing more may be tried
         """
         loop = asyncio.get_running_loop()
-        opens_at = loop.time() + HOLD_BACK_S
-        renewed: set[str] = set()
+        began, body, home = loop.time(), turn.body, self.sticky.find(turn.keys)
+        tried: dict[str, AztError] = {}
         while True:
-            account = turn.account = pick_account(self._store)
-            turn.on_news(turn)
-            account = await self._renewals.fresh_account(account)
+            account = self.choose(home, tried)
+            turn.body = body
+            if home and account.id != home:
+                turn.body = await self._foreign(body)
+            try:
+                result = await self._try(turn, account, attempt, began + HOLD_BACK_S)
+            except AztError as error:
+                tried[account.id] = error
+                self._blame(account, error)
+                pause_s = random.uniform(0, TRY_JITTER_S)
+                if loop.time() + pause_s - began > LAST_TRY_S or not self._moves_on(tried):
+                    raise self._failure(tried) from None
+                await asyncio.sleep(pause_s)
+            else:
+                self._praise(turn.keys, account, home)
+                return result
+
+    def choose(self, home: str = "", tried: Mapping[str, AztError] | None = None) -> Account:
+        """The account to try next, which becomes the serving one where that can serve no longer.
+
+        home    the id of the conversation's own account
+        raises  AztError when none can serve
+        """
+        now, store, rules, tried = time.time(), self._store, self.rules, tried or {}
+        serving = store.active
+        wanted = (home, serving.id) if serving else (home,)
+        account = pick_account(store.accounts, now, rules, wanted, tried)
+        if account is None:
+            raise self._failure(tried)
+        if serving and account is not serving and account.id != home:
+            reason, until = hindrance(serving, now, rules)
+            if reason not in ("", _RESTS_SHORT):
+                store.active_id = account.id
+                self._note_switch(serving, account, reason, until)
+                self.changed()
+                return account
+        if tried:
+            before = store.accounts.get(list(tried)[-1])
+            if before is not None:
+                self._note_switch(before, account, *hindrance(before, now, rules))
+        return account
+
+    def _note_switch(self, before: Account, after: Account, reason: str, until: int) -> None:
+        """Once for all requests that move at the same time, for the same reason."""
+        switch = Switch(time.time(), before.id, after.id, reason, until)
+        last = self.switches[-1] if self.switches else None
+        if last and replace(last, at=switch.at) == switch:
+            return
+        self.switches.append(switch)
+        when = time.strftime(" until %Y-%m-%dT%H:%M:%SZ", time.gmtime(until)) if until else ""
+        log.info("switched from %s to %s: %s%s", before.name, after.name, reason, when)
+
+    async def _try(
+        self,
+        turn: Turn,
+        account: Account,
+        attempt: Callable[[Account, float], Awaitable[T]],
+        opens_at: float,
+    ) -> T:
+        """One account, again only with a renewed token or without reasoning it cannot read."""
+        turn.account, refused = account, ""
+        turn.on_news(turn)
+        while True:
+            account = await self._renewals.fresh_account(account, refused)
             token = account.access_token  # another turn may renew it before the answer is here
             turn.attempts += 1
             turn.on_news(turn)
             try:
-                return await self._attempt(account, turn, max(opens_at - loop.time(), 0))
+                hold_s = opens_at - asyncio.get_running_loop().time()
+                return await attempt(account, max(hold_s, 0.0))
             except UpstreamError as error:
-                body = turn.body
-                if error.fault == "token" and account.id not in renewed:
-                    renewed.add(account.id)
-                    await self._renewals.fresh_account(account, refused=token)
+                if error.fault == "token" and not refused:
+                    refused = token
                 elif error.status == 401:
                     raise await self._renewals.reject(account, error.code or "401") from None
                 elif error.code == "invalid_encrypted_content":
-                    turn.body = _without_reasoning(body)
+                    body, turn.body = turn.body, await self._foreign(turn.body)
                     if turn.body is body:
                         raise
                 else:
                     raise
 
-    async def _attempt(self, account: Account, turn: Turn, hold_s: float) -> Relay:
-        wire, translator, base_url = Wire(), turn.translator(), self._environment.codex_base_url
+    async def _foreign(self, body: bytes) -> bytes:
+        """The body as an account can read it that did not write its encrypted reasoning."""
+        if len(body) > MIB:
+            return await in_thread(self._calls, _without_reasoning, body)
+        return _without_reasoning(body)
+
+    def _moves_on(self, tried: Mapping[str, AztError]) -> bool:
+        """May another account be tried after the newest of these failures?"""
+        if not self.rules.enabled or len(tried) >= TRIED_ACCOUNTS_MAX:
+            return False
+        *_, newest = tried.values()
+        fault = newest.fault if isinstance(newest, UpstreamError) else "account"
+        if fault == "transient":  # perhaps the whole upstream: once elsewhere tells
+            faults = [isinstance(one, UpstreamError) and one.fault for one in tried.values()]
+            return newest.code != "upstream_stream_truncated" and faults.count(fault) == 1
+        return fault == "account" and (newest.status in (401, 403, 429))
+
+    def _failure(self, tried: Mapping[str, AztError]) -> AztError:
+        """What the client gets: the newest failure that is not about one account, else why none
+        can serve."""
+        if tried and not self.rules.enabled:
+            return list(tried.values())[-1]
+        for error in reversed(list(tried.values())):
+            if error.status not in (401, 429):
+                return error
+        store, now = self._store, time.time()
+        if tried and pick_account(store.accounts, now, self.rules, (), tried) is not None:
+            message = f"{len(tried)} accounts could not serve. Send it again: another one is next."
+            return AztError(503, "overloaded", message, headers={"retry-after": "1"})
+        alone = [store.active] if store.active else []
+        accounts = list(store.accounts.values()) if self.rules.enabled else alone
+        return nobody_serves(accounts, now, self.rules)
+
+    def _blame(self, account: Account, error: AztError) -> None:
+        """Let the account rest as long as its failure says."""
+        now, account = time.time(), self._store.accounts.get(account.id, account)
+        fault = error.fault if isinstance(error, UpstreamError) else ""
+        if error.status == 429:
+            is_empty = error.code == "usage_limit_reached"
+            reason, until = (
+                "quota_exhausted" if is_empty else "rate_limited",
+                error.extra["resets_at"],
+            )
+        elif fault == "account" and error.status == 403:
+            reason, until = error.code or "upstream_forbidden", int(now + REST_FORBIDDEN_S)
+        elif fault == "transient" and error.code != "upstream_stream_truncated":
+            reason, until = _RESTS_SHORT, int(now + REST_SHORT_S)
+        else:
+            return
+        rests = account.cooldown_until > now and account.cooldown_reason in _RESTS_HARD
+        if not rests or until > account.cooldown_until:
+            account.cooldown_reason, account.cooldown_until = reason, until
+            self.changed()
+
+    def _praise(self, keys: tuple[str, ...], account: Account, home: str) -> None:
+        """It served. The conversation stays with it, unless it only stood in for a short while."""
+        now, account = time.time(), self._store.accounts.get(account.id, account)
+        account.last_used_at = int(now)
+        if account.cooldown_until > now and account.cooldown_reason not in _RESTS_HARD:
+            account.cooldown_until, account.cooldown_reason = 0, ""
+        owner = self._store.accounts.get(home)
+        if owner is None or hindrance(owner, now, self.rules)[0] not in ("", _RESTS_SHORT):
+            home = account.id
+        self.sticky.bind(keys, home)
+        self.changed()
+
+    async def _attempt(self, turn: Turn, account: Account, hold_s: float) -> Relay:
+        wire, base_url = Wire(), self._environment.codex_base_url
+        translator = cast("Callable[[], Translator]", turn.translator)()
         credentials = Credentials(account.access_token, account.account_id)
         call = (self._pool, base_url, credentials, turn.body, turn.session, wire)
         try:
@@ -4954,6 +5262,12 @@ class Gateway:
     def _apply_settings(self, saved: Json | None) -> None:
         self.settings = load_settings(saved, self.environment, self.flags)
         log.setLevel(self.settings.text("log.level").upper())
+        self.rotation.rules = Rules(
+            self.settings.flag("autoSwitch.enabled"),
+            self.settings.text("autoSwitch.order"),
+            self.settings.number("autoSwitch.beforePercent"),
+            self.settings.words("autoSwitch.excludedIds"),
+        )
         egress = _egress(self.environment, self.settings)
         if egress != self.pool.egress:
             self.pool.egress = egress
@@ -5018,7 +5332,7 @@ class Gateway:
 
     async def refresh_models(self) -> bool:
         """Ask the backend for the catalogue; False when ours is still current."""
-        account = await self.renewals.fresh_account(pick_account(self.store))
+        account = await self.renewals.fresh_account(self.rotation.choose())
         credentials = Credentials(account.access_token, account.account_id)
         etag = self.catalogue.etag if self.catalogue.source == "azt" else ""
         call = (self.pool, self.environment.codex_base_url, credentials, etag, Wire())
@@ -6246,7 +6560,7 @@ async def _run_turn(
     record, upstream = request.record, asked.upstream
     record.model = asked.model
     translator = functools.partial(kind, asked, time.time(), fast=gw.environment.fast)
-    session = str(upstream.get("prompt_cache_key") or uuid.uuid4())
+    session = str(upstream["prompt_cache_key"])
     if record.request_bytes > MIB:
         body = await in_thread(gw.short, encode_large_json, upstream)
         upstream.clear()  # the bytes are what is sent, also on another try: one copy is enough
@@ -6265,7 +6579,9 @@ async def _run_turn(
             record.result, record.error_code = "failed", failure.code
         keep(relay.translator)
 
-    relay = await gw.rotation.open_turn(Turn(body, session, asked.stream, translator, note_turn))
+    turn = Turn(body, session, asked.stream, translator, note_turn, (session,))
+    relay = await gw.rotation.open_turn(turn)
+    turn.body = b""
     del body  # nor does anything else keep it while the answer runs
     headers = [("x-azt-attempts", str(record.attempts))]
     if request.peer_class == "own":
@@ -6289,9 +6605,12 @@ async def post_responses(gw: Gateway, request: Request) -> Reply:
     now = time.time()
     asked = await _translated(gw, request, responses_to_upstream, gw.responses, now)
 
+    session = asked.upstream["prompt_cache_key"]
+
     def keep(stream: ResponsesStream) -> None:
         if asked.store and stream.done and stream.failure is None:
-            gw.responses.put(stream.response, asked.input_items, stream.output_items, time.time())
+            items = asked.input_items, stream.output_items
+            gw.responses.put(stream.response, *items, time.time(), session)
 
     return await _run_turn(gw, request, asked, ResponsesStream, keep)
 

@@ -52,8 +52,27 @@ class Bench:
     def sign_in(self, exp: float | None = None, **fields: Any) -> azt.Account:
         entry = {**account_file(exp=exp), **fields}
         [account] = azt.to_accounts([entry], time.time())
+        account.priority = fields.get("priority", 0)
         self.store.add(account)
         return account
+
+    def sign_in_many(self, *names: str) -> list[azt.Account]:
+        """Accounts of these labels, in this order of priority; the first one serves."""
+        self.rotation.rules = azt.Rules(enabled=True, order="priority")
+        return [
+            self.sign_in(**account_file(name, f"user-{name}"), label=name, priority=at + 1)
+            for at, name in enumerate(names)
+        ]
+
+    @property
+    def serving(self) -> str:
+        assert self.store.active is not None
+        return self.store.active.label
+
+    @property
+    def asked(self) -> list[str | None]:
+        """The accounts of the model calls."""
+        return [seen.account for seen in self.upstream.turns]
 
     @property
     def refreshes(self) -> list[Seen]:
@@ -116,7 +135,7 @@ def test_without_an_account_the_answer_says_how_to_sign_in(bench: Bench) -> None
 
 def test_the_serving_account_is_picked(bench: Bench) -> None:
     account = bench.sign_in()
-    assert azt.pick_account(bench.store) is account
+    assert bench.rotation.choose() is account
 
 
 def test_a_rejected_account_is_401_and_names_the_way_back(bench: Bench) -> None:
@@ -577,3 +596,76 @@ def test_a_token_of_one_account_never_goes_out_with_the_id_of_another(bench: Ben
         claims = token_claims(seen.headers["authorization"].removeprefix("Bearer "))
         named = claims["https://api.openai.com/auth"]["chatgpt_account_id"]
         assert seen.headers["chatgpt-account-id"] == named
+
+
+# -- The next account -----------------------------------------------------------------------------
+
+LIMIT: dict[str, Any] = {"status": 429, "json": limit_reached(3600)}
+MOVES: dict[str, tuple[dict[str, Any], str]] = {
+    "429 usage limit": (LIMIT, "quota_exhausted"),
+    "429 of a moment": (
+        {"status": 429, "json": error_json("slow", code="rate_limit_exceeded")},
+        "rate_limited",
+    ),
+    "403 plan": (
+        {"status": 403, "json": error_json("no", "usage_not_included")},
+        "usage_not_included",
+    ),
+    "402 workspace": (
+        {"status": 402, "json": {"detail": {"code": "deactivated_workspace"}}},
+        "account_unusable",
+    ),
+    "limit in the stream": (
+        {"events": failed("rate_limit_exceeded", "try again in 2s")},
+        "rate_limited",
+    ),
+}
+STANDS_IN = {
+    **{str(status): {"status": status, "json": {}} for status in (500, 502, 503, 504, 529)},
+    "an HTML page": {"status": 502, "body": b"<html>bad gateway</html>"},
+    "overload in the stream": {"events": failed("server_is_overloaded", "busy")},
+}
+
+
+@pytest.mark.parametrize("how, reason", MOVES.values(), ids=MOVES)
+def test_the_next_account_serves_where_one_cannot(
+    bench: Bench, how: dict[str, Any], reason: str
+) -> None:
+    first, second, _ = bench.sign_in_many("a", "b", "c")
+    bench.upstream.script(account="a", **how)
+    turn = bench.turn()
+    assert run(bench.ask(turn)) == "You said: hi"
+    assert (bench.asked, turn.attempts, turn.account) == (["a", "b"], 2, second)
+    assert bench.serving == "b"
+    assert first.cooldown_reason == reason and first.cooldown_until > time.time()
+    [switch] = bench.rotation.switches
+    assert (switch.from_id, switch.to_id) == (first.id, second.id)
+    assert (switch.reason, switch.until) == (reason, first.cooldown_until)
+    assert run(bench.ask()) and bench.asked[-1] == "b"
+
+
+@pytest.mark.parametrize("how", STANDS_IN.values(), ids=STANDS_IN)
+def test_a_server_error_is_tried_once_elsewhere_and_the_account_goes_on_later(
+    bench: Bench, how: dict[str, Any]
+) -> None:
+    first, *_ = bench.sign_in_many("a", "b", "c")
+    bench.upstream.script(account="a", **how)
+    assert run(bench.ask()) == "You said: hi"
+    assert (bench.asked, bench.serving) == (["a", "b"], "a")
+    assert bench.rotation.switches[0].reason == "upstream_5xx"
+    first.cooldown_until = int(time.time())
+    assert run(bench.ask()) and bench.asked[-1] == "a"
+    bench.upstream.script(**how, times=3)
+    error = run(bench.refused())
+    assert error.status in (502, 503) and len(bench.asked) == 5
+
+
+def test_a_conversation_stays_with_its_account(bench: Bench) -> None:
+    first, second = bench.sign_in_many("a", "b")
+    bench.upstream.script(account="a", **LIMIT)
+    chat, other = (bench.turn() for _ in range(2))
+    chat.keys, other.keys = ("chat",), ("other",)
+    assert run(bench.ask(chat))
+    bench.store.active_id, first.cooldown_until = first.id, 0
+    assert run(bench.ask(other)) and run(bench.ask(chat))
+    assert bench.asked == ["a", "b", "a", "b"]

@@ -99,6 +99,10 @@ TEXT = ("", "gpt-5.5"), (None, 5, True, [], "line\nbreak", "x" * 2049)
 
 KEYS: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "apiKeys.loopbackExempt": YES_NO,
+    "autoSwitch.beforePercent": ((0, 3, 99), (-1, 100, 1.5, "3", True, None)),
+    "autoSwitch.enabled": YES_NO,
+    "autoSwitch.excludedIds": WORDS,
+    "autoSwitch.order": (("most_left", "soonest_reset", "priority"), ("", "random", None, 1)),
     "defaultModel": TEXT,
     "limits.bodyMb": ((1, 128, 4096), (0, 4097, -1, 1.5, "128", True, None)),
     "log.level": (("debug", "info", "warning", "error"), ("INFO", "trace", "", None, 1)),
@@ -108,6 +112,8 @@ KEYS: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
         ("", "http://proxy:3128", "https://proxy.corp:8443/", "http://user:pw@proxy:1"),
         ("proxy:3128", "socks5://proxy:1080", "http://", "http://a b", "http://a/b", None, 1),
     ),
+    "quota.concurrency": ((1, 16, 32), (0, 33, "16", True, None)),
+    "quota.everyMinutes": ((0, 5, 10_080), (-1, 10_081, 0.5, "5", True, None)),
     "server.allowedHosts": WORDS,
     "server.corsOrigins": (
         ([], ["*"], ["https://app.example"], ["http://a:1", "chrome-extension://abcdef"]),
