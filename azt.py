@@ -425,7 +425,9 @@ class Paths:
         self.keys = self.state / "keys.json"
         self.lock = self.state / "lock"
         self.models = self.state / "models.json"
+        self.renewals = self.state / "renewals.jsonl"
         self.settings = self.state / "settings.json"
+        self.codex_auth = codex_home / "auth.json"
         self.codex_models = codex_home / "models_cache.json"
 
 
@@ -438,32 +440,51 @@ def prepare_home(paths: Paths) -> None:
     state = paths.state
     try:
         for folder in (paths.home, state):
+            if folder.is_symlink():
+                raise StateError(f"{folder} is a symbolic link. {_OTHER_HOME}")
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = state.lstat()
-        if stat.S_ISLNK(status.st_mode):
-            raise StateError(f"{state} is a symbolic link. Put a folder in its place.")
         if status.st_uid != os.getuid():
             raise StateError(f"{state} belongs to another user. {_OTHER_HOME}")
         if status.st_mode & 0o077:
             state.chmod(0o700)
             log.warning("%s was open to other users; its mode is 0700 now", state)
-        for leftover in state.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
     except OSError as error:
         raise StateError(f"{state} cannot be used ({error.strerror}). {_OTHER_HOME}") from None
 
 
+def _seal(value: Json, indent: int | None = None) -> bytes:
+    """A line or a file of state: JSON whose last member, `sum`, shows that a byte has flipped."""
+    checked = hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+    return json.dumps({**value, "sum": checked}, indent=indent).encode() + b"\n"
+
+
+def _unseal(raw: bytes) -> Json:
+    """What `_seal` was given. Without a `sum` it was written by hand, which is allowed.
+
+    raises  ValueError, RecursionError
+    """
+    value = json.loads(raw.decode("utf-8-sig"))
+    if not isinstance(value, dict):
+        raise ValueError("no JSON object")
+    given = value.pop("sum", None)
+    if given is not None and json.loads(_seal(value))["sum"] != given:
+        raise ValueError("its check sum is wrong; who edits it by hand removes the line of `sum`")
+    return value
+
+
 @blocking
-def read_json(path: Path, version: int) -> Json | None:
+def read_json(path: Path, version: int, check: Callable[[Json], object] = bool) -> Json | None:
     """The object in a state file; None when there is no such file.
 
     An unreadable file never reads as an empty one: it is kept as `.corrupt-<time>` and the last
     good copy (`.bak`, written after every save) takes its place.
+    check   raises KeyError, TypeError, ValueError or StateError where the object is of no use
     raises  StateError when neither can be used, or the file is from a newer azt
     """
-    value, damage = _read_object(path)
+    value, damage = _read_object(path, version, check)
     if damage:
-        value, _ = _read_object(Path(f"{path}.bak"))
+        value, _ = _read_object(Path(f"{path}.bak"), version, check)
         if value is None:
             raise StateError(
                 f"{path} is damaged ({damage}), its copy too. Move it away, import again."
@@ -472,23 +493,40 @@ def read_json(path: Path, version: int) -> Json | None:
         raise StateError(f"{path} was written by a newer azt. Update azt. {_OTHER_HOME}")
     if value is not None and damage:
         # A copy, not a rename: dying in between must not leave a missing file: that is a new home.
-        kept = path.with_name(f"{path.name}.corrupt-{time.strftime('%Y%m%d-%H%M%S')}")
-        write_bytes(kept, _read_own_file(path))
+        kept = _keep_damaged(path)
         write_json(path, value)
-        log.error("%s was damaged (%s), kept as %s; its copy serves", path, damage, kept.name)
+        log.error("%s was damaged (%s), kept as %s; its copy serves", path, damage, kept)
     return value
 
 
-def _read_object(path: Path) -> tuple[Json | None, str]:
+def _read_object(
+    path: Path, version: int, check: Callable[[Json], object]
+) -> tuple[Json | None, str]:
     """(object, ""); (None, "") where there is no file; (None, what is wrong with it)."""
     try:
-        value = json.loads(_read_own_file(path).decode("utf-8-sig"))
+        raw = _read_own_file(path)
     except FileNotFoundError:
         return None, ""
-    except (ValueError, RecursionError):
-        return None, "no valid JSON"
-    is_ours = isinstance(value, dict) and isinstance(value.get("version"), int)
-    return (value, "") if is_ours else (None, "not the expected object")
+    try:
+        value = _unseal(raw)
+        if value["version"] <= version:
+            check(value)
+        return value, ""
+    except (KeyError, TypeError, ValueError, RecursionError, StateError) as error:
+        return None, str(error)[:200] or "no content"
+
+
+def _keep_damaged(path: Path) -> str:
+    """Copy a damaged file to where nothing overwrites it; the name of the copy."""
+    kept = path.with_name(f"{path.name}.corrupt-{datetime.now():%Y%m%d-%H%M%S-%f}")
+    write_bytes(kept, _read_own_file(path))
+    return kept.name
+
+
+@blocking
+def damaged_files(paths: Paths) -> list[str]:
+    """What `read_json` and `read_lines` have kept for the person to look at, and to delete."""
+    return sorted(path.name for path in paths.state.rglob("*.corrupt-*"))
 
 
 def _open_own(path: str | Path, flags: int) -> int:
@@ -529,12 +567,23 @@ def read_foreign(path: Path, bytes_max: int) -> bytes:
 @blocking
 def write_json(path: Path, value: Json) -> None:
     """Replace a state file (a crash leaves the old or the new content whole), then its copy."""
-    raw = json.dumps(value, indent=1).encode() + b"\n"
+    raw = _seal(value, 1)
     write_bytes(path, raw)
     try:
         write_bytes(Path(f"{path}.bak"), raw)
     except AztError as error:  # saved all the same: only the copy is an older one
         log.error("%s", error.message)
+
+
+@contextlib.contextmanager
+def _saving(path: Path) -> Iterator[None]:
+    """Disk errors by azt's own names: AztError 507 (disk full) or 500."""
+    try:
+        yield
+    except OSError as error:
+        status = 507 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 500
+        text = f"{path} could not be written ({error.strerror}). Free some space or mend its mode."
+        raise AztError(status, "state_not_saved", text) from None
 
 
 @blocking
@@ -544,32 +593,73 @@ def write_bytes(path: Path, raw: bytes) -> None:
     raises  AztError 507 (disk full) or 500; the old content is then still there
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb", opener=_open_own) as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+    with _saving(path), contextlib.ExitStack() as stack:
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        stack.callback(_quietly, os.close, folder)
+        try:
+            with open(temporary, "xb", opener=_open_own) as file:
+                file.write(raw)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            _quietly(os.unlink, temporary)
+            raise
         try:
             os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        status = 507 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 500
-        text = f"{path} could not be written ({error.strerror}). Free some space or mend its mode."
-        raise AztError(status, "state_not_saved", text) from None
+        except OSError as error:  # everyone reads the new content already: there is no way back
+            log.error("%s is saved, but a power cut could undo it (%s)", path, error.strerror)
+
+
+def _quietly(function: Callable[[Any], object], argument: Any) -> None:
+    with contextlib.suppress(OSError):
+        function(argument)
+
+
+@blocking
+def append_line(path: Path, value: Json) -> None:
+    """Add one sealed line: on disk when this returns. Raises AztError; it is not there then."""
+    line = _seal(value)
+    with _saving(path), contextlib.ExitStack() as stack:
+        handle = _open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        stack.callback(_quietly, os.close, handle)
+        size = os.fstat(handle).st_size
+        try:
+            if os.write(handle, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(handle)
+        except OSError:
+            _quietly(functools.partial(os.ftruncate, handle), size)
+            raise
+
+
+@blocking
+def read_lines(path: Path) -> list[Json]:
+    """The sealed lines of a file; [] without one. A file with damaged lines is kept, and said."""
+    try:
+        raw = _read_own_file(path)
+    except FileNotFoundError:
+        return []
+    lines = []
+    damage = ""
+    for line in raw.split(b"\n"):
+        try:
+            lines += [_unseal(line)] if line else []
+        except (ValueError, RecursionError) as error:
+            damage = str(error)
+    if damage:
+        log.error("%s has damaged lines (%s), kept as %s", path, damage, _keep_damaged(path))
+    return lines
 
 
 @blocking
 def read_or_make_secret(path: Path) -> str:
     """A 256-bit secret in a 0600 file, made at its first use."""
-    try:
+    secret = ""
+    with contextlib.suppress(FileNotFoundError):
         secret = _read_own_file(path).decode("ascii", "replace").strip()
-    except FileNotFoundError:
-        secret = ""
+        if len(secret) < 32:
+            log.error("%s was damaged; a new secret takes its place", path)
     if len(secret) < 32:
         secret = "azt_admin_" + secrets.token_urlsafe(32)
         write_bytes(path, secret.encode() + b"\n")
@@ -604,6 +694,8 @@ class HomeLock:
             raise StateError(text) from None
         self._handle = handle
         self.write(None)
+        for leftover in self._path.parent.rglob(".*.????????????????.tmp"):
+            _quietly(os.unlink, leftover)  # of a writer that was killed: nobody else writes here
         return None
 
     @blocking
@@ -618,6 +710,37 @@ class HomeLock:
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
+
+
+CODEX_LOCK_WAIT_S = 60.0
+
+
+@blocking
+def lock_codex(paths: Paths) -> contextlib.ExitStack:
+    """Keep other programs from renewing Codex's sign-in too, until the result is closed.
+
+    Another azt locks the folder, Codex the file beside its auth.json; nothing is created. Who holds
+    on for longer than a renewal may take hangs, and is no reason to hang as well.
+    """
+    held, deadline = contextlib.ExitStack(), time.monotonic() + CODEX_LOCK_WAIT_S
+    for path in (paths.codex_auth.parent, Path(f"{paths.codex_auth}.lock")):
+        try:
+            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:  # no Codex here
+            continue
+        held.callback(os.close, handle)
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() < deadline:
+                    time.sleep(0.05)
+                    continue
+                log.warning("another program holds %s for a long time; azt goes on", path)
+            except OSError:  # a file system without locks
+                pass
+            break
+    return held
 
 
 @dataclass(frozen=True, slots=True)
@@ -4836,17 +4959,55 @@ def _sign_in_again(account: Account) -> AztError:
     return AztError(401, "account_auth_expired", message, type="authentication_error")
 
 
+LOST_ANSWER_PAUSE_S, EARLY_RETRY_S, SETTLE_S = 2.0, 30.0, 35.0
+
+
+@blocking
+def read_codex_sign_in(path: Path) -> Account | None:
+    """The account in Codex's auth.json; None where it is missing, foreign or holds no tokens."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid():
+            return None
+        entries = import_entries(read_foreign(path, IMPORT_MEMBER_MAX_BYTES))
+        return to_accounts(entries, time.time())[0]
+    except (OSError, BadRequest):
+        return None
+
+
+def _issued_at(access_token: str) -> int:
+    claims = token_claims(access_token)
+    return _as_seconds(claims.get("iat")) or _as_seconds(claims.get("exp"))
+
+
+def _fingerprint(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()[:16]
+
+
 @dataclass(eq=False, slots=True)
 class Renewals:
-    """Keeps sign-ins fresh. Owns no state but the refreshes under way."""
+    """Keeps sign-ins fresh. A refresh token is single use, so the new one is never only hoped for:
+
+        intent in the journal -> call -> result in the journal -> accounts saved -> used
+             |                    |              |                      |
+             +-- killed: the old token is tried once    +-- killed: the journal is read at the start
+
+    on_renewed  told, while the lock on Codex's home is held, about an account that was renewed and
+                the refresh token that this used up
+    unsaved     why the newest sign-ins are only in memory; "" when they are on disk
+    """
 
     _store: AccountStore
     _pool: ConnectionPool
     _calls: WorkerPool
     _environment: Environment
     _save: Callable[[], Awaitable[None]]
+    on_renewed: Callable[[Account, str], Awaitable[None]] | None = None
+    unsaved: str = ""
     _refreshes: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    _rests_until_s: dict[str, float] = field(default_factory=dict)
     _one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _saving: asyncio.Task[None] | None = None
 
     async def fresh_account(self, account: Account, refused: str = "") -> Account:
         """The account with a token that can be used now.
@@ -4855,10 +5016,14 @@ class Renewals:
         raises   AztError when the sign-in is dead, or its renewal failed and the old token is over
         """
         account = self._store.accounts.get(account.id, account)
+        if account.rejected:
+            raise _sign_in_again(account)
         now = time.time()
         ends_soon = account.expires_at and account.expires_at - now < REFRESH_AHEAD_S
         # Just renewed and over all the same: the clock is wrong, and only a 401 may renew it again.
         is_new = abs(now - account.refreshed_at) < REFRESH_AHEAD_S
+        # It failed a moment ago, and there is no hurry yet.
+        is_new |= account.expires_at > now and self._rests(account.id)
         if account.access_token != refused and (is_new or not ends_soon):
             return account
         task = self._refreshes.get(account.id)
@@ -4875,44 +5040,186 @@ class Renewals:
             raise error
         return self._store.accounts.get(account.id, account)
 
+    def _rests(self, account_id: str) -> bool:
+        return time.monotonic() < self._rests_until_s.get(account_id, 0.0)
+
     def _refreshed(self, account_id: str, task: asyncio.Task[None]) -> None:
         self._refreshes.pop(account_id, None)
-        if not task.cancelled():
-            task.exception()  # seen, for perhaps nobody waits for it any more
+        self._rests_until_s.pop(account_id, None)
+        # Looked at here, for perhaps nobody waits for it any more.
+        if not task.cancelled() and task.exception() is not None:
+            self._rests_until_s[account_id] = time.monotonic() + EARLY_RETRY_S
 
     async def _refresh(self, account_id: str, stale_token: str) -> None:
-        """Renew one sign-in: one at a time over all accounts, on disk before anyone uses it."""
+        """Renew one sign-in: one at a time over all accounts and all programs on Codex's home."""
         async with self._one_at_a_time:
+            held = await in_thread(self._calls, lock_codex, self._environment.paths)
+            try:
+                await self._renew(account_id, stale_token)
+            finally:
+                held.close()
+
+    async def _renew(self, account_id: str, stale_token: str) -> None:
+        """Take a newer sign-in over from Codex, else call, until the stale token is replaced.
+
+        raises  AztError when the sign-in is dead, UpstreamError for what may pass
+        """
+        codex_auth, dead, was_lost = self._environment.paths.codex_auth, "", False
+        while True:
+            found = await in_thread(self._calls, read_codex_sign_in, codex_auth)
             account = self._store.accounts.get(account_id)
             if account is None or account.access_token != stale_token:
-                return
-            call = (self._pool, self._environment.auth_base_url, account.refresh_token, Wire())
+                return  # removed, or signed in anew
+            is_same = found is not None and found.id == account_id
+            if is_same and self.adopt(found, even_as_old=bool(dead)):
+                await self.keep()
+                if account.expires_at - time.time() > REFRESH_AHEAD_S:
+                    return
+                dead, stale_token = "", account.access_token
+                continue
+            if dead:
+                raise await self.reject(account, dead)
+            used = account.refresh_token
             try:
-                tokens = await in_thread(self._calls, refresh_tokens, *call)
+                tokens = await in_thread(self._calls, self._call, account_id, used)
             except SignInRejected as error:
-                raise await self.reject(account, error.reason) from None
-            now = time.time()
-            new = account_from_tokens(
-                tokens.access_token or account.access_token,
-                tokens.refresh_token or account.refresh_token,
-                tokens.id_token or account.id_token,
-                now,
-            )
-            for name in ("access_token", "refresh_token", "id_token"):
-                setattr(account, name, getattr(new, name))
-            told = int(now) + tokens.expires_in_s if tokens.expires_in_s else 0
-            account.expires_at = new.expires_at or told
-            account.plan = new.plan if new.plan != "unknown" else account.plan
-            account.refreshed_at = int(now)
-            await self._save()
-            log.info("the sign-in of %s was renewed", account.name)
+                dead = error.reason
+            except UpstreamError as error:
+                # No answer at all: the token may be used up, or not. The old one is tried once.
+                if error.fault == "transient" or was_lost:
+                    raise
+                was_lost = True
+                await asyncio.sleep(LOST_ANSWER_PAUSE_S)
+            else:
+                return await self._renewed(account, used, tokens)
+
+    @blocking
+    def _call(self, account_id: str, refresh_token: str) -> Tokens:
+        """The call, with the journal around it. A disk that fails does not stop it."""
+        line = {"account": account_id, "used": _fingerprint(refresh_token), "at": int(time.time())}
+        self._note(line)
+        base_url = self._environment.auth_base_url
+        tokens = refresh_tokens(self._pool, base_url, refresh_token, Wire())
+        self._note(line | {name: getattr(tokens, name) for name in Tokens.__slots__})
+        return tokens
+
+    def _note(self, line: Json) -> None:
+        try:
+            append_line(self._environment.paths.renewals, line)
+        except AztError as error:
+            log.error("%s", error.message)
+
+    async def _renewed(self, account: Account, used: str, tokens: Tokens) -> None:
+        """New tokens -> the account as it is by now, the disk, and who wants to know."""
+        current = self._store.accounts.get(account.id)
+        # `account` as well: a removal or an import that cannot be saved brings it back.
+        holders = [one for one in (account, current) if one and one.refresh_token == used]
+        for one in holders:
+            _take_tokens(one, tokens, int(time.time()))
+        if await self.keep():
+            await in_thread(self._calls, self._forget)
+        if current not in holders:
+            log.warning("the new tokens of %s are dropped: it has left meanwhile", account.name)
+            return
+        log.info("the sign-in of %s was renewed", account.name)
+        if self.on_renewed is not None:
+            try:
+                await self.on_renewed(account, used)
+            except AztError as error:
+                log.error("after the renewal of %s: %s", account.name, error.message)
+
+    def _forget(self) -> None:
+        """Empty the journal: all that it says is saved."""
+        try:
+            write_bytes(self._environment.paths.renewals, b"")
+        except AztError as error:
+            log.error("%s", error.message)
+
+    @blocking
+    def recover(self) -> None:
+        """At the start: what a process that was killed, or Codex, knew better -> the accounts."""
+        paths, accounts, unknown = self._environment.paths, self._store.accounts, set()
+        is_news = self.adopt(read_codex_sign_in(paths.codex_auth))
+        for line in read_lines(paths.renewals):
+            account = accounts.get(str(line.get("account")))
+            if account is None or _fingerprint(account.refresh_token) != line.get("used"):
+                continue
+            if line.get("access_token") or line.get("refresh_token"):
+                _take_tokens(account, Tokens(*map(line.get, Tokens.__slots__)), line["at"])
+                is_news = True
+            else:
+                unknown.add(account.name)
+        for name in unknown:
+            log.warning("azt was stopped while it renewed %s: the old token is tried once", name)
+        try:
+            if is_news:
+                write_json(paths.accounts, self._store.to_json())
+            write_bytes(paths.renewals, b"")
+        except AztError as error:
+            self.unsaved = error.message  # the journal still has it, and the next save goes on
+            log.error("%s", error.message)
+
+    def adopt(self, found: Account | None, even_as_old: bool = False) -> bool:
+        """Take a newer sign-in of an account over that is here already. The caller saves."""
+        of = self._store.accounts.get(found.id) if found else None
+        if found is None or of is None or found.refresh_token == of.refresh_token:
+            return False
+        if _issued_at(found.access_token) < _issued_at(of.access_token) + (not even_as_old):
+            return False
+        for name in ("access_token", "refresh_token", "id_token", "expires_at", "plan"):
+            setattr(of, name, getattr(found, name) or getattr(of, name))
+        of.rejected = ""
+        log.info("the sign-in of %s was taken over from Codex, which had renewed it", of.name)
+        return True
 
     async def reject(self, account: Account, reason: str) -> AztError:
         """Remember that only a new sign-in helps, so that the dead token is never tried again."""
         account.rejected = reason
-        await self._save()
+        await self.keep()
         log.warning("account %s needs to sign in again (%s)", account.name, reason)
         return _sign_in_again(account)
+
+    async def keep(self) -> bool:
+        """Save. What cannot be saved is in force all the same, and tried until it is on disk."""
+        try:
+            await self._save()
+            self.unsaved = ""
+        except AztError as error:
+            self.unsaved = error.message
+            if self._saving is None or self._saving.done():
+                self._saving = asyncio.create_task(self._keep_trying())
+        return not self.unsaved
+
+    async def _keep_trying(self) -> None:
+        pause_s = 1.0
+        while self.unsaved:
+            log.error("%s Sign-ins are only in memory; again in %d s.", self.unsaved, pause_s)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, 60.0)
+            await self.keep()
+        log.warning("the sign-ins are on disk again")
+
+    async def settle(self) -> None:
+        """Before the process ends: renewals under way come to their end, and to the disk."""
+        if self._refreshes:
+            await asyncio.wait(self._refreshes.values(), timeout=SETTLE_S)
+        if self.unsaved:
+            await self.keep()
+
+
+def _take_tokens(account: Account, tokens: Tokens, now: int) -> None:
+    """An answer of the token endpoint, or of the journal, into the account."""
+    new = account_from_tokens(
+        tokens.access_token or account.access_token,
+        tokens.refresh_token or account.refresh_token,
+        tokens.id_token or account.id_token,
+        now,
+    )
+    for name in ("access_token", "refresh_token", "id_token"):
+        setattr(account, name, getattr(new, name))
+    account.expires_at = new.expires_at or (now + tokens.expires_in_s if tokens.expires_in_s else 0)
+    account.plan = new.plan if new.plan != "unknown" else account.plan
+    account.refreshed_at, account.rejected = now, ""
 
 
 class Stickiness:
@@ -5230,10 +5537,12 @@ class Gateway:
         self.short = WorkerPool("short", 16)
         self.files = WorkerPool("file", 1)
         use = (self.store, self.pool, self.calls, environment)
-        self.renewals = Renewals(*use, self.save_accounts)
+        # In turn: a change by a person that is taken back must not take new tokens with it.
+        self.renewals = Renewals(*use, functools.partial(self._in_turn, self.save_accounts))
         self.rotation = Rotation(*use, self.renewals)
         self.started_at = time.time()
         self.listening: list[tuple[str, int]] = []
+        self.damaged: list[str] = []  # state files that were kept for the person to look at
         self._changing = asyncio.Lock()
 
     @property
@@ -5252,12 +5561,28 @@ class Gateway:
             saved = None
         self._apply_settings(saved)
         self.started_settings = self.settings
-        loaded = AccountStore.from_json(read_json(paths.accounts, ACCOUNTS_VERSION))
+        shape = AccountStore.from_json
+        loaded = shape(read_json(paths.accounts, ACCOUNTS_VERSION, shape))
         self.store.accounts, self.store.active_id = loaded.accounts, loaded.active_id
-        self.keys = (read_json(paths.keys, 1) or {}).get("keys", [])
+        self.keys = (read_json(paths.keys, 1, lambda saved: [*saved["keys"]]) or {"keys": []})[
+            "keys"
+        ]
         self.catalogue = Catalogue.read(_read_cache(paths.models), _read_cache(paths.codex_models))
         self.admin_token = read_or_make_secret(paths.admin_token)
         self.pages = read_pages()
+        self.renewals.recover()
+        self.damaged = damaged_files(paths)
+
+    @property
+    def notices(self) -> list[Json]:
+        """What the person should know about the state on disk (console.md 6.2)."""
+        found = [("state_damaged", {"file": name}) for name in self.damaged]
+        if self.renewals.unsaved:
+            found.append(("accounts_unsaved", {"why": self.renewals.unsaved}))
+        return [
+            {"id": f"{code}-{at}", "level": "error", "code": code, "params": params}
+            for at, (code, params) in enumerate(found)
+        ]
 
     def _apply_settings(self, saved: Json | None) -> None:
         self.settings = load_settings(saved, self.environment, self.flags)
@@ -6836,6 +7161,7 @@ def admin_get_state(gw: Gateway, request: Request) -> Json:
         "routing": {"autoSwitch": False, "activeId": gw.store.active_id},
         "accounts": [_account_view(gw, account) for account in gw.store.accounts.values()],
         "models": {**models, "source": catalogue.source},
+        "notices": gw.notices,
     }
 
 
@@ -7335,6 +7661,7 @@ async def _run(environment: Environment, flags: Json, opens_browser: bool) -> No
     try:
         await in_thread(gw.files, gw.load)
         await _serve(gw, lock, opens_browser)
+        await gw.renewals.settle()
     finally:
         lock.release()
         gw.pool.close()
@@ -7463,6 +7790,7 @@ async def _privately(environment: Environment, function: Callable[[_Call], T]) -
             return await in_thread(gw.short, function, call)
         finally:
             await server.drain(1.0)
+            await gw.renewals.settle()
             gw.pool.close()
 
 

@@ -1,6 +1,7 @@
 """`python3 tests`: prepare a private environment, then check format, lint, types and run the tests.
 
-Arguments go to pytest, and then only pytest runs: `python3 tests -k stream`.
+Arguments go to pytest, and then only pytest runs: `python3 tests -k stream`. With `--trust` the
+tests that back a number of the README's claims run with their full counts, and a table ends it.
 
 The environment lies in `.azt-test-env` in the checkout (ignored by git) and is made anew when
 `pyproject.toml`, the Node packages below or the Python version change. Needs Python 3.11 with venv;
@@ -17,6 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import venv
 from pathlib import Path
 
@@ -52,7 +54,11 @@ def main(arguments: list[str]) -> int:
         say(f"The test environment cannot be prepared: {' '.join(map(str, error.cmd))} failed.")
         return 2
     failed = [] if arguments else run_checks()
-    tests = subprocess.run([BIN / "pytest", *pytest_options(arguments)], cwd=ROOT, env=variables())
+    with tempfile.TemporaryDirectory(prefix="azt-claims-") as claims:
+        command = [BIN / "pytest", *pytest_options(arguments), "--claims", claims]
+        tests = subprocess.run(command, cwd=ROOT, env=variables())
+        if "--trust" in arguments:
+            say("\n".join(claims_table(Path(claims))))
     return tests.returncode or (1 if failed else 0)
 
 
@@ -92,6 +98,7 @@ def install_debian_packages() -> None:
     needed = {
         "curl": shutil.which("curl") is not None,
         "python3-venv": importlib.util.find_spec("ensurepip") is not None,
+        "strace": shutil.which("strace") is not None,
     }
     missing = [package for package, is_there in needed.items() if not is_there]
     if not missing:
@@ -152,6 +159,23 @@ def run_checks() -> list[str]:
     if failed:
         say(f"These checks failed: {', '.join(failed)}. The tests run all the same.")
     return failed
+
+
+def claims_table(folder: Path) -> list[str]:
+    """What all workers counted, one line for each claim in the order of the rows."""
+    sums: dict[tuple[int, str], list[int]] = {}
+    notes: dict[tuple[int, str], list[str]] = {}
+    for file in folder.glob("*.json"):
+        for row, text, tried, wrong, said in json.loads(file.read_text()):
+            counts = sums.setdefault((row, text), [0, 0])
+            counts[0] += tried
+            counts[1] += wrong
+            notes.setdefault((row, text), []).extend(said)
+    lines = [f"{'row':>3} | {'claim':<66} | {'tried':>7} | {'wrong':>5}", "-" * 92]
+    for (row, text), (tried, wrong) in sorted(sums.items()):
+        lines.append(f"{row:>3} | {text:<66} | {tried:>7,} | {wrong:>5,}")
+        lines += [f"    |   {note}" for note in sorted(set(notes[row, text]))]
+    return lines
 
 
 def pytest_options(arguments: list[str]) -> list[str]:

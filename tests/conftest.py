@@ -6,10 +6,13 @@ gateway       a running `azt start` with one imported account, pointed at `upstr
 new_gateway   start one more, for tests that change its state or need other settings
 client        HTTP calls to `gateway`
 openai_client the official library, pointed at `gateway`
+claim         counts what a claim of the table in `python3 tests --trust` was tried with
+many          how often a test tries: a sample, or the full count with `--trust`
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +26,80 @@ from hypothesis import HealthCheck, settings
 # A property holds or it does not, however slow the machine is.
 settings.register_profile("azt", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("azt")
+
+
+# -- The claims of `python3 tests --trust` ---------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--trust", action="store_true", help="full counts; only tests with a claim")
+    parser.addoption("--claims", metavar="FOLDER", help="where each worker leaves its counts")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> None:
+    if config.getoption("--trust"):
+        chosen = [item for item in items if "claim" in item.fixturenames]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+        for item in items:
+            item.add_marker(pytest.mark.timeout(3600))
+
+
+class Claim:
+    """One row of the table: how often it was tried, and what went wrong."""
+
+    def __init__(self, row: int, text: str) -> None:
+        self.row, self.text = row, text
+        self.tried = 0
+        self.wrong: list[str] = []
+        self.notes: list[str] = []
+
+    def check(self, holds: object, detail: object = "") -> None:
+        """Count one try; a wrong one fails the test at its end, after all were tried."""
+        self.tried += 1
+        if not holds:
+            self.wrong.append(str(detail)[:500])
+
+    def note(self, text: str) -> None:
+        """A number or a remark that stands in the table beside the counts."""
+        self.notes.append(text)
+
+
+CLAIMS = pytest.StashKey[list[Claim]]()
+
+
+@pytest.fixture
+def claim(request: pytest.FixtureRequest) -> Iterator[Callable[[int, str], Claim]]:
+    """`claim(7, "killed at every system call")`: row of the numbers to show, and what was tried."""
+    own: list[Claim] = []
+
+    def start(row: int, text: str) -> Claim:
+        own.append(Claim(row, text))
+        return own[-1]
+
+    yield start
+    request.config.stash.setdefault(CLAIMS, []).extend(own)
+    for one in own:
+        assert one.tried, f"nothing was tried for {one.text!r}"
+        assert not one.wrong, f"{len(one.wrong)} of {one.tried} wrong, the first: {one.wrong[:3]}"
+
+
+@pytest.fixture
+def many(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
+    """`many(20, 1000)`: 20 in the daily run, 1,000 with `--trust`."""
+    full = request.config.getoption("--trust")
+    return lambda sample, all_of_them: all_of_them if full else sample
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    folder, claims = session.config.getoption("--claims"), session.config.stash.get(CLAIMS, [])
+    if folder and claims:
+        worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+        counts = [[one.row, one.text, one.tried, len(one.wrong), one.notes] for one in claims]
+        Path(folder, f"{worker}.json").write_text(json.dumps(counts))
+
+
+# -- Homes and gateways ----------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)

@@ -114,7 +114,7 @@ def test_a_replaced_file_never_gets_the_old_looser_mode(file: Path) -> None:
 def test_a_writer_that_is_replaced_keeps_the_open_file_whole(file: Path) -> None:
     with file.open("rb") as reader:
         azt.write_json(file, NEW)
-        assert json.loads(reader.read()) == OLD
+        assert azt._unseal(reader.read()) == OLD
 
 
 def test_reading_and_writing_refuse_the_loop(file: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_damaged_file_is_kept_and_its_copy_serves(
     assert mode(kept) == 0o600
     assert kept.name in caplog.text
     assert azt.read_json(file, 1) == OLD
-    assert json.loads(file.read_bytes()) == OLD
+    assert azt._unseal(file.read_bytes()) == OLD
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
@@ -385,7 +385,7 @@ def test_a_copy_that_cannot_be_written_does_not_undo_the_save(
 ) -> None:
     (folder / "accounts.json.bak").mkdir()
     azt.write_json(folder / "accounts.json", NEW)
-    assert json.loads((folder / "accounts.json").read_bytes()) == NEW
+    assert azt.read_json(folder / "accounts.json", 1) == NEW
     assert "accounts.json.bak" in caplog.text
 
 
@@ -656,12 +656,17 @@ def test_leftovers_of_a_crash_are_removed_and_nothing_else(tmp_path: Path) -> No
     azt.write_json(paths.accounts, OLD)
     (paths.state / ".accounts.json.0123456789abcdef.tmp").write_text("half")
     (paths.state / "accounts.json.corrupt-20260101-000000").write_text("kept")
-    azt.prepare_home(paths)
+    azt.prepare_home(paths)  # another process may be writing: not before the lock is held
+    assert len(names(paths.state)) == 4
+    lock = azt.HomeLock(paths.lock)
+    assert lock.acquire() is None
     assert names(paths.state) == {
         "accounts.json",
         "accounts.json.bak",
         "accounts.json.corrupt-20260101-000000",
+        "lock",
     }
+    lock.release()
 
 
 def test_a_home_that_is_a_file_is_named(tmp_path: Path) -> None:
