@@ -47,7 +47,7 @@ import fcntl
 import functools
 import hashlib
 import hmac
-import http.client
+import http
 import importlib.util
 import io
 import ipaddress
@@ -140,6 +140,7 @@ MAX_LAN_STREAMS, MAX_CALL_THREADS = 64, 1024
 LISTEN_BACKLOG = 1024
 
 # What the upstream may send, and what is held of it until the client has its status.
+MAX_ANSWER_HEAD_BYTES = 64 * KIB
 MAX_EVENT_BYTES, MAX_HELD_BYTES, MAX_REPLY_BYTES = 48 * MIB, 1 * MIB, 64 * MIB
 READ_BYTES, WRITE_BUFFER_BYTES, PIPELINE_BYTES = 64 * KIB, 256 * KIB, 64 * KIB
 
@@ -1061,6 +1062,7 @@ class Wire:
 
 _Key = tuple[str, str, int]  # scheme, host, port: what a kept connection is good for
 _PORTS = {"http": 80, "https": 443}
+_NOT_NOW = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 class ConnectionPool:
@@ -1091,6 +1093,26 @@ class ConnectionPool:
             if time.monotonic() - since < POOL_IDLE_S and not poller.poll(0):
                 return sock
             sock.close()
+
+    def key(self, url: str) -> _Key:
+        """What connects to `url`. Raises UpstreamError for a host that nobody has named."""
+        parts = urllib.parse.urlsplit(url)
+        host = parts.hostname or ""
+        if host not in OUTBOUND and host not in self.egress.own_hosts:
+            text = f"azt does not call {host}: it is not in its table of hosts."
+            raise UpstreamError(502, "upstream_unreachable", text)
+        return parts.scheme, host, parts.port or _PORTS[parts.scheme]
+
+    def settle(self, answer: Answer, key: _Key, sock: socket.socket) -> Answer:
+        """The answer with its connection when it is a stream, which is kept or closed otherwise."""
+        if answer.is_stream:
+            sock.settimeout(0)
+            answer.sock, answer.key = sock, key
+        elif answer.keep:
+            self.give(key, sock)
+        else:
+            sock.close()
+        return answer
 
     def give(self, key: _Key, sock: socket.socket) -> None:
         """Keep a connection whose last answer was read to its end; close those kept too long."""
@@ -1141,14 +1163,17 @@ class Answer:
 
     status: int
     headers: dict[str, str]  # lower-case names; values of a repeated one are joined with ", "
+    framing: Framing
+    is_stream: bool
+    keep: bool  # the connection may be used again once the body has ended
     body: bytes = b""
-    is_stream: bool = False
+    rest: bytes = b""  # body bytes that came along with the head of a stream
     sock: socket.socket | None = None
     key: _Key = ("", "", 0)
-    rest: bytes = b""  # body bytes that came along with the head
-    framing: Framing | None = None
-    keep: bool = False  # the connection may be used again once the body has ended
-    connect_ms: int = 0
+
+    @property
+    def coding(self) -> str:
+        return self.headers.get("content-encoding", "")
 
     def close(self) -> None:
         if self.sock is not None:
@@ -1156,11 +1181,39 @@ class Answer:
             self.sock = None
 
 
-# RFC 9112 7.1, read strictly: what is lenient here is how requests are smuggled (trust.md 1.5).
+# What two programs could read differently is not read at all, in either direction: what is lenient
+# here is how requests are smuggled (RFC 9112 7.1, trust.md 1.5).
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
+_FIELD = _TOKEN + rb"++:[\t\x20-\x7e\x80-\xff]*+\r\n"
+_FIELD_LINE = re.compile(_FIELD)
+_ANSWER_HEAD = re.compile(
+    rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*+)?\r\n(?:" + _FIELD + rb")*+\r\n"
+)
+_SINGLES = frozenset("content-length content-type host origin transfer-encoding".split())
+_LENGTH = re.compile(r"[0-9]{1,15}")
 _CHUNK_HEAD = re.compile(
     rb"([0-9A-Fa-f]{1,12})(?:;[\t\x20-\x7e]{0,%d})?\r\n" % (MAX_CHUNK_EXTENSION_BYTES - 1)
 )
-_TRAILER_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n")
+
+
+def read_fields(head: bytes) -> dict[str, str]:
+    """A head of good syntax -> its fields, like `Answer.headers`.
+
+    raises  ValueError when there are too many, or two of one kind that may stand there once
+    """
+    lines = head[:-4].decode("latin-1").split("\r\n")
+    if len(lines) > MAX_HEAD_FIELDS + 1:
+        raise ValueError(f"The head has more than {MAX_HEAD_FIELDS} fields.")
+    fields: dict[str, str] = {}
+    for line in lines[1:]:
+        name, _, value = line.partition(":")
+        name, value = name.lower(), value.strip(" \t")
+        if name in fields:
+            if name in _SINGLES:
+                raise ValueError(f"The header {name} appears more than once.")
+            value = f"{fields[name]}, {value}"
+        fields[name] = value
+    return fields
 
 
 class Framing:
@@ -1236,7 +1289,7 @@ class Framing:
         if self._trailer_bytes >= 0:
             self._trailer_bytes += len(line)
             self.ended = line == b"\r\n"
-            if not self.ended and not _TRAILER_LINE.fullmatch(line):
+            if not self.ended and not _FIELD_LINE.fullmatch(line):
                 raise ValueError("a trailer of the chunked body is malformed")
         elif self._in_chunk:
             if line != b"\r\n":
@@ -1251,6 +1304,119 @@ class Framing:
             self._trailer_bytes = -1 if self.left else 0
 
 
+class _Unanswered(ConnectionError):
+    """The connection ended before any byte of an answer: the request may be sent once more."""
+
+
+class _Reply:
+    """The bytes of one response, in any split -> its head, then its body. Pure.
+
+    raises  ValueError for what is no valid HTTP, or is cut; _Unanswered when nothing had come
+    """
+
+    __slots__ = ("_body", "_head_bytes", "_unread", "answer")
+
+    def __init__(self) -> None:
+        self._unread, self._body = b"", bytearray()
+        self._head_bytes = 0  # of interim answers
+        self.answer: Answer | None = None
+
+    @property
+    def was_heard(self) -> bool:
+        return bool(self._unread or self._head_bytes or self.answer)
+
+    def head(self, data: bytes) -> Answer | None:
+        """The answer once its head is complete. `data` b"": the connection has ended."""
+        self._unread += data
+        while True:
+            head, mark, rest = self._unread.partition(b"\r\n\r\n")
+            if self._head_bytes + len(head) > MAX_ANSWER_HEAD_BYTES:
+                raise ValueError("a head larger than azt accepts")
+            if not head.startswith(b"HTTP/1."[: len(head)]):
+                raise ValueError("no HTTP/1.1")
+            if not mark:
+                break
+            head += mark
+            found = _ANSWER_HEAD.fullmatch(head)
+            if found is None or found[2] == b"101":
+                raise ValueError("a malformed head")
+            self._unread = rest
+            self._head_bytes += len(head)
+            if found[2][:1] != b"1":
+                self.answer = _answer(int(found[2]), read_fields(head), found[1] == b"1")
+                return self.answer
+        if not data:
+            raise ValueError("cut in the head") if self.was_heard else _Unanswered("it was closed")
+        return None
+
+    def feed(self, data: bytes) -> Answer | None:
+        """The answer once it is complete; a stream is so at its head."""
+        is_over = not data
+        answer = self.answer
+        if answer is None:
+            answer = self.head(data)
+            if answer is None:
+                return None
+            data, self._unread = self._unread, b""
+            if answer.is_stream:
+                answer.rest = data
+                return answer
+        framing = answer.framing
+        self._body += framing.feed(data)
+        if len(self._body) > MAX_REPLY_BYTES:
+            raise ValueError("an answer larger than azt accepts")
+        if is_over and not framing.ended and framing.left >= 0:
+            raise ValueError("cut in the body")
+        if not (framing.ended or is_over):
+            return None
+        answer.keep = answer.keep and framing.ended and not framing.rest
+        answer.body = bytes(self._body)
+        return answer
+
+
+def _answer(status: int, headers: dict[str, str], is_modern: bool) -> Answer:
+    length, coding = headers.get("content-length"), headers.get("transfer-encoding", "").lower()
+    if coding not in ("", "chunked") or (length and not _LENGTH.fullmatch(length)):
+        raise ValueError("a body of unknown length")
+    kind = headers.get("content-type", "").lower()
+    is_stream = status == 200 and kind.startswith("text/event-stream")
+    if is_stream and headers.get("content-encoding", "identity") != "identity":
+        raise ValueError("a compressed event stream that nobody asked for")
+    is_empty = status in (204, 304)
+    framing = Framing(
+        bool(coding) and not is_empty,
+        0 if is_empty else int(length) if length and not coding else None,
+    )
+    keep = is_modern and "close" not in headers.get("connection", "").lower()
+    return Answer(status, headers, framing, is_stream, keep and not (coding and length))
+
+
+def _request(call: Call) -> list[bytes | bytearray]:
+    """The bytes of a request, a small body in one piece with its head."""
+    parts = urllib.parse.urlsplit(call.url)
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    lines = [f"{call.method} {target} HTTP/1.1", f"host: {parts.netloc.rpartition('@')[2]}"]
+    lines += [f"{name}: {value}" for name, value in call.headers.items()]
+    if call.body or call.method in ("POST", "PUT"):
+        lines.append(f"content-length: {len(call.body)}")
+    head = "\r\n".join(lines)
+    if head.count("\n") + head.count("\r") != 2 * len(lines) - 2:
+        raise ValueError("a line break in the head of a request")
+    start = f"{head}\r\n\r\n".encode("latin-1")
+    return [start + call.body] if len(call.body) <= READ_BYTES else [start, call.body]
+
+
+def _receive(sock: socket.socket, reply: _Reply) -> Answer | None:
+    """One read of a response; the answer when it is complete."""
+    try:
+        data = sock.recv(READ_BYTES)
+    except (ConnectionError, ssl.SSLEOFError):
+        if reply.was_heard:
+            raise
+        data = b""
+    return reply.feed(data)
+
+
 @blocking
 def open_response(pool: ConnectionPool, call: Call, wire: Wire) -> Answer:
     """Send `call`, read the response head, and the body unless it is an event stream.
@@ -1259,136 +1425,117 @@ def open_response(pool: ConnectionPool, call: Call, wire: Wire) -> Answer:
     before any response byte once as well; nothing else is ever sent twice.
     raises  UpstreamError
     """
-    parts = urllib.parse.urlsplit(call.url)
-    host = parts.hostname or ""
-    if host not in OUTBOUND and host not in pool.egress.own_hosts:
-        text = f"azt does not call {host}: it is not in its table of hosts."
-        raise UpstreamError(502, "upstream_unreachable", text)
-    key = (parts.scheme, host, parts.port or _PORTS[parts.scheme])
+    key = pool.key(call.url)
     for last_try in (True,) if call.once else (False, True):
         sock = None if last_try else pool.take(key)
-        started, is_kept = time.monotonic(), sock is not None
         try:
             sock = sock or _open_socket(pool, key, wire)
             wire.attach(sock)
-            connect_s = 0.0 if is_kept else time.monotonic() - started
-            answer = _exchange(sock, key, call, parts)
-            break
-        except (OSError, http.client.HTTPException, ValueError) as error:
+            answer = _exchange(sock, call)
+            answer.body = bytes(decoded(answer.body, answer.coding, MAX_REPLY_BYTES))
+            wire.attach(None)
+            return pool.settle(answer, key, sock)
+        except (OSError, ValueError) as error:
             if sock is not None:
                 sock.close()
-            if last_try or not isinstance(error, http.client.RemoteDisconnected):
-                raise _outbound_error(host, error) from None
-    wire.attach(None)
-    answer.connect_ms = round(connect_s * 1000)
-    if answer.sock is not None and not answer.is_stream:
-        if answer.keep:
-            pool.give(key, answer.sock)
-            answer.sock = None
-        answer.close()
-    return answer
+            if last_try or not isinstance(error, _Unanswered):
+                raise _outbound_error(key[1], error) from None
+    raise AssertionError  # the last try has ended either way
 
 
-class _HeadReader(io.BufferedReader):
-    """http.client takes the end of the connection for the end of the head."""
-
-    def readline(self, size: int | None = -1, /) -> bytes:
-        line = super().readline(size)
-        if not line.endswith(b"\n") and len(line) != size:
-            raise http.client.IncompleteRead(line)
-        return line
-
-
-class _Response(http.client.HTTPResponse):
-    """http.client takes 102 and 103 for the final answer and hides whether any byte had come.
-
-    Here RemoteDisconnected means that none had: the request was not answered at all.
-    """
-
-    _heard = False
-
-    def _read_status(self) -> tuple[str, int, str]:
-        if not self._heard:
-            self.fp = _HeadReader(self.fp.detach())
-            try:
-                self._heard = bool(self.fp.peek(1))
-            except (ConnectionError, ssl.SSLEOFError) as error:
-                raise http.client.RemoteDisconnected(str(error)) from None
-            if not self._heard:
-                raise http.client.RemoteDisconnected("the connection was closed")
-        while True:
-            version, status, reason = super()._read_status()  # type: ignore[misc]  # no stub
-            if not 102 <= status < 200:
-                return version, status, reason
-            http.client.parse_headers(self.fp)
-
-    def buffered(self) -> bytes:
-        """What was read beyond the bytes taken so far. The socket is non-blocking by now."""
-        try:
-            return self.fp.peek()
-        except OSError:  # a TLS socket without a record, or a connection that has just died
-            return b""
-
-
-def _exchange(
-    sock: socket.socket, key: _Key, call: Call, parts: urllib.parse.SplitResult
-) -> Answer:
-    """One request and its response over an open socket.
-
-    The head is written directly: http.client takes 70 us for it, and sends it apart from the body.
-    """
+def _exchange(sock: socket.socket, call: Call) -> Answer:
     sock.settimeout(call.head_timeout_s)
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    lines = [f"{call.method} {target} HTTP/1.1", f"host: {parts.netloc.rpartition('@')[2]}"]
-    lines += [f"{name}: {value}" for name, value in call.headers.items()]
-    if call.body or call.method in ("POST", "PUT"):
-        lines.append(f"content-length: {len(call.body)}")
-    if any("\r" in line or "\n" in line for line in lines):
-        raise ValueError("a line break in the head of a request")
-    head = "\r\n".join([*lines, "", ""]).encode("latin-1")
     # Refused in mid-upload the answer may be there all the same, a 413 say: the reader finds out.
     with contextlib.suppress(ConnectionError):
-        if len(call.body) <= READ_BYTES:
-            sock.sendall(head + call.body)
-        else:
-            sock.sendall(head)
-            sock.sendall(call.body)
-    # Closes the reader only; the socket goes on.
-    with contextlib.closing(_Response(sock, method=call.method)) as response:
-        response.begin()
-        return _answer(sock, key, response)
-
-
-def _answer(sock: socket.socket, key: _Key, response: _Response) -> Answer:
-    headers: dict[str, str] = {}
-    for name, value in response.getheaders():
-        name = name.lower()
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    kind, coding = headers.get("content-type", ""), headers.get("content-encoding", "")
-    is_stream = response.status == 200 and kind.lower().startswith("text/event-stream")
-    length = response.length
-    framing = Framing(bool(response.chunked) and length is None, length)
-    answer = Answer(response.status, headers, b"", is_stream, sock, key, framing=framing)
-    if is_stream and coding not in ("", "identity"):
-        raise ValueError("a compressed event stream that nobody asked for")
-    # http.client would take a cut body for whole, and malformed chunks for good ones.
-    body = bytearray()
-    while not (is_stream or framing.ended):
-        data = response.fp.read1(READ_BYTES)
-        if not data and framing.left < 0:
-            break  # the connection's end is the body's end
-        if not data:
-            raise http.client.IncompleteRead(b"")
-        body += framing.feed(data)
-        if len(body) > MAX_REPLY_BYTES:
-            raise ValueError("an answer larger than azt accepts")
-    if not is_stream:
-        answer.body = bytes(decoded(body, coding, MAX_REPLY_BYTES))
-    sock.settimeout(0)
-    answer.rest = response.buffered()
-    is_clean = is_stream or (framing.ended and not framing.rest and not answer.rest)
-    answer.keep = is_clean and not response.will_close
+        for piece in _request(call):
+            sock.sendall(piece)
+    reply, late_s = _Reply(), time.monotonic() + call.head_timeout_s
+    while (answer := _receive(sock, reply)) is None:
+        if reply.answer is None:  # a head that drips in gets no more time than a silent one
+            sock.settimeout(max(late_s - time.monotonic(), 0.001))
     return answer
+
+
+async def open_answer(pool: ConnectionPool, workers: WorkerPool, call: Call) -> Answer:
+    """`open_response` from the loop: a thread connects, but none waits for the answer.
+
+    Over a kept connection that saves two changes of threads, half a millisecond. Cancelled, it
+    closes the connection at once.
+    """
+    key = pool.key(call.url)
+    for last_try in (True,) if call.once else (False, True):
+        wire, sock = Wire(), None if last_try else pool.take(key)
+        try:
+            if sock is None:
+                sock = await in_thread(workers, _open_socket, pool, key, wire)
+            answer = await _exchange_on_loop(sock, call)
+            if answer.coding:
+                unpack = (decoded, answer.body, answer.coding, MAX_REPLY_BYTES)
+                answer.body = bytes(await in_thread(workers, *unpack))
+            return pool.settle(answer, key, sock)
+        except BaseException as error:
+            wire.end()
+            if sock is not None:
+                sock.close()
+            if not isinstance(error, (OSError, ValueError)):
+                raise
+            if last_try or not isinstance(error, _Unanswered):
+                raise _outbound_error(key[1], error) from None
+    raise AssertionError  # the last try has ended either way
+
+
+async def _exchange_on_loop(sock: socket.socket, call: Call) -> Answer:
+    loop = asyncio.get_running_loop()
+    over: asyncio.Future[Answer] = loop.create_future()
+    reply, unsent = _Reply(), [memoryview(piece) for piece in _request(call)]
+
+    def moved() -> None:
+        """From now on only the upstream is waited for."""
+        limit.reschedule(loop.time() + call.head_timeout_s)
+
+    def send() -> None:
+        try:
+            unsent[0] = unsent[0][sock.send(unsent[0]) :]
+            if not unsent[0]:
+                del unsent[0]
+        except _NOT_NOW:
+            return
+        except OSError:  # the answer may be there all the same, a 413 say: the reader finds out
+            unsent.clear()
+
+    def send_more() -> None:
+        if not over.done():
+            send()
+            moved()
+        if not unsent:
+            loop.remove_writer(sock)
+
+    def receive() -> None:
+        try:
+            answer = None if over.done() else _receive(sock, reply)
+        except _NOT_NOW:
+            return
+        except (OSError, ValueError) as error:
+            over.set_exception(error)
+            return
+        if answer is not None:
+            answer.keep = answer.keep and not unsent
+            over.set_result(answer)
+        elif reply.answer is not None:  # a head that drips in gets no more time than a silent one
+            moved()
+
+    sock.settimeout(0)
+    try:
+        async with asyncio.timeout(call.head_timeout_s) as limit:
+            loop.add_reader(sock, receive)
+            send()
+            if unsent:
+                loop.add_writer(sock, send_more)
+            return await over
+    finally:
+        loop.remove_reader(sock)
+        if unsent:
+            loop.remove_writer(sock)
 
 
 class TooLarge(ValueError):
@@ -1440,6 +1587,7 @@ def _inflated(body: bytes | bytearray, engine: Any, bytes_max: int) -> bytearray
     return whole
 
 
+@blocking
 def _open_socket(pool: ConnectionPool, key: _Key, wire: Wire) -> socket.socket:
     from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]  # no stub
 
@@ -1524,11 +1672,12 @@ def _dial_proxy(pool: ConnectionPool, host: str, port: int, wire: Wire) -> socke
             pair = urllib.parse.unquote(f"{proxy.username}:{proxy.password or ''}")
             head += f"Proxy-Authorization: Basic {base64.b64encode(pair.encode()).decode()}\r\n"
         sock.sendall(f"{head}\r\n".encode("latin-1"))
-        with contextlib.closing(http.client.HTTPResponse(sock, method="CONNECT")) as response:
-            response.begin()
-        if response.status != 200:
-            raise OSError(f"it answered {response.status}")
-    except (OSError, http.client.HTTPException, ValueError) as error:
+        reply = _Reply()
+        while (answer := reply.head(sock.recv(READ_BYTES))) is None:
+            pass
+        if answer.status != 200:
+            raise OSError(f"it answered {answer.status}")
+    except (OSError, ValueError) as error:
         if sock is not None:
             sock.close()
         name = url.rpartition("@")[2]
@@ -1574,7 +1723,7 @@ def _outbound_error(host: str, error: Exception) -> UpstreamError:
         text = f"{host} did not answer in time. Try again."
         return UpstreamError(504, "upstream_timeout", text, fault="network")
     if not isinstance(error, OSError):
-        text = f"{host} answered with something that is no valid HTTP ({type(error).__name__})."
+        text = f"{host} answered with something that is no valid HTTP: {error}."
         return UpstreamError(502, "upstream_error", text)
     text = f"azt could not reach {host}: {mask(str(error)) or 'the connection was closed'}. "
     text += "Check the network, or set a proxy with `azt settings set networkProxy.url`."
@@ -2476,14 +2625,13 @@ class Credentials:
         return {"authorization": f"Bearer {self.access_token}", **named}
 
 
-@blocking
-def open_stream(
+async def open_stream(
     pool: ConnectionPool,
+    workers: WorkerPool,
     base_url: str,
     credentials: Credentials,
     body: bytes,
     session: str,
-    wire: Wire,
 ) -> Answer:
     """POST one turn and read the head of its answer.
 
@@ -2493,7 +2641,8 @@ def open_stream(
     """
     headers = credentials.headers("text/event-stream")
     headers |= {"content-type": "application/json", "session-id": session, "session_id": session}
-    answer = open_response(pool, Call("POST", f"{base_url}/responses", headers, body), wire)
+    call = Call("POST", f"{base_url}/responses", headers, body)
+    answer = await open_answer(pool, workers, call)
     if not answer.is_stream:
         raise upstream_error(answer.status, answer.headers, answer.body, time.time())
     return answer
@@ -2546,7 +2695,7 @@ class Relay:
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._pool = pool
-        self._framing = cast(Framing, answer.framing)
+        self._framing = answer.framing
         self._feed = translator.feed if streaming else translator.absorb
         self._streaming = streaming
         self._parser = SSEParser()
@@ -2656,7 +2805,7 @@ class Relay:
             data = sock.recv(READ_BYTES)
             if data and isinstance(sock, ssl.SSLSocket) and sock.pending():
                 self._loop.call_soon(self._readable)
-        except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+        except _NOT_NOW:
             return
         except OSError:
             data = b""
@@ -2733,7 +2882,6 @@ class Relay:
         if clean and sock is not None:
             self._unwatch()
             self.answer.sock = None
-            sock.settimeout(CONNECT_TIMEOUT_S)
             self._pool.give(self.answer.key, sock)
         self._drop()
         if not self.ended:
@@ -5436,15 +5584,12 @@ class Rotation:
         self.changed()
 
     async def _attempt(self, turn: Turn, account: Account, hold_s: float) -> Relay:
-        wire, base_url = Wire(), self._environment.codex_base_url
+        base_url = self._environment.codex_base_url
         translator = cast("Callable[[], Translator]", turn.translator)()
         credentials = Credentials(account.access_token, account.account_id)
-        call = (self._pool, base_url, credentials, turn.body, turn.session, wire)
+        call = (base_url, credentials, turn.body, turn.session)
         try:
-            answer = await in_thread(self._calls, open_stream, *call)
-        except asyncio.CancelledError:
-            wire.end()
-            raise
+            answer = await open_stream(self._pool, self._calls, *call)
         except UpstreamError as error:
             translator.fail(error)  # puts the client's own field name into `param`
             raise
@@ -5818,16 +5963,12 @@ def _refusal(code: str, headers: dict[str, str] | None = None, **words: object) 
 
 # -- the gate: a head that two programs could read differently is never read at all
 
-_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
-_REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb"++) ([\x21-\x7e]++) HTTP/1\.([01])")
-_FIELD_LINE = re.compile(_TOKEN + rb"++:[\t\x20-\x7e\x80-\xff]*+")
-_HEAD = re.compile(_REQUEST_LINE.pattern + rb"\r\n(?:" + _FIELD_LINE.pattern + rb"\r\n)*+\r\n")
-_OTHER_VERSION = re.compile(rb"[^\r]* HTTP/(?!1\.[01]\r)[0-9]\.[0-9]\r\n")
-_SINGLES = re.compile(
-    rb"(?i)\r\n(content-length|content-type|host|origin|transfer-encoding):[ \t]*+([^\r]*)"
+_REQUEST_HEAD = re.compile(
+    rb"(" + _TOKEN + rb"++) ([\x21-\x7e]++) HTTP/1\.([01])\r\n(?:" + _FIELD + rb")*+\r\n"
 )
+_OTHER_VERSION = re.compile(rb"[^\r]* HTTP/(?!1\.[01]\r)[0-9]\.[0-9]\r\n")
 _HOST = re.compile(
-    rb"(?:[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}|\[([0-9A-Fa-f:.]{2,45})\])(?::([0-9]{1,5}))?"
+    r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}|\[([0-9A-Fa-f:.]{2,45})\])(?::([0-9]{1,5}))?"
 )
 
 
@@ -5854,51 +5995,52 @@ def find_head(data: bytes) -> int:
     return end if end > 3 else 0
 
 
-def check_head(head: bytes) -> None:
-    """The strict gate in front of h11: bytes up to CRLFCRLF, every rule of trust.md 1.5. Pure.
+def read_head(head: bytes) -> tuple[str, str, bool, dict[str, str]]:
+    """The strict gate: bytes up to CRLFCRLF, every rule of trust.md 1.5. Pure.
 
+    out     method, target, whether it is HTTP/1.1, headers like those of `Request`
     raises  AztError 400, 405 (CONNECT), 431, 501 (transfer coding), 505
     """
-    found = _HEAD.fullmatch(head)
+    found = _REQUEST_HEAD.fullmatch(head)
     if found is None and _OTHER_VERSION.match(head):
         raise _malformed("azt speaks HTTP/1.1 and HTTP/1.0.", 505)
     if found is None:
         raise _malformed("The request line or a header line is malformed.")
     if head.count(b"\r\n") - 2 > MAX_HEAD_FIELDS:
         raise _malformed(f"The request head has more than {MAX_HEAD_FIELDS} fields.", 431)
-    single: dict[bytes, bytes] = {}
-    for name, value in _SINGLES.findall(head):
-        name = name.lower()
-        if name in single:
-            raise _malformed(f"The header {name.decode()} appears more than once.")
-        single[name] = value.rstrip(b" \t")
-    method, target, minor = found.groups()
-    length, coding = single.get(b"content-length"), single.get(b"transfer-encoding")
+    try:
+        headers = read_fields(head)
+    except ValueError as error:
+        raise _malformed(str(error)) from None
+    method, target = found[1].decode(), found[2].decode()
+    is_modern = found[3] == b"1"
+    length, coding = headers.get("content-length"), headers.get("transfer-encoding")
     # RFC 9112 6.1: this is how requests are smuggled, so the connection ends with it.
-    is_ambiguous = coding is not None and (length is not None or minor == b"0")
-    is_number = length is None or re.fullmatch(rb"[0-9]{1,15}", length)
-    host = single.get(b"host", b"" if minor == b"0" else b"?")
-    scheme, _, rest = target.lower().partition(b"://")
-    is_here = host and (scheme, rest.partition(b"/")[0]) == (b"http", host.lower())
+    is_ambiguous = coding is not None and (length is not None or not is_modern)
+    is_number = length is None or _LENGTH.fullmatch(length)
+    host = headers.get("host", "?" if is_modern else "")
+    scheme, _, rest = target.lower().partition("://")
+    is_here = host and (scheme, rest.partition("/")[0]) == ("http", host.lower())
     faults = (
         (is_ambiguous, "Transfer-Encoding with Content-Length or HTTP/1.0 is ambiguous.", 400),
-        (coding not in (None, b"chunked"), "azt takes no transfer coding but `chunked`.", 501),
+        (coding not in (None, "chunked"), "azt takes no transfer coding but `chunked`.", 501),
         (not is_number, "Content-Length is not a number.", 400),
         (host and not _is_host(host), "The Host header is missing or malformed.", 400),
-        (method == b"CONNECT", "azt is no proxy: send the request itself.", 405),
-        (target[:1] != b"/" and not is_here, "The target is no path and no URL of this Host.", 400),
-        (b"#" in target, "The request target contains '#': encode it as %23.", 400),
+        (method == "CONNECT", "azt is no proxy: send the request itself.", 405),
+        (target[:1] != "/" and not is_here, "The target is no path and no URL of this Host.", 400),
+        ("#" in target, "The request target contains '#': encode it as %23.", 400),
     )
     for is_so, message, status in faults:
         if is_so:
             raise _malformed(message, status)
+    return method, target, is_modern, headers
 
 
-def _is_host(host: bytes) -> bool:
+def _is_host(host: str) -> bool:
     found = _HOST.fullmatch(host)
     if found is None or int(found[2] or 0) > 65535:
         return False
-    return not found[1] or (b":" in found[1] and _host_kind(found[1].decode()) != "name")
+    return not found[1] or (":" in found[1] and _host_kind(found[1]) != "name")
 
 
 @functools.lru_cache(maxsize=512)
@@ -6131,6 +6273,7 @@ def _cors_headers(origin: str, headers: Mapping[str, str]) -> list[tuple[str, st
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9._~:/+=@-]{1,128}")
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_REASONS = {status.value: status.phrase.encode() for status in http.HTTPStatus}
 
 
 class _Exchange:
@@ -6158,30 +6301,19 @@ class _Exchange:
         self.ended = False
         self.stream: StreamBody | None = None
         self.task: asyncio.Task[None] | None = None
-        # h11 reads one head and writes one head; it never sees a body (performance.md 2.1).
-        self._wire = h11.Connection(h11.SERVER, MAX_HEAD_BYTES)
         self._held = 0  # bytes of this request that count as memory held for bodies
         self._unsent = b""  # the head of a stream, until its first bytes
 
     def read(self, head: bytes) -> None:
-        """Gate and parse the head, then let the server decide. Raises AztError when malformed."""
-        check_head(head)
-        try:
-            self._wire.receive_data(head)
-            parsed = cast(h11.Request, self._wire.next_event())
-        except h11.RemoteProtocolError as error:
-            raise _malformed(f"The request is malformed: {error}.") from None
-        request, headers = self.request, self.request.headers
-        for raw_name, raw_value in parsed.headers:
-            name, value = raw_name.decode("ascii"), raw_value.decode("latin-1")
-            headers[name] = f"{headers[name]}, {value}" if name in headers else value
-        request.method = request.record.method = parsed.method.decode("ascii")[:20]
-        target = parsed.target.decode("ascii")
-        request.path = request.record.path = target.partition("?")[0][:200]
+        """Let the server decide about a head. Raises AztError when it is malformed."""
+        method, target, self.is_modern, headers = read_head(head)
+        request = self.request
+        request.method, request.headers = method[:20], headers
+        request.path = target.partition("?")[0][:200]
+        request.record.method, request.record.path = request.method, request.path
         given = headers.get("x-request-id") or headers.get("x-client-request-id", "")
         if _SAFE_ID.fullmatch(given):
             request.id = request.record.id = given
-        self.is_modern = parsed.http_version == b"1.1"
         tokens = headers.get("connection", "").lower().replace(" ", "").split(",")
         self.keep = self.is_modern and "close" not in tokens
         if request.peer_class == "own" and is_relayed(headers):
@@ -6263,7 +6395,7 @@ class _Exchange:
             head = self._render(reply, len(body) if isinstance(body, (bytes, bytearray)) else None)
         except (h11.LocalProtocolError, UnicodeEncodeError):
             log.exception("%s: the answer has a header that cannot be sent", self.request.id)
-            self._wire, self.keep = h11.Connection(h11.SERVER), False
+            self.keep = False
             if not isinstance(body, (bytes, bytearray, AsyncIterator)):
                 body.cancel()
             self.send(self.failed(_refusal("internal_error", id=self.request.id)))
@@ -6286,21 +6418,22 @@ class _Exchange:
             self._put(b"")
 
     def _render(self, reply: Reply, size: int | None) -> bytes:
-        """The response head. Raises what h11 raises for headers that cannot be sent."""
+        """The response head. h11 checks what it is made of, and raises what cannot be sent."""
         record = self.request.record
         self.keep = self.keep and not self.server.draining
         headers = [*reply.headers, *self.cors]
-        if size is not None and reply.status not in (204, 304):
-            headers.append(("content-length", str(size)))
+        if reply.status not in (204, 304) and (size is not None or self.is_modern):
+            is_sized = ("content-length", str(size))
+            headers.append(is_sized if size is not None else ("transfer-encoding", "chunked"))
         if not self.keep:
             headers.append(("connection", "close"))
         # The heads of streams repeat; making one is a good part of the way to the first token.
-        key = (reply.status, tuple(headers), self.is_modern, self.request.method)
+        key = (reply.status, tuple(headers))
         head = self.server.heads.get(key) if size is None else None
         if head is None:
-            reason = http.client.responses.get(reply.status, "").encode()
-            response = h11.Response(status_code=reply.status, headers=headers, reason=reason)
-            head = self._wire.send(response)
+            checked = h11.Response(status_code=reply.status, headers=headers).headers
+            lines = [b"HTTP/1.1 %d %b" % (reply.status, _REASONS.get(reply.status, b""))]
+            head = b"\r\n".join([*lines, *(b"%b: %b" % pair for pair in checked), b""])
             if size is None and len(self.server.heads) < HEADS_KEPT_MAX:
                 self.server.heads[key] = head
         record.status = reply.status
@@ -6311,7 +6444,7 @@ class _Exchange:
         if size is not None:
             spent_ms = round((time.monotonic() - record.started_s) * 1000)
             own = f"openai-processing-ms: {spent_ms}\r\n{own}"
-        return head[:-2] + own.encode("ascii")
+        return head + own.encode("ascii")
 
     def write(self, data: bytes) -> None:
         if data:
@@ -7729,7 +7862,7 @@ def _open_call(
 @blocking
 def _events(answer: Answer) -> Iterator[Json]:
     """The events of a streamed answer, as they arrive."""
-    sock, framing = cast(socket.socket, answer.sock), cast(Framing, answer.framing)
+    sock, framing = cast(socket.socket, answer.sock), answer.framing
     sock.settimeout(None)
     parser, data = SSEParser(), answer.rest
     while True:

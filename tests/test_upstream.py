@@ -441,16 +441,8 @@ class Line:
         """A relay at its beginning, not yet held back."""
         self.words, self.wall = Words(), Wall()
         credentials = azt.Credentials("token", "acct-1")
-        opened = await azt.in_thread(
-            self.threads,
-            azt.open_stream,
-            self.pool,
-            self.server.url,
-            credentials,
-            b"{}",
-            "session-1",
-            azt.Wire(),
-        )
+        url, session = self.server.url, "session-1"
+        opened = await azt.open_stream(self.pool, self.threads, url, credentials, b"{}", session)
         self.relays.append(azt.Relay(self.pool, opened, self.words, streaming))
         return self.relays[-1]
 
@@ -1245,10 +1237,15 @@ def pool() -> Iterator[azt.ConnectionPool]:
 CREDENTIALS = azt.Credentials("access-1", "acct-1")
 
 
+def open_stream(pool: azt.ConnectionPool, base_url: str, body: bytes) -> azt.Answer:
+    workers = azt.WorkerPool("call", 1)
+    return asyncio.run(azt.open_stream(pool, workers, base_url, CREDENTIALS, body, "s-1"))
+
+
 def test_a_turn_is_posted_under_azts_own_name(pool: azt.ConnectionPool) -> None:
     with Server(once(stream(WHOLE))) as server:
         base = server.url + "/backend-api/codex"
-        azt.open_stream(pool, base, CREDENTIALS, b'{"a":1}', "s-1", azt.Wire()).close()
+        open_stream(pool, base, b'{"a":1}').close()
     head, _, body = server.requests[0].partition(b"\r\n\r\n")
     fields = dict(line.decode().split(": ", 1) for line in head.split(b"\r\n")[1:])
     assert head.startswith(b"POST /backend-api/codex/responses HTTP/1.1\r\n")
@@ -1281,7 +1278,7 @@ def test_an_answer_without_a_stream_is_raised_and_its_connection_kept(
     with Server(answer(response)) as server:
         for _ in range(2):
             with pytest.raises(azt.UpstreamError) as caught:
-                azt.open_stream(pool, server.url, CREDENTIALS, b"{}", "s-1", azt.Wire())
+                open_stream(pool, server.url, b"{}")
             assert (caught.value.status, caught.value.code) == expected
         assert server.connections == 1
 
