@@ -1485,7 +1485,7 @@ async def open_answer(pool: ConnectionPool, workers: WorkerPool, call: Call) -> 
 
 
 async def _exchange_on_loop(sock: socket.socket, call: Call) -> Answer:
-    loop = asyncio.get_running_loop()
+    loop, number = asyncio.get_running_loop(), sock.fileno()
     over: asyncio.Future[Answer] = loop.create_future()
     reply, unsent = _Reply(), [memoryview(piece) for piece in _request(call)]
 
@@ -1508,7 +1508,7 @@ async def _exchange_on_loop(sock: socket.socket, call: Call) -> Answer:
             send()
             moved()
         if not unsent:
-            loop.remove_writer(sock)
+            loop.remove_writer(number)
 
     def receive() -> None:
         try:
@@ -1527,15 +1527,15 @@ async def _exchange_on_loop(sock: socket.socket, call: Call) -> Answer:
     sock.settimeout(0)
     try:
         async with asyncio.timeout(call.head_timeout_s) as limit:
-            loop.add_reader(sock, receive)
+            loop.add_reader(number, receive)
             send()
             if unsent:
-                loop.add_writer(sock, send_more)
+                loop.add_writer(number, send_more)
             return await over
     finally:
-        loop.remove_reader(sock)
+        loop.remove_reader(number)
         if unsent:
-            loop.remove_writer(sock)
+            loop.remove_writer(number)
 
 
 class TooLarge(ValueError):

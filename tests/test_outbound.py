@@ -13,8 +13,9 @@ import ssl
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import trustme
@@ -23,6 +24,8 @@ from hypothesis import strategies as st
 from loopback import STREAM_HEAD, Peer, Script, Server, answer, chunk, hang, once, sized
 
 import azt
+
+T = TypeVar("T")
 
 OWN = frozenset({"127.0.0.1", "localhost", "::1"})
 
@@ -212,6 +215,17 @@ def test_connection_close_is_obeyed(pool: azt.ConnectionPool) -> None:
 
 
 BROKEN = {
+    "another protocol that waits for us": b"SSH-2.0-OpenSSH_9.0\r\n",
+    "a line that ends without CR": b"HTTP/1.1 200 OK\r\nx: y\nContent-Length: 1\r\n\r\nx",
+    "a CR in a header": b"HTTP/1.1 200 OK\r\nx: y\rz\r\nContent-Length: 1\r\n\r\nx",
+    "a folded header": b"HTTP/1.1 200 OK\r\nx: y\r\n z\r\nContent-Length: 1\r\n\r\nx",
+    "two lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\ncontent-length: 1\r\n\r\nx",
+    "a length that is no number": b"HTTP/1.1 200 OK\r\nContent-Length: +1\r\n\r\nx",
+    "an unknown transfer coding": (
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n"
+    ),
+    "a switch of protocols": b"HTTP/1.1 101 Switching Protocols\r\n\r\n",
+    "early hints without end": b"HTTP/1.1 103 Early Hints\r\nx: y\r\n\r\n" * 3000,
     "garbage": b"hello there\r\n\r\n",
     "half a status line": b"HTTP/1.1 2",
     "status that is no number": b"HTTP/1.1 abc OK\r\n\r\n",
@@ -604,6 +618,165 @@ def test_silence_before_the_head_is_504(pool: azt.ConnectionPool) -> None:
             answered(pool, call)
         assert (caught.value.status, caught.value.code) == (504, "upstream_timeout")
         assert len(server.requests) <= 1
+
+
+def test_a_head_that_drips_in_has_no_more_time_than_a_silent_one(pool: azt.ConnectionPool) -> None:
+    def drip(peer: Peer) -> None:
+        peer.read_request()
+        for letter in b"HTTP/1.1 200 OK\r\nx: " + b"y" * 10_000:
+            peer.send(bytes([letter]))
+            time.sleep(0.02)
+
+    with served(drip) as server:
+        started = time.monotonic()
+        with pytest.raises(azt.UpstreamError) as caught:
+            answered(pool, azt.Call("POST", server.url, {}, b"x", head_timeout_s=0.3))
+        assert 0.3 <= time.monotonic() - started < 1
+        assert (caught.value.status, caught.value.code) == (504, "upstream_timeout")
+
+
+def test_a_body_may_take_longer_than_its_head_as_long_as_it_goes_on(
+    pool: azt.ConnectionPool,
+) -> None:
+    def slowly(peer: Peer) -> None:
+        peer.read_request()
+        peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n")
+        for letter in b"0123456789":
+            time.sleep(0.05)
+            peer.send(bytes([letter]))
+
+    with served(slowly) as server:
+        call = azt.Call("POST", server.url, {}, b"x", head_timeout_s=0.3)
+        assert answered(pool, call).body == b"0123456789"
+
+
+# -- On the loop ----------------------------------------------------------------------------------
+
+
+def on_loop(main: Callable[[azt.ConnectionPool], Awaitable[T]], ca_file: str = "") -> T:
+    async def within() -> T:
+        pool = azt.ConnectionPool(azt.Egress(ca_file=ca_file, own_hosts=OWN))
+        with contextlib.closing(pool):
+            async with asyncio.timeout(10):
+                return await main(pool)
+
+    return asyncio.run(within())
+
+
+class Silent:
+    """Answers the first request when `is_kept`, and never the next one; sees the client leave."""
+
+    def __init__(self, is_kept: bool) -> None:
+        self._is_kept = is_kept
+        self.came, self.left = threading.Event(), threading.Event()
+
+    def __call__(self, peer: Peer) -> None:
+        if self._is_kept:
+            peer.read_request()
+            peer.send(sized(b"x"))
+        peer.read_request()
+        self.came.set()
+        with contextlib.suppress(OSError):
+            peer.wait_closed()
+        self.left.set()
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+@pytest.mark.parametrize("is_secure", [False, True])
+def test_a_call_that_nobody_waits_for_is_closed_within_a_quarter_second(
+    is_kept: bool, is_secure: bool, ca_file: str, server_tls: ssl.SSLContext
+) -> None:
+    script = Silent(is_kept)
+
+    async def main(pool: azt.ConnectionPool) -> None:
+        with Server(script, tls=server_tls if is_secure else None) as server:
+            call = azt.Call("POST", server.url, {}, b"x")
+            if is_kept:
+                await azt.open_answer(pool, WORKERS, call)
+            waiting = asyncio.ensure_future(azt.open_answer(pool, WORKERS, call))
+            assert await asyncio.to_thread(script.came.wait, 5)
+            waiting.cancel()
+            assert await asyncio.to_thread(script.left.wait, 0.25)
+            assert await asyncio.gather(waiting, return_exceptions=True) != [None]
+            assert waiting.cancelled()
+            assert len(server.requests) == 1 + is_kept
+
+    on_loop(main, ca_file)
+
+
+def test_a_handshake_that_nobody_waits_for_is_ended_within_a_quarter_second() -> None:
+    came, left = threading.Event(), threading.Event()
+
+    def script(peer: Peer) -> None:
+        peer.sock.recv(1000)
+        came.set()
+        peer.wait_closed()
+        left.set()
+
+    async def main(pool: azt.ConnectionPool) -> None:
+        with served(script) as server:
+            call = azt.Call("POST", server.url.replace("http:", "https:"), {}, b"x")
+            waiting = asyncio.ensure_future(azt.open_answer(pool, WORKERS, call))
+            assert await asyncio.to_thread(came.wait, 5)
+            waiting.cancel()
+            assert await asyncio.to_thread(left.wait, 0.25)
+            await asyncio.gather(waiting, return_exceptions=True)
+
+    on_loop(main)
+
+
+def test_no_thread_waits_for_an_answer() -> None:
+    script = Silent(is_kept=False)
+
+    async def main(pool: azt.ConnectionPool) -> None:
+        with served(script, answer(sized(b"x"))) as server:
+            one = azt.WorkerPool("one", 1, waiting_max=0)
+            call = azt.Call("POST", server.url, {}, b"x")
+            waiting = asyncio.ensure_future(azt.open_answer(pool, one, call))
+            assert await asyncio.to_thread(script.came.wait, 5)
+            assert (await azt.open_answer(pool, one, call)).body == b"x"
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+
+    on_loop(main)
+
+
+def test_the_loop_goes_on_while_a_large_body_is_sent() -> None:
+    received = threading.Event()
+
+    def slow_reader(peer: Peer) -> None:
+        assert received.wait(5)
+        peer.read_request()
+        peer.send(sized(b"ok"))
+
+    async def main(pool: azt.ConnectionPool) -> None:
+        with served(slow_reader) as server:
+            call = azt.Call("POST", server.url, {}, bytes(8_000_000))
+            waiting = asyncio.ensure_future(azt.open_answer(pool, WORKERS, call))
+            await asyncio.sleep(0.1)
+            assert not waiting.done()
+            received.set()
+            assert (await waiting).body == b"ok"
+            assert server.requests[0].endswith(b"\r\n\r\n" + call.body)
+
+    on_loop(main)
+
+
+def test_an_answer_that_came_before_the_whole_upload_spoils_the_connection() -> None:
+    def early(peer: Peer) -> None:
+        peer.sock.recv(1000)
+        peer.send(sized(b"too large", "413 Too Large"))
+        peer.wait_closed()
+
+    async def main(pool: azt.ConnectionPool) -> None:
+        with served(early, answer(sized(b"second"))) as server:
+            call = azt.Call("POST", server.url, {}, bytes(8_000_000))
+            assert (await azt.open_answer(pool, WORKERS, call)).status == 413
+            small = azt.Call("POST", server.url, {}, b"x")
+            assert (await azt.open_answer(pool, WORKERS, small)).body == b"second"
+            assert server.connections == 2
+
+    on_loop(main)
 
 
 # -- Wire -----------------------------------------------------------------------------------------
