@@ -763,15 +763,19 @@ def test_the_loop_goes_on_while_a_large_body_is_sent() -> None:
 
 
 def test_an_answer_that_came_before_the_whole_upload_spoils_the_connection() -> None:
+    seen = threading.Event()
+
     def early(peer: Peer) -> None:
         peer.sock.recv(1000)
         peer.send(sized(b"too large", "413 Too Large"))
+        assert seen.wait(5)
         peer.wait_closed()
 
     async def main(pool: azt.ConnectionPool) -> None:
         with served(early, answer(sized(b"second"))) as server:
             call = azt.Call("POST", server.url, {}, bytes(8_000_000))
             assert (await azt.open_answer(pool, WORKERS, call)).status == 413
+            seen.set()
             small = azt.Call("POST", server.url, {}, b"x")
             assert (await azt.open_answer(pool, WORKERS, small)).body == b"second"
             assert server.connections == 2
