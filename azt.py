@@ -89,7 +89,7 @@ from collections.abc import (
 from dataclasses import KW_ONLY, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, Literal, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 try:
     import h11
@@ -3038,16 +3038,20 @@ def _first(parent: Json, places: str, path: str = "") -> _Asked:
     return None, path + places.split()[0]
 
 
-def _object(parent: Any, name: str) -> Json:
-    """A member that is an object, else an empty one."""
+def _get(parent: Json, name: str, kind: type[T]) -> T:
+    """A member, or an empty value where it is missing or of another type."""
     value = parent.get(name)
-    return value if isinstance(value, dict) else {}
+    return value if isinstance(value, kind) else kind()
+
+
+def _dicts(parent: Json, name: str) -> list[Json]:
+    return [value for value in _get(parent, name, list) if isinstance(value, dict)]
 
 
 def _flat(value: Json, path: str = "") -> _Placed:
     """Chat's `{"type": K, K: {...}}` as `{"type": K, ...}`, fresh; both are taken everywhere."""
     kind = value.get("type")
-    inner = _object(value, kind) if isinstance(kind, str) else {}
+    inner = _get(value, kind, dict) if isinstance(kind, str) else {}
     return ({**inner, "type": kind}, f"{path}.{kind}") if inner else ({**value}, path)
 
 
@@ -3251,7 +3255,7 @@ class _Tools:
     def _upstream_tool(self, tool: Json, path: str) -> Json:
         kind = tool["type"]
         if kind not in _NAMED_TOOLS:
-            if place := _object(tool, "user_location"):
+            if place := _get(tool, "user_location", dict):
                 tool["user_location"], _ = _flat({"type": "approximate", **place})
             return _without(tool, _NOT_FOR_UPSTREAM)
         sent = {"type": kind, "name": self.short(tool["name"])}
@@ -3515,7 +3519,7 @@ def usage_from(usage: Json | None) -> Json:
         return max(0, value) if type(value) is int else 0
 
     usage = usage if isinstance(usage, dict) else {}
-    inputs, outputs = (_object(usage, f"{side}_tokens_details") for side in ("input", "output"))
+    inputs, outputs = (_get(usage, f"{side}_tokens_details", dict) for side in ("input", "output"))
     prompt, completion = count(usage, "input_tokens"), count(usage, "output_tokens")
     input_counts = ("cached_tokens", "audio_tokens", *({"cache_write_tokens"} & inputs.keys()))
     return {
@@ -3597,7 +3601,7 @@ def chat_to_responses(body: Json, efforts: _Efforts, default_model: str) -> Chat
              `_REFUSED_TOOLS`, previous_response_id (no state)
     source   platform.openai.com/docs/api-reference/chat
     """
-    body = {**_object(body, "extra_body"), **body}
+    body = {**_get(body, "extra_body", dict), **body}
     named, model = _check_fields(body, default_model)
     stop = _check_chat(body)
     said = _chat_items(body)
@@ -3741,35 +3745,26 @@ def _assistant_items(message: Json, path: str) -> Iterator[_Placed]:
 # ---- Upstream events -> answer: what both protocols share ----------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Channel:
-    """How one kind of growing text travels upstream: `response.<event>.delta` and `.done`.
+class _Channel(NamedTuple):
+    """How one kind of growing text travels upstream: `response.<event>.delta` and `.done`."""
 
-    name   the `type` of its part; a call has one text and no parts: the item's field
-    text   the field with the whole text, in the done event and in the part or item
-    chat   the field of a chat delta
-    group  the items that have it, as events find them
-    place  the item's list of such parts; `<place>_index` numbers them in events
-    """
-
-    name: str
+    name: str  # the `type` of its part; a call has one text and no parts: the item's field
     event: str
-    text: str
-    chat: str
-    group: str
-    place: str = ""
+    text: str  # the field with the whole text, in the done event and in the part or item
+    chat: str  # the field of a chat delta
+    group: str  # the items that have it, as events find them
+    place: str = ""  # the item's list of such parts; `<place>_index` numbers them in events
 
 
 _CHANNELS = {
-    row[0]: _Channel(*row)
+    row.split()[0]: _Channel(*row.split())
     for row in (
-        ("arguments", "function_call_arguments", "arguments", "tool_calls", "call"),
-        ("input", "custom_tool_call_input", "input", "tool_calls", "call"),
-        ("output_text", "output_text", "text", "content", "message", "content"),
-        ("reasoning_text", "reasoning_text", "text", "reasoning_content", "reasoning", "content"),
-        ("refusal", "refusal", "refusal", "refusal", "message", "content"),
-        ("summary_text", "reasoning_summary_text", "text", "reasoning_content")
-        + ("reasoning", "summary"),
+        "arguments function_call_arguments arguments tool_calls call",
+        "input custom_tool_call_input input tool_calls call",
+        "output_text output_text text content message content",
+        "reasoning_text reasoning_text text reasoning_content reasoning content",
+        "refusal refusal refusal refusal message content",
+        "summary_text reasoning_summary_text text reasoning_content reasoning summary",
     )
 }
 _DELTAS = {f"response.{channel.event}.delta": channel for channel in _CHANNELS.values()}
@@ -3777,16 +3772,6 @@ _WHOLES = {f"response.{channel.event}.done": channel for channel in _CHANNELS.va
 _PART_DONE = ("response.content_part.done", "response.reasoning_summary_part.done")
 _LIFECYCLE = ("response.created", "response.in_progress", "response.queued")
 _CALLS = {"custom_tool_call": _CHANNELS["input"], "function_call": _CHANNELS["arguments"]}
-
-
-def _get(parent: Json, name: str, kind: type[T]) -> T:
-    """A member, or an empty value where it is missing or of another type."""
-    value = parent.get(name)
-    return value if isinstance(value, kind) else kind()
-
-
-def _dicts(parent: Json, name: str) -> list[Json]:
-    return [value for value in _get(parent, name, list) if isinstance(value, dict)]
 
 
 def _group(value: Json) -> str:
@@ -3802,13 +3787,16 @@ class _Part:
     channel: _Channel
     index: int = 0
     pieces: list[bytes] = field(default_factory=list)
+    unsaid: int = 0  # how many of the last pieces the client has not got yet
     whole: str = ""  # the newest snapshot
     annotations: list[Json] = field(default_factory=list)
-    told: set[str] = field(default_factory=set)  # Responses: its events that were sent, no deltas
+    opened: bool = False  # Responses: its part was announced
+    closed: bool = False  # Responses: so was its end
     start: int = 0  # chat: where it begins in the whole content, in code points
 
-    def text(self) -> str:
-        return cast(str, json.loads(b'"' + b"".join(self.pieces) + b'"'))
+    def text(self, last: int = 0) -> str:
+        """All of it, or what the last pieces say."""
+        return cast(str, json.loads(b'"' + b"".join(self.pieces[-last:]) + b'"'))
 
     def learn(self, holder: Json) -> None:
         self.whole = _get(holder, self.channel.text, str) or self.whole
@@ -3826,11 +3814,6 @@ class _Part:
         lists = {"annotations": list(self.annotations), "logprobs": []} if is_answer else {}
         return {"type": self.channel.name, self.channel.text: self.full(), **lists}
 
-    def rest(self) -> str:
-        """What the snapshot adds to the text; nothing if it differs, as deltas only append."""
-        said = self.text() if self.whole else ""
-        return self.whole[len(said) :] if self.whole.startswith(said) else ""
-
 
 @dataclass(slots=True, eq=False)
 class _Item:
@@ -3842,20 +3825,17 @@ class _Item:
     name: str = ""  # of a call, as the client named the tool
     value: Json = field(default_factory=dict)  # all that snapshots told
     parts: dict[tuple[str, int], _Part] = field(default_factory=dict)
-    held: list[str] = field(default_factory=list)  # chat: call text that waits for its turn
     index: int = -1  # its place in the answer, once it is announced
     done: bool = False
 
-    def part(self, channel: _Channel, index: int = 0) -> _Part:
+    def part(self, channel: _Channel | None = None, index: int = 0) -> _Part:
+        """A text of the item; without a channel the one of a call that has a name."""
+        channel = channel or _CALLS[self.value["type"]]
         return self.parts.setdefault((channel.name, index), _Part(channel, index))
-
-    def call_part(self) -> _Part:
-        """The one text of a call that has a name."""
-        return self.part(_CALLS[self.value["type"]])
 
     def texts(self) -> list[_Part]:
         return sorted(
-            self.parts.values(), key=lambda part: (part.channel.place == "content", part.index)
+            self.parts.values(), key=lambda part: (part.channel.place != "summary", part.index)
         )
 
     def learn(self, value: Json) -> None:
@@ -3864,7 +3844,7 @@ class _Item:
             if new not in (None, "", [], {}) or name not in self.value:
                 self.value[name] = new
         if self.group == "call":
-            self.call_part().learn(value)
+            self.part().learn(value)
         for place in ("content", "summary"):
             for index, holder in enumerate(_dicts(value, place)):
                 channel = _CHANNELS.get(_get(holder, "type", str))
@@ -3872,76 +3852,12 @@ class _Item:
                     self.part(channel, index).learn(holder)
 
 
-class _Items:
-    """The items of one answer, found by any key that an event carries (openai-api.md 3.2)."""
-
-    def __init__(self) -> None:
-        self.all: list[_Item] = []
-        self._by_key: dict[tuple[str, str | int], _Item] = {}
-        self._last: dict[str, _Item] = {}
-
-    def find(self, group: str, item_id: str, call_id: str, index: Any) -> _Item:
-        """The item that any of the keys names, else a new one. An `item_id` outranks an index."""
-        keys: list[tuple[str, str | int]] = [(group, key) for key in (item_id, call_id) if key]
-        if isinstance(index, int):
-            keys.append((group, index))
-        item = next((found for key in keys if (found := self._by_key.get(key))), None)
-        if item is None or (item.id and item_id not in ("", item.id)):
-            item = self._last.get(group)
-            if item is None or (keys and item in self._by_key.values()):
-                item = _Item(group)
-                self.all.append(item)
-        item.id, item.call_id = item.id or item_id, item.call_id or call_id
-        self._by_key.update(dict.fromkeys(keys, item))
-        self._last[group] = item
-        return item
-
-    def of_event(self, event: Json, group: str) -> _Item:
-        ids = _get(event, "item_id", str), _get(event, "call_id", str)
-        return self.find(group, *ids, event.get("output_index"))
-
-    def of_value(self, value: Json, index: Any) -> _Item:
-        ids = _get(value, "id", str), _get(value, "call_id", str)
-        item = self.find(_group(value), *ids, index)
-        item.learn(value)
-        return item
-
-    def of_output(self, output: list[Json]) -> Iterator[_Item]:
-        """The items of a terminal `output`; one without an id goes by its place in its group."""
-        counts: dict[str, int] = {}
-        for index, value in enumerate(output):
-            group = _group(value)
-            place = counts[group] = counts.get(group, -1) + 1
-            alike = [item for item in self.all if item.group == group]
-            if value.get("id") or value.get("call_id") or place >= len(alike):
-                yield self.of_value(value, index)
-            else:
-                alike[place].learn(value)
-                yield alike[place]
-
-
-# The values that a delta event may have for the fast path. Each is canonical JSON: `json` reads it
-# and writes the same bytes again. So no \u and no \/ in the delta, and no number that is too long.
-# What is in groups, the delta apart, tells whose delta it is.
-_DELTA_FIELDS = {
-    **dict.fromkeys(("content_index", "output_index", "summary_index"), rb"(0|[1-9]\d{0,8})"),
-    "delta": rb'"(?P<delta>(?!")[^"\\\x00-\x1f]*+(?:\\["\\bfnrt][^"\\\x00-\x1f]*+)*+)"',
-    "item_id": rb'"([!#-\[\]-~]*+)"',
-    "logprobs": rb"\[\]",
-    "obfuscation": rb'"[ !#-\[\]-~]*+"',
-    "sequence_number": rb"(?:0|[1-9]\d{0,14})",
-    "type": rb'"(response\.[a-z_.]+)"',
-}
-_MARK = "\0\u00e9"
-
-
-@functools.lru_cache(maxsize=64)
-def _delta_shape(names: tuple[str, ...]) -> re.Pattern[bytes] | None:
-    """A pattern for delta events with these members in this order."""
-    if "delta" not in names or not _DELTA_FIELDS.keys() >= set(names):
-        return None
-    members = (b'"' + name.encode() + b'":' + _DELTA_FIELDS[name] for name in names)
-    return re.compile(rb"\{" + b",".join(members) + rb"\}")
+# What differs between deltas of one text. All that stands between must be as in the delta before;
+# what is matched is canonical JSON, so that `json` would write the same bytes: no \u, no \/.
+_VARYING = re.compile(
+    rb'"delta":"((?!")[^"\\\x00-\x1f]*+(?:\\["\\bfnrt][^"\\\x00-\x1f]*+)*+)"'
+    rb'|"obfuscation":"[ !#-\[\]-~]*+"|"sequence_number":(?:0|[1-9]\d{0,14})(?=[,}])'
+)
 
 
 class _EventStream:
@@ -3949,100 +3865,122 @@ class _EventStream:
 
     Whatever upstream leaves out or repeats, a protocol sees each item `_added`, its new texts in
     `_say`, each of them in `_settle` and the item `_closed` when they are complete, then
-    `_conclude`. What these emit is encoded.
-    Fast path: after a delta whose `_say` did nothing but wrap the text (it sets `_plain`), a delta
-    event with the same members and the same keys is pasted into the same bytes.
+    `_conclude`. What these put into `_out` is encoded.
+    Fast path: after a delta whose `_say` did nothing but wrap the text (it sets `_plain`), the text
+    of a delta event that differs in nothing else is pasted into the same bytes.
     """
 
-    _request: ChatRequest | ResponsesRequest
     _added: Callable[[_Item], None]
     _say: Callable[[_Item, _Part, str], None]
     _closed: Callable[[_Item, str], None]
     _conclude: Callable[[str], None]
     """Gets `completed`, `incomplete` or, with `failure` set, `failed`."""
     _encode: Callable[[Json], bytes]
-    _number: Callable[[], bytes] | None = None
 
-    def __init__(self, now: float, fast: bool) -> None:
+    def __init__(self, request: Any, now: float, *, fast: bool = True) -> None:
         self.done = False
         self.stopped = False
         self.failure: AztError | None = None
         self.usage: Json | None = None
+        self._request: ChatRequest | ResponsesRequest = request
         self._now = now
         self._fast = fast
-        self._items = _Items()
+        self._items: list[_Item] = []
+        self._by_key: dict[tuple[str, str | int], _Item] = {}
+        self._latest: dict[str, _Item] = {}
         self._opened: list[_Item] = []
         self._upstream: Json = {}
         self._out: list[Json] = []
-        self._plain: tuple[_Part, Json] | None = None
+        self._sequence = 0
+        self._plain: _Part | None = None
         self._paste: Callable[[bytes], bytes | None] | None = None
 
-    def translate(self, event: Json) -> list[Json]:
-        """One upstream event -> the chunks (chat) or events (Responses) that it causes."""
-        self._out = []
-        self._plain = self._paste = None
-        # A bare `{"error": {...}}` is an error event too.
-        kind = _get(event, "type", str) or ("error" if "error" in event else "")
-        handler = None if self.done else self._handlers.get(kind)
-        if handler is not None:
-            handler(self, event)
-        return self._out
-
     def feed(self, data: bytes) -> bytes:
-        paste = self._paste
-        if paste is not None and (pasted := paste(data)) is not None:
+        if self._paste is not None and (pasted := self._paste(data)) is not None:
             return pasted
-        event = None if self.done else parse_event(data)
-        if event is None:
-            return b""
-        names = tuple(event)
-        chunks = self.translate(event)
-        del event  # it may hold an image of 20 MB, and encoding makes copies enough
-        out = b"".join(map(self._encode, chunks))
+        self.absorb(data)
+        encoded = [self._encode(chunk) for chunk in self._out]
         if self._fast and self._plain is not None and not self.done:
-            self._arm(names, data, *self._plain)
-        return out
+            self._arm(data, self._plain, encoded[-1])
+        return b"".join(encoded)
 
     def absorb(self, data: bytes) -> bytes:
+        """Translate one event into `_out`, for an answer that is only wanted whole."""
+        self._out, self._plain, self._paste = [], None, None
         event = None if self.done else parse_event(data)
         if event is not None:
-            self.translate(event)
+            # A bare `{"error": {...}}` is an error event too.
+            kind = _get(event, "type", str) or ("error" if "error" in event else "")
+            if handler := self._handlers.get(kind):
+                handler(self, event)
         return b""
 
     def fail(self, error: AztError) -> bytes:
-        self._out = []
-        self._paste = None
+        self._out, self._paste = [], None
         if not self.done:
-            self._give_up(error)
+            self._failed({}, error)
         return b"".join(map(self._encode, self._out))
 
-    def _arm(self, names: tuple[str, ...], data: bytes, part: _Part, sample: Json) -> None:
-        """Prepare the fast path for deltas like `data`; `sample` is a chunk with _MARK as text."""
-        pattern = _delta_shape(names)
-        first = pattern and pattern.fullmatch(data)
-        head, mark, tail = self._encode(sample).rpartition(encode_json(_MARK)[1:-1])
-        # A name in the chunk that is no valid Unicode makes encode_json escape all of it: no paste.
-        if not (pattern and first and mark):
+    def _arm(self, data: bytes, part: _Part, out: bytes) -> None:
+        """Prepare the fast path for deltas like `data`, which became `out`."""
+        known, pieces, split = _VARYING.split(data), part.pieces, _VARYING.split
+        literal = pieces[-1]
+        # Every second one is a text, or None. A name in the chunk that is no valid Unicode makes
+        # encode_json escape all of it: then nothing can be pasted.
+        quoted = b'"%s"' % literal
+        is_clear = data.count(b'"delta"') == out.count(quoted) == 1
+        if not is_clear or literal not in known[1::2] or b"\\ud" in out:
             return
-        head, _, middle = head.partition(b'"sequence_number":0')
-        delta = pattern.groupindex["delta"]
-        keys = tuple(group for group in range(1, pattern.groups + 1) if group != delta)
-        known = first.group(*keys)
-        match, pieces, number = pattern.fullmatch, part.pieces, self._number
+        at, size = known.index(literal, 1), len(known)
+        known[at] = None
+        head, _, tail = out.partition(quoted)
+        start, numbered, head = head.rpartition(b'"sequence_number":%d' % (self._sequence - 1))
 
         def paste(data: bytes) -> bytes | None:
-            found = match(data)
-            if found is None or found.group(*keys) != known:
+            found = split(data)
+            if len(found) != size:
                 return None
-            literal = found[delta]
+            literal, found[at] = found[at], None
+            if literal is None or found != known:
+                return None
             try:
                 literal.isascii() or literal.decode()
             except UnicodeDecodeError:
                 return None
             pieces.append(literal)
-            return (head + number() + middle if number else head) + literal + tail
+            number = b""
+            if numbered:
+                number = b'"sequence_number":%d' % self._sequence
+                self._sequence += 1
+            return start + number + head + b'"' + literal + b'"' + tail
 
         self._paste = paste
+
+    # Finding items
+
+    def _find(self, group: str, holder: Json, index: Any = None) -> _Item:
+        """The item that an event or a snapshot is about: any of its keys may name it, an `item_id`
+        outranks an index, and without any it is the latest of its group (openai-api.md 3.2)."""
+        item_id = _get(holder, "item_id", str) or _get(holder, "id", str)
+        call_id, index = _get(holder, "call_id", str), holder.get("output_index", index)
+        keys: list[tuple[str, str | int]] = [(group, key) for key in (item_id, call_id) if key]
+        if isinstance(index, int):
+            keys.append((group, index))
+        item = next((self._by_key[key] for key in keys if key in self._by_key), None)
+        if item is None or (item.id and item_id not in ("", item.id)):
+            item = self._latest.get(group)
+            if item is None or (keys and item in self._by_key.values()):
+                item = _Item(group)
+                self._items.append(item)
+        item.id, item.call_id = item.id or item_id, item.call_id or call_id
+        self._by_key.update(dict.fromkeys(keys, item))
+        self._latest[group] = item
+        return item
+
+    def _place(self, event: Json, channel: _Channel) -> tuple[_Item, _Part]:
+        """Whose text an event is about."""
+        item = self._find(channel.group, event)
+        return item, item.part(channel, _get(event, f"{channel.place}_index", int))
 
     # Events
 
@@ -4055,16 +3993,12 @@ class _EventStream:
     def _item_event(self, event: Json) -> None:
         value = _get(event, "item", dict)
         if _group(value):
-            item = self._items.of_value(value, event.get("output_index"))
+            item = self._find(_group(value), value, event.get("output_index"))
+            item.learn(value)
             if event["type"] == "response.output_item.added":
                 self._open(item)
             elif item.parts or item.group != "message":  # an empty one may come in the output
                 self._close(item, "completed")
-
-    def _place(self, event: Json, channel: _Channel) -> tuple[_Item, _Part]:
-        """Whose text an event is about."""
-        item = self._items.of_event(event, channel.group)
-        return item, item.part(channel, _get(event, f"{channel.place}_index", int))
 
     def _delta(self, event: Json) -> None:
         self._hear(*self._place(event, _DELTAS[event["type"]]), _get(event, "delta", str))
@@ -4086,18 +4020,23 @@ class _EventStream:
         self._remember(event)
         self.usage = _get(self._upstream, "usage", dict) or None
         status = event["type"].removeprefix("response.")
-        for item in self._items.of_output(_dicts(_get(event, "response", dict), "output")):
+        counts: dict[str, int] = {}
+        for index, value in enumerate(_dicts(_get(event, "response", dict), "output")):
+            group = _group(value)
+            place = counts[group] = counts.get(group, -1) + 1
+            alike = [item for item in self._items if item.group == group][place : place + 1]
+            # One without an id goes by its place among those of its group.
+            has_id = value.get("id") or value.get("call_id") or not alike
+            item = self._find(group, value, index) if has_id else alike[0]
+            item.learn(value)
             self._close(item, status)
-        for item in self._items.all:
+        for item in self._items:
             self._close(item, status)
         self._conclude(status)
         self.done = True
 
-    def _failed(self, event: Json) -> None:
-        self._give_up(event_error(event, self._now))
-
-    def _give_up(self, error: AztError) -> None:
-        self.failure = error
+    def _failed(self, event: Json, error: AztError | None = None) -> None:
+        self.failure = error or event_error(event, self._now)
         self._conclude("failed")
         self.done = True
 
@@ -4118,33 +4057,37 @@ class _EventStream:
 
         Quirk: arguments may come before the item that names the call (C13_arguments_before_item).
         """
-        if item.index >= 0:
-            return True
-        if item.group == "call":
+        if item.index < 0:
             name = _get(item.value, "name", str)
-            item.name = self._request.tool_names.get(name, name)
-            if not name:
+            if item.group == "call" and not name:
                 return False
-        item.value.setdefault("type", item.group)
-        item.index = len(self._opened)
-        self._opened.append(item)
-        self._added(item)
-        for part in item.texts():
-            if part.pieces:
-                self._say(item, part, part.text())
+            item.name = self._request.tool_names.get(name, name)
+            item.value.setdefault("type", item.group)
+            item.index = len(self._opened)
+            self._opened.append(item)
+            self._added(item)
+            self._speak(item)
         return True
 
     def _hear(self, item: _Item, part: _Part, text: str) -> None:
-        """New text: sent at once, or kept until its call has a name."""
+        """New text: sent at once, or kept until the item is announced and it is its turn."""
         if text and not item.done:
             part.pieces.append(encode_json(text)[1:-1])
-            if item.index >= 0:
+            part.unsaid += 1
+            if self._open(item):
+                self._speak(item)
+
+    def _speak(self, item: _Item) -> None:
+        for part in item.texts():
+            if part.unsaid:
+                text, part.unsaid = part.text(part.unsaid), 0
                 self._say(item, part, text)
-            else:
-                self._open(item)
 
     def _settle(self, item: _Item, part: _Part) -> None:
-        self._hear(item, part, part.rest())
+        """Hear what the snapshot adds; nothing if it differs, as deltas only append."""
+        said = part.text() if part.whole else ""
+        if part.whole.startswith(said):
+            self._hear(item, part, part.whole[len(said) :])
 
     def _close(self, item: _Item, status: str) -> None:
         """What was not said of the item, then its end. `status` is for one that has none."""
@@ -4153,12 +4096,14 @@ class _EventStream:
         own = item.value.get("status")
         status = status if own in (None, "in_progress") else own
         if item.value["type"] == "function_call" and status != "incomplete":
-            part = item.call_part()
+            part = item.part()
             part.whole = part.whole or ("" if part.pieces else "{}")  # clients parse it as JSON
         for part in item.texts():
             self._settle(item, part)
         item.done = True
         self._closed(item, status)
+
+    # The answer as a whole
 
     def _created_at(self) -> int:
         at = self._upstream.get("created_at")
@@ -4169,7 +4114,7 @@ class _EventStream:
         if self.usage:
             return self.usage
         asked = estimate_input_tokens(self._request.upstream)
-        parts = [part for item in self._items.all for part in item.parts.values()]
+        parts = [part for item in self._items for part in item.parts.values()]
         said = math.ceil(sum(len(piece) for part in parts for piece in part.pieces) / 4)
         return {"input_tokens": asked, "output_tokens": said, "total_tokens": asked + said}
 
@@ -4194,29 +4139,27 @@ class StopMatcher:
         begun = (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
         end = len(text) if is_last else len(text) - max(begun, default=0)
         # A longer stop string that began earlier comes first: wait until it is complete or is not.
-        if 0 <= found <= end:
-            self.hit = True
-            self._pending = ""
-            return text[:found]
-        self._pending = text[end:]
+        self.hit = 0 <= found <= end
+        end = found if self.hit else end
+        self._pending = "" if self.hit else text[end:]
         return text[:end]
 
     def flush(self) -> str:
         return self.push("", is_last=True)
 
 
-_FINISH_REASONS = {
-    **{"content_filter": "content_filter", "max_output_tokens": "length", "max_tokens": "length"}
-}
-"""Why an answer is incomplete -> finish_reason; every other reason counts as a normal end."""
-
-_CHAT_PARAMS = {
-    **{"input": "messages", "instructions": "messages", "reasoning.effort": "reasoning_effort"},
-    **{"text.format": "response_format", "text.verbosity": "verbosity"},
-}
-"""Upstream request field (as a prefix of the error's param) -> the field of the chat client."""
-
-_OFFSETS = ("start_index", "end_index")
+# Why an answer is incomplete -> finish_reason; every other reason counts as a normal end.
+_FINISH_REASONS = {"content_filter": "content_filter"} | dict.fromkeys(
+    ("max_output_tokens", "max_tokens"), "length"
+)
+# Upstream request field (as a prefix of the error's param) -> the field of the chat client.
+_CHAT_PARAMS = (
+    ("input", "messages"),
+    ("instructions", "messages"),
+    ("reasoning.effort", "reasoning_effort"),
+    ("text.format", "response_format"),
+    ("text.verbosity", "verbosity"),
+)
 _SERVICE_TIERS = ("auto", "default", "flex", "priority", "scale")
 
 
@@ -4227,7 +4170,7 @@ class ChatStream(_EventStream):
               \\_______________failure_______\\___________> error event, no [DONE]
 
     Calls go out one at a time in the order in which they got a name: the last of `_calls` streams,
-    those in `_queue` wait and keep their text in `held`.
+    those in `_queue` wait.
     mapped   text, refusals, reasoning, function and custom calls, citations, images, usage
     dropped  hosted tool progress, partial images, encrypted reasoning, vendor events
     """
@@ -4235,22 +4178,20 @@ class ChatStream(_EventStream):
     _request: ChatRequest
 
     def __init__(self, request: ChatRequest, now: float, *, fast: bool = True) -> None:
-        super().__init__(now, fast)
-        self._request = request
+        super().__init__(request, now, fast=fast)
         self._envelope: Json = {}
         self._stops = StopMatcher(request.stop)
         self._last: dict[str, tuple[_Item, _Part]] = {}
         self._calls: list[_Item] = []
         self._queue: list[_Item] = []
         self._finish_reason = ""
-        self._said: dict[str, list[Any]] = {}
+        names = ("content", "refusal", "reasoning_content", "annotations", "images")
+        self._said: dict[str, list[Any]] = {name: [] for name in names}
 
     # What goes out
 
     def _encode(self, chunk: Json) -> bytes:
-        """The SSE event of a chunk; the last chunk of a whole answer brings the [DONE] with it."""
-        ended = self.done and self.failure is None and chunk is self._out[-1]
-        return encode_data(chunk) + (b"data: [DONE]\n\n" if ended else b"")
+        return encode_data(chunk) if chunk else b"data: [DONE]\n\n"
 
     def _chunk(self, delta: Json, finish_reason: str | None = None) -> Json:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
@@ -4270,12 +4211,8 @@ class ChatStream(_EventStream):
             content = None if {"function_call", "refusal", "tool_calls"} & delta.keys() else ""
             self._out.append(self._chunk({"role": "assistant", "content": content}))
         self._out.append(self._chunk(delta, finish_reason))
-
-    def _put(self, name: str, value: Any) -> None:
-        """Emit something that the whole answer has, too."""
-        if not self.done:
-            self._said.setdefault(name, []).append(value)
-            self._emit({name: value})
+        for name in delta.keys() & self._said.keys():
+            self._said[name].append(delta[name])
 
     def _finish(self, reason: str) -> None:
         if not self.done:
@@ -4284,6 +4221,7 @@ class ChatStream(_EventStream):
             if self._request.include_usage:
                 usage = {"choices": [], "usage": usage_from(self._counted())}
                 self._out.append({**self._envelope, **usage, "system_fingerprint": None})
+            self._out.append({})
             self.done = True
 
     def _say(self, item: _Item, part: _Part, text: str) -> None:
@@ -4291,22 +4229,21 @@ class ChatStream(_EventStream):
         if name == "content" and self._is_aside(item):
             name = "reasoning_content"
         if name == "tool_calls":
-            item.held.append(text)
-            self._drain()
-            if self._calls[-1:] == [item]:
-                self._plain = part, self._chunk(self._call_delta(_MARK))
-        elif name != "reasoning_content" or self._request.show_reasoning:
+            self._emit(self._call_delta(text))
+        elif name == "reasoning_content" and not self._request.show_reasoning:
+            return
+        else:
             text = self._gap(name, item, part) + text
             if name == "content" and self._request.stop:
                 self._say_allowed(self._stops.push(text))
-            else:
-                self._put(name, text)
-                self._plain = part, self._chunk({name: _MARK})
+                return
+            self._emit({name: text})
+        self._plain = part
 
     def _say_allowed(self, text: str) -> None:
         """Content that passed the stop strings; the answer ends with the first of them."""
         if text:
-            self._put("content", text)
+            self._emit({"content": text})
         if self._stops.hit and not self.done:
             self.stopped = True
             self._finish("stop")
@@ -4328,6 +4265,8 @@ class ChatStream(_EventStream):
             self._last[name] = item, part
         return gap
 
+    # Calls
+
     def _added(self, item: _Item) -> None:
         # The legacy answer has room for one call.
         is_full = self._request.legacy_functions and (self._calls or self._queue)
@@ -4336,28 +4275,24 @@ class ChatStream(_EventStream):
             self._queue.append(item)
             self._drain()
 
-    def _closed(self, item: _Item, status: str) -> None:
-        self._drain()
+    def _speak(self, item: _Item) -> None:
+        if item.group != "call" or item in self._calls[-1:]:
+            super()._speak(item)
 
     def _drain(self) -> None:
-        """Send what the streaming call holds; start the next one when it is finished.
+        """When the streaming call is finished, start the next one with what was heard of it.
 
         Quirk: parallel calls may come interleaved (C11_interleaved_calls).
         """
-        while not self.done:
-            if self._calls:
-                call = self._calls[-1]
-                if call.held:
-                    self._emit(self._call_delta("".join(call.held)))
-                    call.held.clear()
-                if not call.done:
-                    return
-            if not self._queue:
-                return
+        while self._queue and not self.done and not (self._calls and not self._calls[-1].done):
             self._say_allowed(self._stops.flush())
             if not self.done:
                 self._calls.append(self._queue.pop(0))
                 self._emit(self._call_delta("", is_first=True))
+                self._speak(self._calls[-1])
+
+    def _closed(self, item: _Item, status: str) -> None:
+        self._drain()
 
     def _call_delta(self, text: str, *, is_first: bool = False) -> Json:
         """A delta of the call that streams."""
@@ -4382,76 +4317,67 @@ class ChatStream(_EventStream):
     def _conclude(self, status: str) -> None:
         if self.failure is not None:
             param = self.failure.param or ""
-            renamed = (ours for theirs, ours in _CHAT_PARAMS.items() if param.startswith(theirs))
+            renamed = (ours for theirs, ours in _CHAT_PARAMS if param.startswith(theirs))
             self.failure.param = next(renamed, self.failure.param)
             self._out.append(error_body(self.failure))
             return
-        asides = [
-            part.text() for item in filter(self._is_aside, self._opened) for part in item.texts()
-        ]
-        if asides and not self._calls and "content" not in self._last:
-            self._put("content", "\n\n".join(asides))  # commentary, but there is nothing else
+        asides = (item.texts() for item in self._opened if self._is_aside(item))
+        aside = "\n\n".join(part.text() for texts in asides for part in texts)
+        if aside and not self._calls and "content" not in self._last:
+            self._emit({"content": aside})  # commentary, but there is nothing else
         self._say_allowed(self._stops.flush())
-        # All citations in one chunk, all images in one: SDK helpers cannot merge several.
-        for name, values in (("annotations", self._citations()), ("images", self._images())):
-            if values:
-                self._put(name, values)
-        normal = "function_call" if self._request.legacy_functions else "tool_calls"
-        reason = _get(_get(self._upstream, "incomplete_details", dict), "reason", str)
-        self._finish(_FINISH_REASONS.get(reason, normal if self._calls else "stop"))
-
-    def _citations(self) -> list[Json]:
-        """Flat upstream citations, nested as chat has them, with offsets into the whole content."""
-        return [
-            {
-                "type": "url_citation",
-                "url_citation": {
-                    **{name: _get(cited, name, str) for name in ("title", "url")},
-                    **{name: _get(cited, name, int) + part.start for name in _OFFSETS},
-                },
-            }
-            for item in self._items.all
-            for part in item.texts()
-            for cited in part.annotations
-            if cited.get("type") == "url_citation"
-        ]
-
-    def _images(self) -> list[Json]:
-        images = []
-        for item in self._items.all:
+        citations: list[Json] = []
+        images: list[Json] = []
+        for item in self._items:
+            for part in item.texts():
+                for cited in part.annotations:
+                    if cited.get("type") == "url_citation":
+                        # Flat upstream, with offsets into the part; chat's count from the start.
+                        told: Json = {name: _get(cited, name, str) for name in ("title", "url")}
+                        for name in ("start_index", "end_index"):
+                            told[name] = _get(cited, name, int) + part.start
+                        citations.append({"type": "url_citation", "url_citation": told})
             if item.group == "image_generation_call" and _get(item.value, "result", str):
                 kind = _get(item.value, "output_format", str) or "png"
                 # Removed from the item: one of 20 MB should not be kept twice.
                 url = f"data:image/{kind};base64,{item.value.pop('result')}"
                 images.append({"type": "image_url", "image_url": {"url": url}})
-        return images
+        # All citations in one chunk, all images in one: SDK helpers cannot merge several.
+        for name, values in (("annotations", citations), ("images", images)):
+            if values:
+                self._emit({name: values})
+        normal = "function_call" if self._request.legacy_functions else "tool_calls"
+        reason = _get(_get(self._upstream, "incomplete_details", dict), "reason", str)
+        self._finish(_FINISH_REASONS.get(reason, normal if self._calls else "stop"))
 
     def result(self) -> Json:
         texts = ("content", "refusal", "reasoning_content")
-        content, refusal, reasoning = ("".join(self._said.get(name, ())) for name in texts)
-        calls = [self._call(call, call.call_part().text()) for call in self._calls]
+        content, refusal, reasoning = ("".join(self._said[name]) for name in texts)
+        calls = [self._call(call, call.part().text()) for call in self._calls]
+        is_legacy = self._request.legacy_functions
+        rest = {
+            "reasoning_content": reasoning,
+            "images": sum(self._said["images"], []),
+            "function_call": calls[0]["function"] if calls and is_legacy else None,
+            "tool_calls": [] if is_legacy else calls,
+        }
         message: Json = {
             "role": "assistant",
             "content": content or (None if calls or refusal else ""),
             "refusal": refusal or None,
-            "annotations": self._said.get("annotations", [[]])[0],
+            "annotations": sum(self._said["annotations"], []),
+            **{name: value for name, value in rest.items() if value},
         }
-        if reasoning:
-            message["reasoning_content"] = reasoning
-        if "images" in self._said:
-            [message["images"]] = self._said["images"]
-        if calls:
-            is_legacy = self._request.legacy_functions
-            message |= (
-                {"function_call": calls[0]["function"]} if is_legacy else {"tool_calls": calls}
-            )
-        whole = self._chunk({}, self._finish_reason)
-        del whole["choices"][0]["delta"]
-        whole["choices"][0]["message"] = message
         tier = self._upstream.get("service_tier")
-        if tier in _SERVICE_TIERS:
-            whole["service_tier"] = tier
-        return {**whole, "object": "chat.completion", "usage": usage_from(self._counted())}
+        choice = {"index": 0, "logprobs": None, "finish_reason": self._finish_reason}
+        return {
+            **self._envelope,
+            "object": "chat.completion",
+            "choices": [{**choice, "message": message}],
+            "system_fingerprint": None,
+            **({"service_tier": tier} if tier in _SERVICE_TIERS else {}),
+            "usage": usage_from(self._counted()),
+        }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4656,7 +4582,7 @@ def responses_to_upstream(
     if previous and previous.session and not body.get("prompt_cache_key"):
         upstream["prompt_cache_key"] = previous.session
     echo = {name: body[name] for name in _ECHO_DEFAULTS if body.get(name) is not None}
-    text = {"format": {"type": "text"}, "verbosity": "medium", **_given(_object(body, "text"))}
+    text = {"format": {"type": "text"}, "verbosity": "medium", **_given(_get(body, "text", dict))}
     reasoning = {name: asked[name][0] for name in ("effort", "summary")}
     return ResponsesRequest(
         model=named,
@@ -4695,11 +4621,15 @@ def _chain(body: Json, store: ResponseStore, now: float) -> _Said:
     return instructions, chain + [(item, path) for item, path in placed if item["id"] not in known]
 
 
+def _new_id(kind: str) -> str:
+    return f"{_ID_PREFIXES.get(kind, 'item')}_{secrets.token_hex(24)}"
+
+
 def _with_id(item: Json) -> Json:
     """The item as `input_items` lists it: with an id, its content as parts."""
     kind, item_id = item["type"], item.get("id")
     if not isinstance(item_id, str) or not item_id:
-        item_id = f"{_ID_PREFIXES.get(kind, 'item')}_{secrets.token_hex(20)}"
+        item_id = _new_id(kind)
     item = {**item, "id": item_id}
     if kind == "message" and isinstance(item.get("content"), str):
         said = "output_text" if item["role"] == "assistant" else "input_text"
@@ -4711,7 +4641,7 @@ def _strict_by_default(placed: _Placed) -> _Placed:
     """Responses functions are strict unless they say otherwise, where their schema can be."""
     tool, _ = placed
     if tool["type"] == "function" and tool.get("strict") is None:
-        schema = _object(tool, "parameters")
+        schema = _get(tool, "parameters", dict)
         tool["strict"] = "properties" in schema and all(map(_is_closed, _walk(schema)))
     return placed
 
@@ -4727,38 +4657,40 @@ def _is_closed(value: Any) -> bool:
     return schema.get("additionalProperties") is False and {*properties} <= {*map(str, required)}
 
 
+# What an item is when it is announced: its texts follow as deltas.
 _BLANK_ITEMS: dict[str, Json] = {
     "custom_tool_call": {"status": "in_progress", "input": ""},
     "function_call": {"status": "in_progress", "arguments": ""},
     "message": {"status": "in_progress", "role": "assistant", "content": []},
     "reasoning": {"summary": []},
 }
-"""What an item is when it is announced: its texts follow as deltas."""
-
 _LOGPROBS: dict[str, Json] = {"output_text": {"logprobs": []}}
 _PART_EVENTS = {"content": "content_part", "summary": "reasoning_summary_part"}
+# Official events that are passed on: the type of their item, and what may follow it.
 _HOSTED = {
-    f"response.{item_type}{ending}": item_type
-    for item_type, endings in {
-        "": "audio.delta audio.done audio.transcript.delta audio.transcript.done",
-        "code_interpreter_call": ".in_progress .interpreting .completed _code.delta _code.done",
-        "file_search_call": ".in_progress .searching .completed",
-        "image_generation_call": ".in_progress .generating .partial_image .completed",
-        "mcp_call": ".in_progress .completed .failed _arguments.delta _arguments.done",
-        "mcp_list_tools": ".in_progress .completed .failed",
-        "shell_call": "_command.added _command.delta _command.done",
-        "shell_call_output": "_content.delta _content.done",
-        "web_search_call": ".in_progress .searching .completed",
-    }.items()
-    for ending in endings.split()
-} | {"response.compaction.compacting": ""}
-"""Official events that are passed on -> the type of their item."""
-
+    f"response.{kind}{ending}": kind
+    for kind, *endings in map(
+        str.split,
+        (
+            "audio .delta .done .transcript.delta .transcript.done",
+            "code_interpreter_call .in_progress .interpreting .completed _code.delta _code.done",
+            "compaction .compacting",
+            "file_search_call .in_progress .searching .completed",
+            "image_generation_call .in_progress .generating .partial_image .completed",
+            "mcp_call .in_progress .completed .failed _arguments.delta _arguments.done",
+            "mcp_list_tools .in_progress .completed .failed",
+            "shell_call _command.added _command.delta _command.done",
+            "shell_call_output _content.delta _content.done",
+            "web_search_call .in_progress .searching .completed",
+        ),
+    )
+    for ending in endings
+}
+_NO_ITEMS = ("audio", "compaction")
+# Our error code -> the one in the SDKs' type, where that says the same.
 _SDK_CODES = {None: "server_error", "upstream_error": "server_error"}
-"""Our error code -> the one in the SDKs' type, where that says the same."""
-
+# Fields of the upstream's response object that the client's request does not decide.
 _FROM_UPSTREAM = ("completed_at", "incomplete_details", "service_tier", "tool_usage")
-"""Fields of the upstream's response object that the client's request does not decide."""
 
 
 class ResponsesStream(_EventStream):
@@ -4774,50 +4706,41 @@ class ResponsesStream(_EventStream):
 
     _request: ResponsesRequest
     _encode = staticmethod(encode_event)
-
-    def __init__(self, request: ResponsesRequest, now: float, *, fast: bool = True) -> None:
-        super().__init__(now, fast)
-        self._request = request
-        self.response: Json = {}
-        """The final object, once `done`."""
-        self.output_items: list[Json] = []
-        """Its output with encrypted reasoning, for the store."""
-        self._head: Json = {}
-        self._sequence = 0
+    response: Json
+    """The final object, once `done`."""
+    output_items: list[Json]
+    """Its output with encrypted reasoning, for the store."""
+    _head: Json = {}
 
     # What goes out
 
-    def _number(self) -> bytes:
+    def _send(self, kind: str, **fields: Any) -> None:
+        if not self._sequence and kind != "response.created":
+            self._send("response.created", response=self._response("in_progress", []))
+        self._out.append({"type": kind, "sequence_number": self._sequence, **fields})
         self._sequence += 1
-        return b'"sequence_number":%d' % (self._sequence - 1)
 
-    def _begin(self) -> None:
+    def _send_item(self, ending: str, item: _Item, value: Json) -> None:
+        shown = self._visible(value)
+        self._send(f"response.output_item.{ending}", output_index=item.index, item=shown)
+
+    def _tell(self, item: _Item, part: _Part, kind: str, /, **fields: Any) -> None:
+        """Send an event about a text."""
+        place = part.channel.place
+        index = {f"{place}_index": part.index} if place else {}
+        self._send(kind, item_id=item.id, output_index=item.index, **index, **fields)
+
+    def _visible(self, value: Json) -> Json:
+        return value if self._request.show_encrypted else _without_encrypted(value)
+
+    def _response(self, status: str, output: list[Json]) -> Json:
+        """The Response object: the client's own request back, and what became of it."""
         if not self._head:
             self._head = {
                 "id": _get(self._upstream, "id", str) or f"resp_{secrets.token_hex(24)}",
                 "object": "response",
                 "created_at": self._created_at(),
             }
-            self._send("response.created", {"response": self._response("in_progress", [])})
-
-    def _send(self, kind: str, fields: Json) -> None:
-        self._begin()
-        self._out.append({"type": kind, "sequence_number": self._sequence, **fields})
-        self._sequence += 1
-
-    def _tell(self, item: _Item, part: _Part, kind: str, fields: Json) -> None:
-        """Send an event about a text."""
-        place = part.channel.place
-        index = {f"{place}_index": part.index} if place else {}
-        self._send(kind, {"item_id": item.id, "output_index": item.index, **index, **fields})
-
-    def _tell_once(self, item: _Item, part: _Part, kind: str, fields: Json) -> None:
-        if kind not in part.told and not item.done and self._open(item):
-            part.told.add(kind)
-            self._tell(item, part, kind, fields)
-
-    def _response(self, status: str, output: list[Json]) -> Json:
-        """The Response object: the client's own request back, and what became of it."""
         came = {name: self._upstream[name] for name in _FROM_UPSTREAM if self._upstream.get(name)}
         return {
             **self._head,
@@ -4830,22 +4753,14 @@ class ResponsesStream(_EventStream):
     # Items and their texts
 
     def _added(self, item: _Item) -> None:
-        kind = item.value["type"]
-        item.id = item.id or f"{_ID_PREFIXES.get(kind, 'item')}_{secrets.token_hex(24)}"
+        item.id = item.id or _new_id(item.value["type"])
         item.call_id = item.call_id or item.id
-        blank = _BLANK_ITEMS.get(kind, {"status": "in_progress"})
+        blank = _BLANK_ITEMS.get(item.value["type"], {"status": "in_progress"})
         self._send_item("added", item, {**self._complete(item, "in_progress"), **blank})
 
     def _closed(self, item: _Item, status: str) -> None:
         item.value = self._complete(item, status)
         self._send_item("done", item, item.value)
-
-    def _send_item(self, ending: str, item: _Item, value: Json) -> None:
-        fields = {"output_index": item.index, "item": self._visible(value)}
-        self._send(f"response.output_item.{ending}", fields)
-
-    def _visible(self, value: Json) -> Json:
-        return value if self._request.show_encrypted else _without_encrypted(value)
 
     def _complete(self, item: _Item, status: str) -> Json:
         """The item with all that its type must have, gaps filled, under the client's names."""
@@ -4853,64 +4768,64 @@ class ResponsesStream(_EventStream):
         gaps = {name: value for name, value in blank.items() if not item.value.get(name)}
         whole: Json = {**item.value, **gaps, "id": item.id}
         if item.group == "call":
-            part = item.call_part()
+            part = item.part()
             whole |= {"call_id": item.call_id, "name": item.name, part.channel.text: part.full()}
         for place in _PART_EVENTS:
             parts = [part.value() for part in item.texts() if part.channel.place == place]
-            if parts:
-                whole[place] = parts
+            whole |= {place: parts} if parts else {}
         if item.group != "reasoning" and whole.get("status") in (None, "in_progress"):
             whole["status"] = status
         return whole
 
     def _say(self, item: _Item, part: _Part, text: str) -> None:
         self._open_part(item, part)
-        fields = {"delta": text, **_LOGPROBS.get(part.channel.name, {})}
-        self._tell(item, part, f"response.{part.channel.event}.delta", fields)
-        self._plain = part, {**self._out[-1], "sequence_number": 0, "delta": _MARK}
+        logprobs = _LOGPROBS.get(part.channel.name, {})
+        self._tell(item, part, f"response.{part.channel.event}.delta", delta=text, **logprobs)
+        self._plain = part
 
     def _open_part(self, item: _Item, part: _Part) -> None:
         name = _PART_EVENTS.get(part.channel.place)
-        if name and not part.told:
-            blank = _Part(part.channel).value()
-            self._tell_once(item, part, f"response.{name}.added", {"part": blank})
+        if name and not part.opened:
+            part.opened = True
+            self._tell(item, part, f"response.{name}.added", part=_Part(part.channel).value())
 
     def _settle(self, item: _Item, part: _Part) -> None:
         super()._settle(item, part)
+        if part.closed or item.done or not self._open(item):
+            return
+        part.closed = True
         self._open_part(item, part)
         channel = part.channel
         fields = {channel.text: part.full(), **_LOGPROBS.get(channel.name, {})}
         if channel.name == "arguments":
             fields["name"] = item.name
-        self._tell_once(item, part, f"response.{channel.event}.done", fields)
+        self._tell(item, part, f"response.{channel.event}.done", **fields)
         if name := _PART_EVENTS.get(channel.place):
-            self._tell_once(item, part, f"response.{name}.done", {"part": part.value()})
+            self._tell(item, part, f"response.{name}.done", part=part.value())
 
     # Events
 
     def _lifecycle(self, event: Json) -> None:
         self._remember(event)
-        self._begin()
-        if event["type"] != "response.created":
-            self._send(event["type"], {"response": self._response("in_progress", [])})
+        if not self._sequence or event["type"] != "response.created":
+            self._send(event["type"], response=self._response("in_progress", []))
 
     def _cite(self, event: Json) -> None:
         item, part = self._place(event, _CHANNELS["output_text"])
-        if not item.done:
+        if not item.done and self._open(item):
             self._open_part(item, part)
-            annotation = _get(event, "annotation", dict)
-            fields = {"annotation_index": len(part.annotations), "annotation": annotation}
-            self._tell(item, part, event["type"], fields)
+            index, annotation = len(part.annotations), _get(event, "annotation", dict)
+            self._tell(item, part, event["type"], annotation_index=index, annotation=annotation)
         super()._cite(event)
 
     def _pass_on(self, event: Json) -> None:
-        left_out = ("obfuscation", "sequence_number", "type")
-        fields = {name: value for name, value in event.items() if name not in left_out}
-        if item_type := _HOSTED[event["type"]]:
-            item = self._items.of_event(event, item_type)
+        fields = _without(event, ("obfuscation", "sequence_number", "type"))
+        kind = _HOSTED[event["type"]]
+        if kind not in _NO_ITEMS:
+            item = self._find(kind, event)
             self._open(item)
             fields |= {"item_id": item.id, "output_index": item.index}
-        self._send(event["type"], fields)
+        self._send(event["type"], **fields)
 
     _handlers = {
         **_EventStream._handlers,
@@ -4922,35 +4837,31 @@ class ResponsesStream(_EventStream):
     # The end
 
     def _conclude(self, status: str) -> None:
-        self._begin()
         self.output_items = [self._complete(item, "incomplete") for item in self._opened]
-        self.response = self._response(status, list(map(self._visible, self.output_items)))
+        response = self._response(status, list(map(self._visible, self.output_items)))
+        self.response = response
         if self.failure is not None:
             code = _SDK_CODES.get(self.failure.code, self.failure.code)
-            self.response["error"] = {"code": code, "message": mask(self.failure.message)}
+            response["error"] = {"code": code, "message": mask(self.failure.message)}
         else:
-            self.response["usage"] = _whole_usage(self._counted())
-        if status == "completed" and not self.response["completed_at"]:
-            self.response["completed_at"] = max(int(self._now), self._head["created_at"])
-        self._send(f"response.{status}", {"response": self.response})
+            usage = self._counted()
+            counts = usage_from(usage)  # the SDK types require them all
+            cached = {"cached_tokens": 0, "cache_write_tokens": 0}
+            response["usage"] = {
+                **usage,
+                "input_tokens": counts["prompt_tokens"],
+                "input_tokens_details": cached | _get(usage, "input_tokens_details", dict),
+                "output_tokens": counts["completion_tokens"],
+                "output_tokens_details": {"reasoning_tokens": 0}
+                | _get(usage, "output_tokens_details", dict),
+                "total_tokens": counts["total_tokens"],
+            }
+        if status == "completed" and not response["completed_at"]:
+            response["completed_at"] = max(int(self._now), response["created_at"])
+        self._send(f"response.{status}", response=response)
 
     def result(self) -> Json:
         return self.response
-
-
-def _whole_usage(usage: Json) -> Json:
-    """Upstream `usage` with all counts that the SDK types require."""
-    counts = usage_from(usage)
-    cached = {"cached_tokens": 0, "cache_write_tokens": 0}
-    reasoning = {"reasoning_tokens": 0}
-    return {
-        **usage,
-        "input_tokens": counts["prompt_tokens"],
-        "input_tokens_details": cached | _get(usage, "input_tokens_details", dict),
-        "output_tokens": counts["completion_tokens"],
-        "output_tokens_details": reasoning | _get(usage, "output_tokens_details", dict),
-        "total_tokens": counts["total_tokens"],
-    }
 
 
 # ==================================================================================================
