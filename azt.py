@@ -2675,6 +2675,11 @@ _HANDSHAKE = frozenset(
 )
 _FAILURES = {"error", "response.failed"}
 
+
+def _is_handshake(kind: str) -> bool:
+    return kind in _HANDSHAKE or kind.startswith(("codex.", "responsesapi."))
+
+
 HEARTBEAT = b": keep-alive\n\n"
 """A comment: the one form of heartbeat that every client library skips (openai-api.md 2.8)."""
 
@@ -2855,8 +2860,7 @@ class Relay:
             return
         held.append(data)
         self._held_bytes += len(data)
-        is_handshake = kind in _HANDSHAKE or kind.startswith(("codex.", "responsesapi."))
-        if not is_handshake or self._held_bytes > MAX_HELD_BYTES:
+        if not _is_handshake(kind) or self._held_bytes > MAX_HELD_BYTES:
             self._has_content = True
             self._open(held)
 
@@ -2966,6 +2970,255 @@ class Relay:
 def _truncated() -> UpstreamError:
     message = "The upstream broke off before the answer was complete. Send the request again."
     return UpstreamError(502, "upstream_stream_truncated", message, fault="transient")
+
+
+# -- the Codex passthrough: what came in goes out, byte for byte
+
+_FORWARDED = re.compile(
+    r"accept|content-(?:encoding|language|type)|(?:conversation|session|thread)[-_]id|openai-beta"
+    r"|originator|trace(?:parent|state)|user-agent|version|x-client-request-id|x-codex-[\w-]+"
+    r"|x-oai-attestation|x-openai-(?:internal-codex-[\w-]+|memgen-request|subagent)"
+    r"|x-responsesapi-[\w-]+"
+)
+_RETURNED = re.compile(
+    r"cache-control|cf-ray|content-(?:disposition|type)|etag|openai-model|retry-after|x-codex-[\w-]+"
+    r"|x-[\w-]+-(?:limit-name|(?:primary|secondary)-[\w-]+)|x-error-json|x-models-etag"
+    r"|x-(?:oai-)?request-id|x-openai-[\w-]+|x-reasoning-included|x-should-retry"
+)
+
+
+def relayed_headers(headers: Mapping[str, str], credentials: Credentials) -> dict[str, str]:
+    """The request headers that are Codex's own (codex-upstream.md 2.6), and who pays for it.
+
+    `accept-encoding` stays out: a compressed stream could not be looked into.
+    """
+    own = {name: headers[name] for name in headers if _FORWARDED.fullmatch(name)}
+    return credentials.headers("*/*") | own
+
+
+def returned_headers(headers: Mapping[str, str]) -> list[tuple[str, str]]:
+    """The answer's headers that Codex looks at (codex-upstream.md 4.11, 5.1); never a cookie."""
+    kept = ((name, value) for name, value in headers.items() if _RETURNED.fullmatch(name))
+    return [(name, value) for name, value in kept if value.isascii()]
+
+
+_SCANNED = re.compile(
+    rb'[\r\n](?:event: ?|data: ?\{\s*"type"\s*:\s*")(?:error|response\.(?:completed|created|failed'
+    rb'|incomplete|metadata)|codex\.(?:rate_limits|response\.metadata))(?=["\r\n])'
+)
+_SCANNED_BYTES, _STRING_BYTES, _OUTLINE_BYTES = 96, 4 * KIB, 64 * KIB
+_STRING = re.compile(rb'(?:[^"\\\r\n]++|\\[^\r\n])*+')
+_STRUCTURE = re.compile(rb'["{}\[\]\r\n]')
+_WHOLE = re.compile(
+    rb'"(?:credits|error|headers|incomplete_details|\w*rate_limits|usage)"\s*:\s*\Z'
+)
+
+
+class Scanner:
+    """Looks at an event stream on its way and notes what the records need. Pure.
+
+    Few events matter, and of those an outline is kept as they pass: without the objects within
+    objects, but for those of `_WHOLE`, and with long strings emptied. So memory stays small for an
+    event of any size, in any split of the bytes. An event is one line of JSON whose name or first
+    key says what it is, as the backend writes them; any other form passes unseen.
+
+    As a `Translator` it hands on what it gets: this stream is over when its bytes are.
+
+    state       "completed", "failed" or "incomplete" once the terminal event was seen
+    limits      the last `codex.rate_limits` event
+    turn_state  what the backend wants back on the next request of the same turn
+    """
+
+    done = stopped = False
+
+    def __init__(self, now: float) -> None:
+        self._now = now
+        self.response_id = self.model = self.state = self.turn_state = ""
+        self.usage: Json | None = None
+        self.limits: Json | None = None
+        self.failure: AztError | None = None
+        self._tail = b"\n"
+        self._forget()
+
+    def feed(self, data: bytes) -> bytes:
+        raw, data, at = data, self._tail + data, 0
+        self._tail = b""
+        while at < len(data):
+            if not self._inside:
+                found = _SCANNED.search(data, at)
+                if found is None:
+                    self._tail = data[max(at, len(data) - _SCANNED_BYTES) :]
+                    break
+                self._inside, at = True, found.start() + 1
+            at = self._follow_string(data, at) if self._in_string else self._follow(data, at)
+        return raw
+
+    absorb = feed
+
+    def fail(self, error: AztError) -> bytes:
+        self.failure = self.failure or error
+        return b""
+
+    def result(self) -> Json:
+        return {}
+
+    def _forget(self) -> None:
+        self._outline = bytearray()
+        self._inside = self._in_string = self._is_long = False
+        self._depth = self._whole_at = self._left_out_at = self._string_at = 0
+
+    def _keep(self, data: bytes) -> None:
+        if self._depth and not self._left_out_at:
+            self._outline += data
+
+    def _follow_string(self, data: bytes, at: int) -> int:
+        """On to the end of the string or of the data; where that is."""
+        end = cast(re.Match[bytes], _STRING.match(data, at)).end()
+        if not self._is_long:
+            self._keep(data[at:end])
+        if len(self._outline) - self._string_at > _STRING_BYTES:
+            del self._outline[self._string_at :]
+            self._is_long = True
+        if data[end:] == b"\\":  # half of an escape
+            self._tail = b"\\"
+            return len(data)
+        if end < len(data):
+            self._in_string = self._is_long = False
+            if data[end] != 0x22:
+                self._forget()  # broken: the line ends here
+                return end
+            self._keep(b'"')
+        return end + 1
+
+    def _follow(self, data: bytes, at: int) -> int:
+        """On to the next mark of the JSON outside of strings; where the data goes on behind it."""
+        found = _STRUCTURE.search(data, at)
+        end = found.start() if found else len(data)
+        self._keep(data[at:end])
+        mark = found[0] if found else b""
+        if mark in (b"{", b"["):
+            self._open(mark)
+        elif not self._depth:
+            return end + 1  # `event: x`, and whatever else stands before the object
+        elif mark == b'"':
+            self._keep(mark)
+            self._in_string, self._string_at = True, len(self._outline)
+        elif mark in (b"}", b"]"):
+            self._close(mark)
+        elif mark:
+            self._forget()
+            return end
+        return end + 1
+
+    def _open(self, mark: bytes) -> None:
+        self._depth += 1
+        if self._depth > 1 and not (self._whole_at or self._left_out_at):
+            if _WHOLE.search(self._outline, max(len(self._outline) - 64, 0)):
+                self._whole_at = self._depth
+            elif self._depth > 2:
+                self._keep(b"null")
+                self._left_out_at = self._depth
+        self._keep(mark)
+
+    def _close(self, mark: bytes) -> None:
+        self._keep(mark)
+        self._left_out_at *= self._left_out_at != self._depth
+        self._whole_at *= self._whole_at != self._depth
+        self._depth -= 1
+        if not self._depth:
+            self._note(parse_event(bytes(self._outline)) or {})
+            self._forget()
+
+    def _note(self, event: Json) -> None:
+        kind, response = str(event.get("type")), _as_object(event.get("response"))
+        named = {
+            str(name).lower(): value for name, value in _as_object(event.get("headers")).items()
+        }
+        self.turn_state = str(named.get("x-codex-turn-state") or self.turn_state)
+        self.response_id = str(response.get("id") or self.response_id)
+        self.model = str(response.get("model") or self.model)
+        if kind == "codex.rate_limits":
+            self.limits = event
+        elif kind in ("response.completed", "response.failed", "response.incomplete"):
+            self.state = kind.removeprefix("response.")
+            self.usage = _as_object(response.get("usage")) or None
+        if kind in _FAILURES:
+            self.failure = event_error(event, self._now)
+        elif self.state == "completed":  # after an `error` event, which Codex does not heed
+            self.failure = None
+
+
+class _Unparsed(SSEParser):
+    """Where a `Relay` parses: the bytes of a passthrough are its events."""
+
+    def feed(self, chunk: bytes) -> list[bytes]:
+        return [chunk]
+
+
+class Passthrough(Relay):
+    """A relay that changes nothing: status, bytes and the way it ends are the upstream's.
+
+    A failure among the held events that another account may not have is raised by `ready`, and
+    kept: `pass_on` sends it after all. A broken transfer becomes one for the client too. An answer
+    that is no stream is ready at once; its body is in `answer`.
+    """
+
+    def __init__(self, pool: ConnectionPool, answer: Answer, scanner: Scanner) -> None:
+        # Not streaming: whatever the wait, nothing is added.
+        super().__init__(pool, answer, scanner, streaming=False)
+        self.scanner = scanner
+        self._events, self._parser = self._parser, _Unparsed()
+        self._is_broken = False
+
+    async def ready(self, hold_s: float) -> None:
+        if self.answer.is_stream:
+            await super().ready(hold_s)
+
+    def pass_on(self) -> None:
+        """Open, though the answer failed."""
+        if self._held is not None:
+            self._open(self._held)
+        self.resume()
+
+    def probe(self) -> bool:
+        self._last_write_s = self._loop.time()  # asked again as if something had been written
+        return False
+
+    def _hold(self, held: list[bytes], data: bytes) -> None:
+        held.append(data)
+        self._held_bytes += len(data)
+        for kind, event in ((event_type(one), one) for one in self._events.feed(data)):
+            error = (
+                event_error(parse_event(event) or {}, time.time()) if kind in _FAILURES else None
+            )
+            if error is not None and error.fault != "request":
+                self.pause()
+                if not self._ready.done():
+                    self._ready.set_exception(error)
+                return
+            if not _is_handshake(kind):
+                self._has_content = True
+                self._open(held)
+                return
+        if self._held_bytes > MAX_HELD_BYTES:
+            self._open(held)
+
+    def _body_over(self, clean: bool) -> None:
+        # Where only the end of the connection ends the body, the last event tells whether it did.
+        is_whole = self._framing.ended or (self._framing.left < 0 and self.scanner.state)
+        if is_whole and (self._held is None or self._ready.done()):
+            self._end()
+        super()._body_over(clean)
+
+    def _fail(self, error: AztError) -> None:
+        self._is_broken = self._is_broken or not self.ended
+        super()._fail(error)
+
+    def _report(self) -> None:
+        sink, self._sink = self._sink, None
+        super()._report()
+        if sink is not None:
+            (sink.cut if self._is_broken else sink.finish)()
 
 
 # ==================================================================================================
@@ -5792,6 +6045,7 @@ class Request:
     record: RequestRecord
     held: Callable[[int], None] = field(repr=False)  # told how the memory held for bodies changes
     body: bytes | bytearray = b""
+    target: str = ""  # the request target as it was sent
     params: dict[str, str] = field(default_factory=dict)
     has_proof: bool = False  # the caller knows the admin token
 
@@ -6340,17 +6594,18 @@ class _Exchange:
             headers.append(("connection", "close"))
         # The heads of streams repeat; making one is a good part of the way to the first token.
         key = (reply.status, tuple(headers))
+        is_named = any(name == "x-request-id" for name, _ in reply.headers)  # by the upstream
         head = self.server.heads.get(key) if size is None else None
         if head is None:
             checked = h11.Response(status_code=reply.status, headers=headers).headers
             lines = [b"HTTP/1.1 %d %b" % (reply.status, _REASONS.get(reply.status, b""))]
             head = b"\r\n".join([*lines, *(b"%b: %b" % pair for pair in checked), b""])
-            if size is None and len(self.server.heads) < HEADS_KEPT_MAX:
+            if size is None and not is_named and len(self.server.heads) < HEADS_KEPT_MAX:
                 self.server.heads[key] = head
         record.status = reply.status
         # Lines that are safe by their making are added here: h11 would check each of them twice.
         own = f"{self.server.common_headers}\r\n"
-        if all(name.lower() != "x-request-id" for name, _ in reply.headers):
+        if not is_named:
             own = f"x-request-id: {self.request.id}\r\n{own}"
         if size is not None:
             spent_ms = round((time.monotonic() - record.started_s) * 1000)
@@ -6431,7 +6686,9 @@ class _Exchange:
     def probe(self) -> bool:
         """Write something harmless, to which a client that is gone reacts with a reset."""
         if self.stream is not None:
-            self.stream.probe()
+            if not self.stream.probe() and self.is_modern:
+                # The body may not grow: a first digit of the next chunk's size, then.
+                self.connection.transport.write(b"0")
         elif self.request.record.status:
             return False  # an iterator feeds a page that stays open, and no browser half-closes
         elif self.is_modern:
@@ -6702,6 +6959,7 @@ class HttpServer:
             raise _refusal("shutting_down")
         request, headers = exchange.request, exchange.request.headers
         request.path, request.query = read_path(target)
+        request.target = target
         request.record.path = request.path[:200]
         _refuse_oddities(request)
         policy, method = self.policy(), request.method
