@@ -29,7 +29,7 @@ The file reads from top to bottom in rooms. A room uses only names from rooms ab
     13  Usage and request log  one line per request
     14  Gateway              the one owner of mutable state
     15  HTTP server          h11 and asyncio; the route table is passed in
-    16  Routes               16a OpenAI, 16c admin, 16d pages, then the table
+    16  Routes               16a OpenAI, 16b Codex, 16c admin, 16d pages, then the table
     17  Demo upstream        a fake Codex backend on loopback
     18  Command line         argparse, exit codes, the only print
 """
@@ -1927,7 +1927,7 @@ def event_type(data: bytes) -> str:
     return kind if isinstance(kind, str) else "error" if "error" in event else ""
 
 
-def parse_event(data: bytes) -> Json | None:
+def parse_event(data: bytes | bytearray) -> Json | None:
     """The event as a dict, or None for what is no JSON object: it is skipped, not fatal."""
     try:
         event = _DECODER.decode(data.decode("utf-8", "replace"))
@@ -3002,25 +3002,25 @@ def returned_headers(headers: Mapping[str, str]) -> list[tuple[str, str]]:
     return [(name, value) for name, value in kept if value.isascii()]
 
 
+_SCANNED_TYPE = (
+    rb"(?:error|response\.(?:completed|created|failed|incomplete|metadata)"
+    rb"|codex\.(?:rate_limits|response\.metadata))"
+)
 _SCANNED = re.compile(
-    rb'[\r\n](?:event: ?|data: ?\{\s*"type"\s*:\s*")(?:error|response\.(?:completed|created|failed'
-    rb'|incomplete|metadata)|codex\.(?:rate_limits|response\.metadata))(?=["\r\n])'
+    rb"\n(?:event: ?%b\n{1,2}data: ?(?=\{)" % _SCANNED_TYPE
+    + rb'|data: ?(?=\{\s*"type"\s*:\s*"%b"))' % _SCANNED_TYPE
 )
-_SCANNED_BYTES, _STRING_BYTES, _OUTLINE_BYTES = 96, 4 * KIB, 64 * KIB
-_STRING = re.compile(rb'(?:[^"\\\r\n]++|\\[^\r\n])*+')
-_STRUCTURE = re.compile(rb'["{}\[\]\r\n]')
-_WHOLE = re.compile(
-    rb'"(?:credits|error|headers|incomplete_details|\w*rate_limits|usage)"\s*:\s*\Z'
-)
+_SCAN_BACK_BYTES, _SCANNED_MAX_BYTES = 120, MIB
+# A JSON string that is short or may yet be, or else a long one between its quotes.
+_STRINGS = re.compile(rb'("(?:[^"\\]|\\.){0,99}+(?:"|\\?\Z))|(")(?:[^"\\]|\\.)*+("?)')
 
 
 class Scanner:
     """Looks at an event stream on its way and notes what the records need. Pure.
 
-    Few events matter, and of those an outline is kept as they pass: without the objects within
-    objects, but for those of `_WHOLE`, and with long strings emptied. So memory stays small for an
-    event of any size, in any split of the bytes. An event is one line of JSON whose name or first
-    key says what it is, as the backend writes them; any other form passes unseen.
+    Of the few events that matter the line of JSON is kept until it ends; one that grows large keeps
+    its short strings only, so memory is bounded. They are found by their name, or by the type that
+    comes first in the JSON, as the backend writes them; any other form passes unseen.
 
     As a `Translator` it hands on what it gets: this stream is over when its bytes are.
 
@@ -3037,20 +3037,28 @@ class Scanner:
         self.usage: Json | None = None
         self.limits: Json | None = None
         self.failure: AztError | None = None
-        self._tail = b"\n"
-        self._forget()
+        self._passed = b"\n"  # the end of what was searched
+        self._event: bytearray | None = None
 
     def feed(self, data: bytes) -> bytes:
-        raw, data, at = data, self._tail + data, 0
-        self._tail = b""
-        while at < len(data):
-            if not self._inside:
-                found = _SCANNED.search(data, at)
+        raw, data = data, data.replace(b"\r", b"\n") if b"\r" in data else data
+        while data:
+            if self._event is None:
+                data = self._passed + data
+                found = _SCANNED.search(data)
                 if found is None:
-                    self._tail = data[max(at, len(data) - _SCANNED_BYTES) :]
+                    self._passed = data[-_SCAN_BACK_BYTES:]
                     break
-                self._inside, at = True, found.start() + 1
-            at = self._follow_string(data, at) if self._in_string else self._follow(data, at)
+                self._event, data = bytearray(), data[found.end() :]
+            line, end, data = data.partition(b"\n")
+            self._event += line
+            if len(self._event) > _SCANNED_MAX_BYTES:
+                self._event = bytearray(_STRINGS.sub(rb"\1\2\3", self._event))
+                if len(self._event) > _SCANNED_MAX_BYTES // 2:
+                    self._event.clear()  # hopeless
+            if end:
+                self.note(parse_event(self._event) or {})
+                self._event, self._passed = None, end
         return raw
 
     absorb = feed
@@ -3062,81 +3070,12 @@ class Scanner:
     def result(self) -> Json:
         return {}
 
-    def _forget(self) -> None:
-        self._outline = bytearray()
-        self._inside = self._in_string = self._is_long = False
-        self._depth = self._whole_at = self._left_out_at = self._string_at = 0
-
-    def _keep(self, data: bytes) -> None:
-        if self._depth and not self._left_out_at:
-            self._outline += data
-
-    def _follow_string(self, data: bytes, at: int) -> int:
-        """On to the end of the string or of the data; where that is."""
-        end = cast(re.Match[bytes], _STRING.match(data, at)).end()
-        if not self._is_long:
-            self._keep(data[at:end])
-        if len(self._outline) - self._string_at > _STRING_BYTES:
-            del self._outline[self._string_at :]
-            self._is_long = True
-        if data[end:] == b"\\":  # half of an escape
-            self._tail = b"\\"
-            return len(data)
-        if end < len(data):
-            self._in_string = self._is_long = False
-            if data[end] != 0x22:
-                self._forget()  # broken: the line ends here
-                return end
-            self._keep(b'"')
-        return end + 1
-
-    def _follow(self, data: bytes, at: int) -> int:
-        """On to the next mark of the JSON outside of strings; where the data goes on behind it."""
-        found = _STRUCTURE.search(data, at)
-        end = found.start() if found else len(data)
-        self._keep(data[at:end])
-        mark = found[0] if found else b""
-        if mark in (b"{", b"["):
-            self._open(mark)
-        elif not self._depth:
-            return end + 1  # `event: x`, and whatever else stands before the object
-        elif mark == b'"':
-            self._keep(mark)
-            self._in_string, self._string_at = True, len(self._outline)
-        elif mark in (b"}", b"]"):
-            self._close(mark)
-        elif mark:
-            self._forget()
-            return end
-        return end + 1
-
-    def _open(self, mark: bytes) -> None:
-        self._depth += 1
-        if self._depth > 1 and not (self._whole_at or self._left_out_at):
-            if _WHOLE.search(self._outline, max(len(self._outline) - 64, 0)):
-                self._whole_at = self._depth
-            elif self._depth > 2:
-                self._keep(b"null")
-                self._left_out_at = self._depth
-        self._keep(mark)
-
-    def _close(self, mark: bytes) -> None:
-        self._keep(mark)
-        self._left_out_at *= self._left_out_at != self._depth
-        self._whole_at *= self._whole_at != self._depth
-        self._depth -= 1
-        if not self._depth:
-            self._note(parse_event(bytes(self._outline)) or {})
-            self._forget()
-
-    def _note(self, event: Json) -> None:
+    def note(self, event: Json) -> None:
         kind, response = str(event.get("type")), _as_object(event.get("response"))
-        named = {
-            str(name).lower(): value for name, value in _as_object(event.get("headers")).items()
-        }
+        named = _as_object(event.get("headers"))
         self.turn_state = str(named.get("x-codex-turn-state") or self.turn_state)
         self.response_id = str(response.get("id") or self.response_id)
-        self.model = str(response.get("model") or self.model)
+        self.model = str(response.get("model") or self.model)[:80]
         if kind == "codex.rate_limits":
             self.limits = event
         elif kind in ("response.completed", "response.failed", "response.incomplete"):
@@ -3163,16 +3102,22 @@ class Passthrough(Relay):
     that is no stream is ready at once; its body is in `answer`.
     """
 
-    def __init__(self, pool: ConnectionPool, answer: Answer, scanner: Scanner) -> None:
+    def __init__(self, pool: ConnectionPool, answer: Answer) -> None:
+        self.scanner = Scanner(time.time())
         # Not streaming: whatever the wait, nothing is added.
-        super().__init__(pool, answer, scanner, streaming=False)
-        self.scanner = scanner
+        super().__init__(pool, answer, self.scanner, streaming=False)
         self._events, self._parser = self._parser, _Unparsed()
         self._is_broken = False
+        self.scanner.note({"headers": answer.headers})
+        self.scanner.model = answer.headers.get("openai-model", "")[:80]
 
     async def ready(self, hold_s: float) -> None:
         if self.answer.is_stream:
             await super().ready(hold_s)
+        elif self.answer.status < 300 and len(self.answer.body) < MIB:
+            # A compaction, and pictures, say what they cost in the same place as a response.
+            whole = parse_event(self.answer.body)
+            self.scanner.note({"type": "response.completed", "response": whole})
 
     def pass_on(self) -> None:
         """Open, though the answer failed."""
@@ -3187,15 +3132,15 @@ class Passthrough(Relay):
     def _hold(self, held: list[bytes], data: bytes) -> None:
         held.append(data)
         self._held_bytes += len(data)
-        for kind, event in ((event_type(one), one) for one in self._events.feed(data)):
-            error = (
-                event_error(parse_event(event) or {}, time.time()) if kind in _FAILURES else None
-            )
-            if error is not None and error.fault != "request":
-                self.pause()
-                if not self._ready.done():
-                    self._ready.set_exception(error)
-                return
+        for event in self._events.feed(data):
+            kind = event_type(event)
+            if kind in _FAILURES:
+                error = event_error(parse_event(event) or {}, time.time())
+                if error.fault != "request":
+                    self.pause()
+                    if not self._ready.done():
+                        self._ready.set_exception(error)
+                    return
             if not _is_handshake(kind):
                 self._has_content = True
                 self._open(held)
@@ -5841,6 +5786,7 @@ class Gateway:
         self.admin_token = ""
         self.pages: dict[str, Page] = {}
         self.responses = ResponseStore()
+        self.codex_lists: dict[tuple[str, str], Answer] = {}  # by account id and query
         self.pool = ConnectionPool(_egress(environment, self.settings))
         self.calls = WorkerPool("call", MAX_CALL_THREADS, waiting_max=0)
         self.short = WorkerPool("short", 16)
@@ -7002,6 +6948,8 @@ class HttpServer:
         if not route.raw_body and "content-encoding" in headers:
             exchange.codings = content_codings(headers["content-encoding"])
         exchange.limit = route.body_max_bytes or policy.body_max_bytes
+        if route.raw_body:
+            exchange.limit = max(exchange.limit, policy.body_max_bytes)
 
     # -- connections
 
@@ -7118,7 +7066,8 @@ class HttpServer:
 
 # ==================================================================================================
 # 16. Routes
-#     16a OpenAI, 16c admin, 16d pages, then the table. Handlers are thin: read, call, reply.
+#     16a OpenAI, 16b Codex passthrough, 16c admin, 16d pages, then the table. Handlers are thin:
+#     read, call, reply.
 # ==================================================================================================
 
 _STREAM_HEADERS = [
@@ -7161,6 +7110,26 @@ async def read_object(gw: Gateway, request: Request) -> Json:
     return value
 
 
+def _note_turn(record: RequestRecord, turn: Turn) -> None:
+    # At once: the record of a client that leaves is closed before its turn has ended.
+    record.attempts, record.account = turn.attempts, turn.account.name if turn.account else "-"
+
+
+def _note_end(record: RequestRecord, relay: Relay) -> None:
+    record.usage = relay.translator.usage
+    if relay.first_output_s is not None:
+        record.ttft_ms = round((relay.first_output_s - record.complete_s) * 1000)
+    if failure := relay.translator.failure:
+        record.result, record.error_code = "failed", failure.code
+
+
+def _own_headers(request: Request) -> list[tuple[str, str]]:
+    headers = [("x-azt-attempts", str(request.record.attempts))]
+    if request.peer_class == "own":
+        headers.append(("x-azt-account", urllib.parse.quote(request.record.account)))
+    return headers
+
+
 # -- 16a. OpenAI -----------------------------------------------------------------------------------
 
 
@@ -7194,25 +7163,16 @@ async def _run_turn(
     else:
         body = encode_json(upstream)
 
-    def note_turn(turn: Turn) -> None:
-        # At once: the record of a client that leaves is closed before its turn has ended.
-        record.attempts, record.account = turn.attempts, turn.account.name if turn.account else "-"
-
     def note_end(relay: Relay) -> None:
-        record.usage = relay.translator.usage
-        if relay.first_output_s is not None:
-            record.ttft_ms = round((relay.first_output_s - record.complete_s) * 1000)
-        if failure := relay.translator.failure:
-            record.result, record.error_code = "failed", failure.code
+        _note_end(record, relay)
         keep(relay.translator)
 
+    note_turn = functools.partial(_note_turn, record)
     turn = Turn(body, session, asked.stream, translator, note_turn, (session,))
     relay = await gw.rotation.open_turn(turn)
     turn.body = b""
     del body  # nor does anything else keep it while the answer runs
-    headers = [("x-azt-attempts", str(record.attempts))]
-    if request.peer_class == "own":
-        headers.append(("x-azt-account", urllib.parse.quote(record.account)))
+    headers = _own_headers(request)
     if asked.ignored:
         headers.append(("x-azt-ignored-params", ", ".join(asked.ignored)))
     if asked.stream:
@@ -7310,6 +7270,113 @@ def _refused(why: str) -> Handler:
         raise AztError(404, "endpoint_not_supported", message)
 
     return refuse
+
+
+# -- 16b. Codex passthrough ------------------------------------------------------------------------
+
+_SLOW_CALL_S = 600.0  # compaction, images
+_KEPT_WITH = ("x-codex-turn-state", "thread-id", "session-id", "session_id", "conversation_id")
+
+
+async def codex_call(gw: Gateway, request: Request) -> Reply:
+    """Any call of Codex: the same bytes go to the backend, its answer comes back as it is."""
+    record, sent = request.record, request.headers
+    if request.id == sent.get("x-client-request-id"):  # its thread: the same for many requests
+        request.id = record.id = "req_" + secrets.token_hex(12)
+    record.request_bytes = len(request.body)
+    keys = tuple(sent[name] for name in _KEPT_WITH if sent.get(name))
+    turn = Turn(b"", "", on_news=functools.partial(_note_turn, record), keys=keys)
+    relay = await _codex_answer(gw, request, turn)
+    request.release()
+    answer, owner = relay.answer, cast(Account, turn.account)
+    headers = returned_headers(answer.headers) + _own_headers(request)
+
+    def note_end(relay: Relay) -> None:
+        scanner = cast(Scanner, relay.translator)
+        if state := scanner.turn_state:
+            gw.rotation.sticky.bind((state, f"turn {state}"), owner.id)
+        record.model = scanner.model or record.model
+        _note_end(record, relay)
+
+    if answer.is_stream:
+        relay.on_end = note_end
+        return Reply(answer.status, relay, headers)
+    note_end(relay)
+    if answer.headers.get("etag", "") == sent.get("if-none-match"):
+        return Reply(304, b"", headers)
+    return Reply(answer.status, answer.body, headers)
+
+
+async def _codex_answer(gw: Gateway, request: Request, turn: Turn) -> Passthrough:
+    """What the first account has that can serve, else the failure that says most to Codex.
+
+    Never a 401 about an account of azt, nor "none is signed in": Codex would renew its own sign-in
+    again and again. A 400 ends its turn at once, and it prints the text.
+    """
+    failures: list[tuple[UpstreamError, Passthrough]] = []
+    relay = None
+    try:
+        attempt = functools.partial(_codex_attempt, gw, request, failures)
+        relay = await gw.rotation.try_accounts(turn, attempt)
+    except AztError as error:
+        if error.status == 401 or error.code == "no_account":
+            raise BadRequest(error.message, None, error.code) from None
+        # Where all accounts are at their limits, the answer for the one that is back first.
+        told = [one for one in failures if one[0] is error or one[0].status == error.status == 429]
+        told.sort(key=lambda one: one[0].extra.get("resets_at", 0))
+        if not told or _is_page(told[0][1].answer):
+            raise
+        relay, request.record.error_code = told[0][1], error.code
+        relay.pass_on()
+    finally:
+        for _, failed in failures:
+            if failed is not relay:
+                failed.cancel()
+    return relay
+
+
+async def _codex_attempt(
+    gw: Gateway,
+    request: Request,
+    failures: list[tuple[UpstreamError, Passthrough]],
+    account: Account,
+    hold_s: float,
+) -> Passthrough:
+    name, (_, mark, query) = request.params.get("rest", ""), request.target.partition("?")
+    path = urllib.parse.quote(name or "responses/compact", safe="/:@!$&'()*+,;=~") + mark + query
+    credentials = Credentials(account.access_token, account.account_id)
+    headers = relayed_headers(request.headers, credentials)
+    if gw.rotation.sticky.find([f"turn {headers.get('x-codex-turn-state')}"]) != account.id:
+        headers.pop("x-codex-turn-state", None)  # another account's
+    listed = gw.codex_lists.get((account.id, path))
+    if listed is not None:
+        headers["if-none-match"] = listed.headers["etag"]
+    wait_s = UPSTREAM_HEAD_TIMEOUT_S if name == "responses" else _SLOW_CALL_S
+    url, wire = f"{gw.environment.codex_base_url}/{path}", Wire()
+    call = Call(request.method, url, headers, request.body, wait_s)
+    try:
+        answer = await in_thread(gw.calls, open_response, gw.pool, call, wire)
+    except asyncio.CancelledError:
+        wire.end()
+        raise
+    if listed is not None and answer.status == 304:
+        answer = listed
+    elif name == "models" and answer.status == 200 and "etag" in answer.headers:
+        gw.codex_lists[account.id, path] = answer
+    relay = Passthrough(gw.pool, answer)
+    try:
+        if answer.status >= 300 or _is_page(answer):
+            raise upstream_error(answer.status, answer.headers, answer.body, time.time())
+        await relay.ready(hold_s)
+    except UpstreamError as error:
+        failures.append((error, relay))
+        raise
+    return relay
+
+
+def _is_page(answer: Answer) -> bool:
+    """HTML tells a program nothing, and never goes through."""
+    return "html" in answer.headers.get("content-type", "")
 
 
 # -- 16c. Admin ------------------------------------------------------------------------------------
@@ -7564,6 +7631,11 @@ ROUTES: list[Route] = sorted(
         Route("POST", f"{ADMIN}/accounts/{{id}}/activate", admin_post_activate, "admin_write"),
         Route("POST", f"{ADMIN}/keys", admin_post_keys, "admin_proof"),
         Route("POST", f"{ADMIN}/models/refresh", admin_post_refresh, "admin_write"),
+        Route("POST", "/codex/v1/responses/compact", codex_call, "codex", 256 * MIB, True),
+        *(
+            Route(method, "/codex/v1/{rest}", codex_call, "codex", raw_body=True)
+            for method in ("DELETE", "GET", "PATCH", "POST", "PUT")
+        ),
         *(
             Route(method, path, _refused(why), "api")
             for path, why in _NOT_OFFERED.items()
