@@ -3107,7 +3107,7 @@ class Passthrough(Relay):
         # Not streaming: whatever the wait, nothing is added.
         super().__init__(pool, answer, self.scanner, streaming=False)
         self._events, self._parser = self._parser, _Unparsed()
-        self._is_broken = False
+        self.is_broken = False
         self.scanner.note({"headers": answer.headers})
         self.scanner.model = answer.headers.get("openai-model", "")[:80]
 
@@ -3156,14 +3156,14 @@ class Passthrough(Relay):
         super()._body_over(clean)
 
     def _fail(self, error: AztError) -> None:
-        self._is_broken = self._is_broken or not self.ended
+        self.is_broken = self.is_broken or not self.ended
         super()._fail(error)
 
     def _report(self) -> None:
         sink, self._sink = self._sink, None
         super()._report()
         if sink is not None:
-            (sink.cut if self._is_broken else sink.finish)()
+            (sink.cut if self.is_broken else sink.finish)()
 
 
 # ==================================================================================================
@@ -7324,7 +7324,7 @@ async def _codex_answer(gw: Gateway, request: Request, turn: Turn) -> Passthroug
         # Where all accounts are at their limits, the answer for the one that is back first.
         told = [one for one in failures if one[0] is error or one[0].status == error.status == 429]
         told.sort(key=lambda one: one[0].extra.get("resets_at", 0))
-        if not told or _is_page(told[0][1].answer):
+        if not told:
             raise
         relay, request.record.error_code = told[0][1], error.code
         relay.pass_on()
@@ -7363,20 +7363,17 @@ async def _codex_attempt(
         answer = listed
     elif name == "models" and answer.status == 200 and "etag" in answer.headers:
         gw.codex_lists[account.id, path] = answer
-    relay = Passthrough(gw.pool, answer)
+    relay, is_page = Passthrough(gw.pool, answer), "html" in answer.headers.get("content-type", "")
     try:
-        if answer.status >= 300 or _is_page(answer):
+        if answer.status >= 300 or is_page:
             raise upstream_error(answer.status, answer.headers, answer.body, time.time())
         await relay.ready(hold_s)
     except UpstreamError as error:
-        failures.append((error, relay))
+        # Pages are for browsers, and a redirect leads past azt.
+        if not (is_page or relay.is_broken or 300 <= answer.status < 400):
+            failures.append((error, relay))
         raise
     return relay
-
-
-def _is_page(answer: Answer) -> bool:
-    """HTML tells a program nothing, and never goes through."""
-    return "html" in answer.headers.get("content-type", "")
 
 
 # -- 16c. Admin ------------------------------------------------------------------------------------

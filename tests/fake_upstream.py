@@ -361,6 +361,12 @@ def web_search(query: str) -> Item:
     )
 
 
+def compaction(account: str) -> Item:
+    """A history made small; only the account that it was made for can read it again."""
+    item = {"id": _new_id("cmp"), "type": "compaction", "encrypted_content": f"gAAAA-cmp-{account}"}
+    return Item(item, [{"type": "response.output_item.done", "item": item}])
+
+
 def image(result: str, partials: Iterable[str] = (), **metadata: Any) -> Item:
     """A generated picture; `result` and `partials` are bare base64."""
     item_id = _new_id("ig")
@@ -623,6 +629,19 @@ def check_request(body: Any, headers: dict[str, str], upstream: FakeUpstream) ->
     _check_tools(body.get("tools"), body.get("tool_choice"))
     _check_reasoning(body.get("reasoning"), model)
     _check_text(body.get("text"), body["input"])
+
+
+def check_origin(seen: Seen, upstream: FakeUpstream) -> None:
+    """Nothing that was given out to one account may come back with another one."""
+    owner = upstream.turn_states.get(seen.turn_state, seen.account)
+    if owner != seen.account or (seen.turn_state and seen.turn_state not in upstream.turn_states):
+        raise _detail("Invalid turn state")
+    items = seen.body.get("input") if isinstance(seen.body, dict) else None
+    for item in items if isinstance(items, list) else ():
+        sealed = str(item.get("encrypted_content")) if isinstance(item, dict) else ""
+        if sealed.startswith("gAAAA-cmp-") and sealed != f"gAAAA-cmp-{seen.account}":
+            told = "The encrypted content could not be verified."
+            raise Refused(400, error_json(told, code="invalid_encrypted_content"))
 
 
 def _check_parameters(body: Json, upstream: FakeUpstream) -> None:
@@ -925,7 +944,14 @@ def model_info(slug: str, efforts: str = "low medium high xhigh", **changes: Any
         "input_modalities": ["text", "image"],
         "supports_parallel_tool_calls": True,
         "use_responses_lite": False,
-        "base_instructions": "",
+        "base_instructions": "You are a coding agent.",
+        "additional_speed_tiers": [],
+        "apply_patch_tool_type": "freeform",
+        "default_reasoning_summary": "none",
+        "effective_context_window_percent": 95,
+        "experimental_supported_tools": [],
+        "shell_type": "unified_exec",
+        "supports_search_tool": False,
         **changes,
     }
 
@@ -977,6 +1003,8 @@ class Seen:
     at: float
     account: str | None = None
     """The account id of the bearer token."""
+    turn_state: str = ""
+    """The `x-codex-turn-state` that came, else the one that this answer gives out."""
     status: int = 0
     finished_at: float | None = None
     """When the last byte of the answer was handed to the kernel."""
@@ -1072,6 +1100,7 @@ class FakeUpstream:
         self.instructions_required = False
         self.lite_required = False
         self.revoked: set[str] = set()
+        self.turn_states: dict[str, str | None] = {}
         self._used: set[str] = set()
         self._script: deque[Reply] = deque()
         if self._thread.is_alive():
@@ -1188,6 +1217,10 @@ class FakeUpstream:
         try:
             if seen.path != "/oauth/token":
                 self._check_token(seen)
+                seen.turn_state = seen.headers.get("x-codex-turn-state", "")
+                check_origin(seen, self)
+                seen.turn_state = seen.turn_state or _new_id("ts")
+                self.turn_states[seen.turn_state] = seen.account
             if (
                 seen.path == f"{CODEX}/responses"
                 and seen.method == "POST"
@@ -1208,6 +1241,12 @@ class FakeUpstream:
             ("GET", f"{CHATGPT}/wham/accounts/check"): self._accounts_check,
             ("GET", f"{CHATGPT}/wham/usage"): self._usage,
             ("GET", f"{CODEX}/models"): self._models,
+            ("GET", f"{CODEX}/responses"): lambda seen: Reply(status=426, body=b""),
+            ("POST", f"{CODEX}/alpha/search"): _search,
+            ("POST", f"{CODEX}/images/edits"): _picture,
+            ("POST", f"{CODEX}/images/generations"): _picture,
+            ("POST", f"{CODEX}/memories/trace_summarize"): _memories,
+            ("POST", f"{CODEX}/responses/compact"): self._compact,
             ("POST", "/oauth/token"): lambda seen: Reply(json=self.rotate),
             ("POST", f"{CODEX}/responses"): self.default,
         }
@@ -1263,6 +1302,18 @@ class FakeUpstream:
         ]
         return Reply(json={"models": listed}, headers={"etag": self.etag})
 
+    def _compact(self, seen: Seen) -> Reply:
+        """Compaction v1: the user's messages stay, the rest becomes one item."""
+        body = seen.body if isinstance(seen.body, dict) else {}
+        if not isinstance(body.get("input"), list) or "stream" in body or "store" in body:
+            return Reply(status=400, json={"detail": "Unsupported parameter: stream"})
+        if body.get("model") not in [model["slug"] for model in self.models]:
+            return Reply(status=404, json=error_json("No such model", code="model_not_found"))
+        kept = [item for item in body["input"] if item.get("role") == "user"]
+        output = [*kept, compaction(str(seen.account)).item]
+        made = {"id": _new_id("resp"), "object": "response.compaction", "created_at": 1_795_380_000}
+        return Reply(json={**made, "output": output, "usage": usage()})
+
     def _usage(self, seen: Seen) -> Reply:
         now = int(time.time())
         window = {"used_percent": 10, "limit_window_seconds": 18_000, "reset_after_seconds": 900}
@@ -1302,7 +1353,40 @@ class FakeUpstream:
 
 def default_reply(seen: Seen) -> Reply:
     """What a turn gets that nothing was scripted for."""
+    items = seen.body["input"] if isinstance(seen.body, dict) else []
+    if items and items[-1].get("type") == "compaction_trigger":
+        return Reply(answer(compaction(str(seen.account))))
     return Reply(text("You said: ", seen.user_text))
+
+
+def _search(seen: Seen) -> Reply:
+    missing = {"id", "model"} - set(seen.body if isinstance(seen.body, dict) else ())
+    if missing:
+        return Reply(status=422, json={"detail": f"Field required: {sorted(missing)[0]}"})
+    return Reply(json={"output": "Found: nothing", "encrypted_output": "gAAAA-found"})
+
+
+def _memories(seen: Seen) -> Reply:
+    traces = seen.body.get("traces", []) if isinstance(seen.body, dict) else []
+    summaries = [{"trace_summary": trace["id"], "memory_summary": "short"} for trace in traces]
+    return Reply(json={"output": summaries})
+
+
+def _picture(seen: Seen) -> Reply:
+    """The direct image endpoints: JSON only, edits with data URLs."""
+    body = seen.body if isinstance(seen.body, dict) else {}
+    is_edit = seen.path.endswith("/edits")
+    urls = [image.get("image_url", "") for image in body.get("images", [])]
+    if not isinstance(body.get("prompt"), str) or is_edit != bool(urls):
+        return Reply(status=400, json=error_json("Missing required parameter: 'prompt'."))
+    if not all(url.startswith("data:image/") for url in urls):
+        return Reply(status=400, json=error_json("Invalid image.", code="invalid_value"))
+    looks = {"background": "opaque", "output_format": "png", "quality": "low", "size": "1024x1024"}
+    spent = {"input_tokens": 31, "output_tokens": 439, "total_tokens": 470}
+    return Reply(
+        json={"created": 1_795_380_000, "data": [{"b64_json": "aGk="}], **looks, "usage": spent},
+        headers={"x-codex-imagegen-request-id": _new_id("img")},
+    )
 
 
 def _is_for(reply: Reply, seen: Seen) -> bool:
@@ -1452,7 +1536,7 @@ class _Connection(asyncio.Protocol):
         body = reply.body if reply.body is not None else jsonlib.dumps(payload).encode()
         kind = {"content-type": "application/json"} if reply.body is None else {}
         headers = {
-            **_quota_headers(self.upstream),
+            **_quota_headers(self.upstream, seen),
             **kind,
             **reply.headers,
             "content-length": str(len(body)),
@@ -1464,11 +1548,11 @@ class _Connection(asyncio.Protocol):
         framing = {"transfer-encoding": "chunked"} if chunked else {"connection": "close"}
         kind = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
         await self._write(
-            _head(200, {**_quota_headers(self.upstream), **kind, **reply.headers, **framing})
+            _head(200, {**_quota_headers(self.upstream, seen), **kind, **reply.headers, **framing})
         )
         numbers = itertools.count()
         fill = _filler(seen)
-        for number, event in _interleave(reply):
+        for number, event in _interleave(reply, seen.turn_state):
             if number is not None:
                 await self._keep_to_script(reply, number, event)
             await self._send_event(event, reply, fill, numbers)
@@ -1584,7 +1668,7 @@ def _decoded(raw: bytes, coding: str) -> bytes | None:
     return raw
 
 
-def _interleave(reply: Reply) -> Iterator[tuple[int | None, Event]]:
+def _interleave(reply: Reply, turn_state: str) -> Iterator[tuple[int | None, Event]]:
     """The scripted events with their numbers, and vendor events (None) around them."""
     if reply.vendor:
         yield None, _RATE_LIMITS
@@ -1598,7 +1682,7 @@ def _interleave(reply: Reply) -> Iterator[tuple[int | None, Event]]:
                 None,
                 {
                     "type": "response.metadata",
-                    "headers": {"x-codex-turn-state": "ts-1"},
+                    "headers": {"x-codex-turn-state": turn_state},
                     "metadata": {},
                 },
             )
@@ -1682,7 +1766,7 @@ def _head(status: int, headers: dict[str, str]) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
-def _quota_headers(upstream: FakeUpstream) -> dict[str, str]:
+def _quota_headers(upstream: FakeUpstream, seen: Seen) -> dict[str, str]:
     """What the backend adds to every answer. No client may ever see the cookie."""
     return {
         "x-request-id": _new_id("req"),
@@ -1690,7 +1774,7 @@ def _quota_headers(upstream: FakeUpstream) -> dict[str, str]:
         "set-cookie": "__cf_bm=secret-cookie; path=/; HttpOnly",
         "openai-model": "gpt-5.5",
         "x-models-etag": upstream.etag,
-        "x-codex-turn-state": "ts-1",
+        "x-codex-turn-state": seen.turn_state,
         "x-codex-plan-type": "plus",
         "x-codex-active-limit": "codex",
         "x-codex-primary-used-percent": "10.5",
