@@ -7352,13 +7352,9 @@ async def _codex_attempt(
     if listed is not None:
         headers["if-none-match"] = listed.headers["etag"]
     wait_s = UPSTREAM_HEAD_TIMEOUT_S if name == "responses" else _SLOW_CALL_S
-    url, wire = f"{gw.environment.codex_base_url}/{path}", Wire()
+    url = f"{gw.environment.codex_base_url}/{path}"
     call = Call(request.method, url, headers, request.body, wait_s)
-    try:
-        answer = await in_thread(gw.calls, open_response, gw.pool, call, wire)
-    except asyncio.CancelledError:
-        wire.end()
-        raise
+    answer = await open_answer(gw.pool, gw.calls, call)
     if listed is not None and answer.status == 304:
         answer = listed
     elif name == "models" and answer.status == 200 and "etag" in answer.headers:
