@@ -6540,7 +6540,7 @@ class _Exchange:
             headers.append(("connection", "close"))
         # The heads of streams repeat; making one is a good part of the way to the first token.
         key = (reply.status, tuple(headers))
-        is_named = any(name == "x-request-id" for name, _ in reply.headers)  # by the upstream
+        is_named = any(name.lower() == "x-request-id" for name, _ in reply.headers)
         head = self.server.heads.get(key) if size is None else None
         if head is None:
             checked = h11.Response(status_code=reply.status, headers=headers).headers
