@@ -426,7 +426,7 @@ class Paths:
         self.keys = self.state / "keys.json"
         self.lock = self.state / "lock"
         self.models = self.state / "models.json"
-        self.renewals = self.state / "renewals.jsonl"
+        self.renewals = self.state / "renewals.json"
         self.settings = self.state / "settings.json"
         self.codex_auth = codex_home / "auth.json"
         self.codex_models = codex_home / "models_cache.json"
@@ -435,43 +435,47 @@ class Paths:
 _OTHER_HOME = "Set AI_ZERO_TOKEN_HOME to a folder of your own."
 
 
+@contextlib.contextmanager
+def disk_errors() -> Iterator[None]:
+    """What the disk refuses, as a StateError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        text = f"{error.filename or 'The state'} cannot be used ({error.strerror}). {_OTHER_HOME}"
+        raise StateError(text) from None
+
+
 @blocking
+@disk_errors()
 def prepare_home(paths: Paths) -> None:
     """Make the folders 0700; mend a looser mode. Raises StateError when they cannot be used."""
     state = paths.state
-    try:
-        for folder in (paths.home, state):
-            if folder.is_symlink():
-                raise StateError(f"{folder} is a symbolic link. {_OTHER_HOME}")
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = state.lstat()
-        if status.st_uid != os.getuid():
-            raise StateError(f"{state} belongs to another user. {_OTHER_HOME}")
-        if status.st_mode & 0o077:
-            state.chmod(0o700)
-            log.warning("%s was open to other users; its mode is 0700 now", state)
-    except OSError as error:
-        raise StateError(f"{state} cannot be used ({error.strerror}). {_OTHER_HOME}") from None
+    for folder in (paths.home, state):
+        if folder.is_symlink():
+            raise StateError(f"{folder} is a symbolic link. {_OTHER_HOME}")
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = state.lstat()
+    if status.st_uid != os.getuid():
+        raise StateError(f"{state} belongs to another user. {_OTHER_HOME}")
+    if status.st_mode & 0o077:
+        state.chmod(0o700)
+        log.warning("%s was open to other users; its mode is 0700 now", state)
 
 
-def _seal(value: Json, indent: int | None = None) -> bytes:
-    """A line or a file of state: JSON whose last member, `sum`, shows that a byte has flipped."""
-    checked = hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-    return json.dumps({**value, "sum": checked}, indent=indent).encode() + b"\n"
+@blocking
+@disk_errors()
+def damaged_files(paths: Paths) -> list[str]:
+    """What `read_json` has kept for the person to look at, and to delete."""
+    return sorted(path.name for path in paths.state.rglob("*.corrupt-*"))
 
 
-def _unseal(raw: bytes) -> Json:
-    """What `_seal` was given. Without a `sum` it was written by hand, which is allowed.
+def _seal(value: Json) -> bytes:
+    """The content of a state file. Its last member, `sum`, shows that a byte has flipped."""
+    return json.dumps({**value, "sum": _sum(value)}, indent=1).encode() + b"\n"
 
-    raises  ValueError, RecursionError
-    """
-    value = json.loads(raw.decode("utf-8-sig"))
-    if not isinstance(value, dict):
-        raise ValueError("no JSON object")
-    given = value.pop("sum", None)
-    if given is not None and json.loads(_seal(value))["sum"] != given:
-        raise ValueError("its check sum is wrong; who edits it by hand removes the line of `sum`")
-    return value
+
+def _sum(value: Json) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 @blocking
@@ -480,7 +484,7 @@ def read_json(path: Path, version: int, check: Callable[[Json], object] = bool) 
 
     An unreadable file never reads as an empty one: it is kept as `.corrupt-<time>` and the last
     good copy (`.bak`, written after every save) takes its place.
-    check   raises KeyError, TypeError, ValueError or StateError where the object is of no use
+    check   raises LookupError, TypeError, ValueError or StateError for an object of another shape
     raises  StateError when neither can be used, or the file is from a newer azt
     """
     value, damage = _read_object(path, version, check)
@@ -494,9 +498,10 @@ def read_json(path: Path, version: int, check: Callable[[Json], object] = bool) 
         raise StateError(f"{path} was written by a newer azt. Update azt. {_OTHER_HOME}")
     if value is not None and damage:
         # A copy, not a rename: dying in between must not leave a missing file: that is a new home.
-        kept = _keep_damaged(path)
+        kept = path.with_name(f"{path.name}.corrupt-{datetime.now():%Y%m%d-%H%M%S-%f}")
+        write_bytes(kept, _read_own_file(path))
         write_json(path, value)
-        log.error("%s was damaged (%s), kept as %s; its copy serves", path, damage, kept)
+        log.error("%s was damaged (%s), kept as %s; its copy serves", path, damage, kept.name)
     return value
 
 
@@ -509,25 +514,21 @@ def _read_object(
     except FileNotFoundError:
         return None, ""
     try:
-        value = _unseal(raw)
+        value = json.loads(raw.decode("utf-8-sig"))
+        if value.pop("sum", None) not in (None, _sum(value)):
+            raise ValueError("its check sum is wrong: who edits it by hand removes the `sum`")
         if value["version"] <= version:
             check(value)
         return value, ""
-    except (KeyError, TypeError, ValueError, RecursionError, StateError) as error:
-        return None, str(error)[:200] or "no content"
-
-
-def _keep_damaged(path: Path) -> str:
-    """Copy a damaged file to where nothing overwrites it; the name of the copy."""
-    kept = path.with_name(f"{path.name}.corrupt-{datetime.now():%Y%m%d-%H%M%S-%f}")
-    write_bytes(kept, _read_own_file(path))
-    return kept.name
-
-
-@blocking
-def damaged_files(paths: Paths) -> list[str]:
-    """What `read_json` and `read_lines` have kept for the person to look at, and to delete."""
-    return sorted(path.name for path in paths.state.rglob("*.corrupt-*"))
+    except (
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        RecursionError,
+        StateError,
+    ) as error:
+        return None, str(error)[:200]
 
 
 def _open_own(path: str | Path, flags: int) -> int:
@@ -568,23 +569,12 @@ def read_foreign(path: Path, bytes_max: int) -> bytes:
 @blocking
 def write_json(path: Path, value: Json) -> None:
     """Replace a state file (a crash leaves the old or the new content whole), then its copy."""
-    raw = _seal(value, 1)
+    raw = _seal(value)
     write_bytes(path, raw)
     try:
         write_bytes(Path(f"{path}.bak"), raw)
     except AztError as error:  # saved all the same: only the copy is an older one
         log.error("%s", error.message)
-
-
-@contextlib.contextmanager
-def _saving(path: Path) -> Iterator[None]:
-    """Disk errors by azt's own names: AztError 507 (disk full) or 500."""
-    try:
-        yield
-    except OSError as error:
-        status = 507 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 500
-        text = f"{path} could not be written ({error.strerror}). Free some space or mend its mode."
-        raise AztError(status, "state_not_saved", text) from None
 
 
 @blocking
@@ -594,18 +584,22 @@ def write_bytes(path: Path, raw: bytes) -> None:
     raises  AztError 507 (disk full) or 500; the old content is then still there
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    with _saving(path), contextlib.ExitStack() as stack:
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        stack.callback(_quietly, os.close, folder)
+    with contextlib.ExitStack() as stack:
         try:
+            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(_quietly, os.close, folder)
             with open(temporary, "xb", opener=_open_own) as file:
                 file.write(raw)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except OSError:
+        except OSError as error:
             _quietly(os.unlink, temporary)
-            raise
+            status = 507 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 500
+            text = (
+                f"{path} could not be written ({error.strerror}). Free some space or mend its mode."
+            )
+            raise AztError(status, "state_not_saved", text) from None
         try:
             os.fsync(folder)
         except OSError as error:  # everyone reads the new content already: there is no way back
@@ -615,42 +609,6 @@ def write_bytes(path: Path, raw: bytes) -> None:
 def _quietly(function: Callable[[Any], object], argument: Any) -> None:
     with contextlib.suppress(OSError):
         function(argument)
-
-
-@blocking
-def append_line(path: Path, value: Json) -> None:
-    """Add one sealed line: on disk when this returns. Raises AztError; it is not there then."""
-    line = _seal(value)
-    with _saving(path), contextlib.ExitStack() as stack:
-        handle = _open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        stack.callback(_quietly, os.close, handle)
-        size = os.fstat(handle).st_size
-        try:
-            if os.write(handle, line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(handle)
-        except OSError:
-            _quietly(functools.partial(os.ftruncate, handle), size)
-            raise
-
-
-@blocking
-def read_lines(path: Path) -> list[Json]:
-    """The sealed lines of a file; [] without one. A file with damaged lines is kept, and said."""
-    try:
-        raw = _read_own_file(path)
-    except FileNotFoundError:
-        return []
-    lines = []
-    damage = ""
-    for line in raw.split(b"\n"):
-        try:
-            lines += [_unseal(line)] if line else []
-        except (ValueError, RecursionError) as error:
-            damage = str(error)
-    if damage:
-        log.error("%s has damaged lines (%s), kept as %s", path, damage, _keep_damaged(path))
-    return lines
 
 
 @blocking
@@ -678,11 +636,11 @@ class HomeLock:
         self._handle: int | None = None
 
     @blocking
+    @disk_errors()
     def acquire(self) -> Json | None:
         """None when the lock is ours now, else what its holder wrote. Raises StateError."""
-        handle = -1
+        handle = _open_own(self._path, os.O_RDWR | os.O_CREAT)
         try:
-            handle = _open_own(self._path, os.O_RDWR | os.O_CREAT)
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = None
@@ -700,6 +658,7 @@ class HomeLock:
         return None
 
     @blocking
+    @disk_errors()
     def write(self, url: str | None) -> None:
         """Tell other processes who holds the lock and where the server listens."""
         assert self._handle is not None
@@ -725,22 +684,16 @@ def lock_codex(paths: Paths) -> contextlib.ExitStack:
     """
     held, deadline = contextlib.ExitStack(), time.monotonic() + CODEX_LOCK_WAIT_S
     for path in (paths.codex_auth.parent, Path(f"{paths.codex_auth}.lock")):
-        try:
+        # Suppressed: no Codex here, or a file system without locks.
+        with contextlib.suppress(OSError):
             handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:  # no Codex here
-            continue
-        held.callback(os.close, handle)
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() < deadline:
+            held.callback(os.close, handle)
+            while time.monotonic() < deadline:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
                     time.sleep(0.05)
-                    continue
-                log.warning("another program holds %s for a long time; azt goes on", path)
-            except OSError:  # a file system without locks
-                pass
-            break
     return held
 
 
@@ -5237,6 +5190,11 @@ def _issued_at(access_token: str) -> int:
     return _as_seconds(claims.get("iat")) or _as_seconds(claims.get("exp"))
 
 
+def _check_journal(saved: Json) -> None:
+    for line in saved["lines"]:
+        _ = line["account"], line["used"], line["at"]
+
+
 def _fingerprint(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()[:16]
 
@@ -5265,6 +5223,7 @@ class Renewals:
     _rests_until_s: dict[str, float] = field(default_factory=dict)
     _one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock)
     _saving: asyncio.Task[None] | None = None
+    _journal: list[Json] = field(default_factory=list)
 
     async def fresh_account(self, account: Account, refused: str = "") -> Account:
         """The account with a token that can be used now.
@@ -5280,7 +5239,8 @@ class Renewals:
         # Just renewed and over all the same: the clock is wrong, and only a 401 may renew it again.
         is_new = abs(now - account.refreshed_at) < REFRESH_AHEAD_S
         # It failed a moment ago, and there is no hurry yet.
-        is_new |= account.expires_at > now and self._rests(account.id)
+        rests_until_s = self._rests_until_s.get(account.id, 0.0)
+        is_new |= account.expires_at > now and time.monotonic() < rests_until_s
         if account.access_token != refused and (is_new or not ends_soon):
             return account
         task = self._refreshes.get(account.id)
@@ -5296,9 +5256,6 @@ class Renewals:
         if error is not None and (is_useless or not isinstance(error, UpstreamError)):
             raise error
         return self._store.accounts.get(account.id, account)
-
-    def _rests(self, account_id: str) -> bool:
-        return time.monotonic() < self._rests_until_s.get(account_id, 0.0)
 
     def _refreshed(self, account_id: str, task: asyncio.Task[None]) -> None:
         self._refreshes.pop(account_id, None)
@@ -5360,9 +5317,12 @@ class Renewals:
         self._note(line | {name: getattr(tokens, name) for name in Tokens.__slots__})
         return tokens
 
-    def _note(self, line: Json) -> None:
+    @blocking
+    def _note(self, *lines: Json) -> None:
+        """Add to the journal. Without a line empty it: all that it says is saved."""
+        self._journal = [*self._journal, *lines] if lines else []
         try:
-            append_line(self._environment.paths.renewals, line)
+            write_json(self._environment.paths.renewals, {"version": 1, "lines": self._journal})
         except AztError as error:
             log.error("%s", error.message)
 
@@ -5374,7 +5334,7 @@ class Renewals:
         for one in holders:
             _take_tokens(one, tokens, int(time.time()))
         if await self.keep():
-            await in_thread(self._calls, self._forget)
+            await in_thread(self._calls, self._note)
         if current not in holders:
             log.warning("the new tokens of %s are dropped: it has left meanwhile", account.name)
             return
@@ -5385,21 +5345,15 @@ class Renewals:
             except AztError as error:
                 log.error("after the renewal of %s: %s", account.name, error.message)
 
-    def _forget(self) -> None:
-        """Empty the journal: all that it says is saved."""
-        try:
-            write_bytes(self._environment.paths.renewals, b"")
-        except AztError as error:
-            log.error("%s", error.message)
-
     @blocking
     def recover(self) -> None:
         """At the start: what a process that was killed, or Codex, knew better -> the accounts."""
-        paths, accounts, unknown = self._environment.paths, self._store.accounts, set()
+        paths, unknown = self._environment.paths, set()
+        self._journal = (read_json(paths.renewals, 1, _check_journal) or {"lines": []})["lines"]
         is_news = self.adopt(read_codex_sign_in(paths.codex_auth))
-        for line in read_lines(paths.renewals):
-            account = accounts.get(str(line.get("account")))
-            if account is None or _fingerprint(account.refresh_token) != line.get("used"):
+        for line in self._journal:
+            account = self._store.accounts.get(line["account"])
+            if account is None or _fingerprint(account.refresh_token) != line["used"]:
                 continue
             if line.get("access_token") or line.get("refresh_token"):
                 _take_tokens(account, Tokens(*map(line.get, Tokens.__slots__)), line["at"])
@@ -5411,7 +5365,8 @@ class Renewals:
         try:
             if is_news:
                 write_json(paths.accounts, self._store.to_json())
-            write_bytes(paths.renewals, b"")
+            if self._journal:
+                self._note()
         except AztError as error:
             self.unsaved = error.message  # the journal still has it, and the next save goes on
             log.error("%s", error.message)
@@ -5805,6 +5760,7 @@ class Gateway:
         return self.catalogue.default(self.settings.text("defaultModel"))
 
     @blocking
+    @disk_errors()
     def load(self) -> None:
         """Read every state file once. Raises StateError rather than start with less."""
         paths = self.paths
@@ -5831,13 +5787,10 @@ class Gateway:
     @property
     def notices(self) -> list[Json]:
         """What the person should know about the state on disk (console.md 6.2)."""
-        found = [("state_damaged", {"file": name}) for name in self.damaged]
+        found = [{"code": "state_damaged", "params": {"file": name}} for name in self.damaged]
         if self.renewals.unsaved:
-            found.append(("accounts_unsaved", {"why": self.renewals.unsaved}))
-        return [
-            {"id": f"{code}-{at}", "level": "error", "code": code, "params": params}
-            for at, (code, params) in enumerate(found)
-        ]
+            found.append({"code": "accounts_unsaved", "params": {"why": self.renewals.unsaved}})
+        return [{"id": f"n{at}", "level": "error", **one} for at, one in enumerate(found)]
 
     def _apply_settings(self, saved: Json | None) -> None:
         self.settings = load_settings(saved, self.environment, self.flags)

@@ -114,7 +114,7 @@ def test_a_replaced_file_never_gets_the_old_looser_mode(file: Path) -> None:
 def test_a_writer_that_is_replaced_keeps_the_open_file_whole(file: Path) -> None:
     with file.open("rb") as reader:
         azt.write_json(file, NEW)
-        assert azt._unseal(reader.read()) == OLD
+        assert reader.read() == azt._seal(OLD)
 
 
 def test_reading_and_writing_refuse_the_loop(file: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_damaged_file_is_kept_and_its_copy_serves(
     assert mode(kept) == 0o600
     assert kept.name in caplog.text
     assert azt.read_json(file, 1) == OLD
-    assert azt._unseal(file.read_bytes()) == OLD
+    assert file.read_bytes() == azt._seal(OLD)
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)

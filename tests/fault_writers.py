@@ -1,0 +1,241 @@
+"""Every writer of state files, run in children of one process so that a thousand of them are quick.
+
+python fault_writers.py     reads one JSON line per run: {"writer", "folder", "hook"?}, and answers
+                            {"pid"} when the child stands still, ready for a tracer and SIGCONT,
+                            then {"status"} when it has ended
+
+status   0 done, 3 refused with an error of azt's own, 4 any other exception, negative: a signal
+hook     {"at": N, "error": ERRNO or 0}: without a tracer, end (0) or fail at the Nth audit event
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import azt
+
+Json = dict[str, Any]
+NOW = 1_800_000_000
+FILES = ("accounts.json", "keys.json", "models.json", "renewals.json", "settings.json")
+
+
+def account(word: str) -> azt.Account:
+    tokens = (f"at-{word}", f"rt-{word}", f"id-{word}")
+    return azt.Account(f"acc_{word}", f"acct-{word}", "user-1", *tokens, label=word, created_at=NOW)
+
+
+def accounts(*words: str) -> Json:
+    store = azt.AccountStore()
+    for word in words:
+        store.add(account(word))
+    return store.to_json()
+
+
+def content(name: str, word: str) -> Json:
+    """What `name` holds before ("old") and after ("new") a save."""
+    if name == "accounts.json":
+        return accounts("old", *(["new"] if word == "new" else []))
+    if name == "keys.json":
+        return {"version": 1, "keys": [{"id": f"key_{word}", "name": word, "sha256": "0" * 64}]}
+    if name == "renewals.json":
+        return {"version": 1, "lines": [] if word == "old" else journal_lines()}
+    if name == "settings.json":
+        return {"version": 1, "revision": 1 + (word == "new"), "values": {"defaultModel": word}}
+    return {"version": 1, "etag": word, "models": [{"slug": word}] * 20}
+
+
+def paths(folder: Path) -> azt.Paths:
+    return azt.Paths(folder, folder / "codex")
+
+
+def journal_lines() -> list[Json]:
+    used = azt._fingerprint("rt-old")
+    intent = {"account": "acc_old", "used": used, "at": NOW}
+    answer = {"access_token": "at-renewed", "refresh_token": "rt-renewed", "id_token": None}
+    return [intent, intent | answer | {"expires_in_s": 3600}]
+
+
+def make_state(folder: Path) -> None:
+    """A home in use: every file saved once, and an empty journal."""
+    where = paths(folder)
+    azt.prepare_home(where)
+    for name in FILES:
+        azt.write_json(where.state / name, content(name, "old"))
+    azt.read_or_make_secret(where.admin_token)
+    where.lock.write_text(json.dumps({"pid": 1, "url": None}))
+    where.lock.chmod(0o600)
+
+
+def gateway(folder: Path) -> azt.Gateway:
+    variables = {"AI_ZERO_TOKEN_HOME": str(folder), "HOME": str(folder)}
+    made = azt.Gateway(azt.read_environment(variables), {})
+    made.load()
+    return made
+
+
+def damage(*names: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        for name in names:
+            (folder / ".state" / name).write_bytes(b'{"version": 1, "torn')
+
+    return spoil
+
+
+def remove(*names: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        for name in names:
+            (folder / ".state" / name).unlink()
+
+    return spoil
+
+
+def pending_renewal(folder: Path) -> None:
+    save("renewals.json")(folder)
+
+
+def leftovers(folder: Path) -> None:
+    (folder / ".state" / ".accounts.json.0123456789abcdef.tmp").write_bytes(b"half")
+
+
+def save(name: str) -> Callable[[Path], None]:
+    return lambda folder: azt.write_json(folder / ".state" / name, content(name, "new"))
+
+
+def read(name: str) -> Callable[[Path], object]:
+    return lambda folder: azt.read_json(folder / ".state" / name, 1)
+
+
+def forget_account(folder: Path) -> None:
+    made = gateway(folder)
+    change = made.change_accounts(lambda store: store.remove(store.accounts["acc_old"]))
+    alike(made, change, lambda: list(made.store.accounts))
+
+
+def change_settings(folder: Path) -> None:
+    made = gateway(folder)
+    alike(made, made.change_settings({"defaultModel": "new"}), lambda: made.settings.values)
+
+
+def change_keys(folder: Path) -> None:
+    made = gateway(folder)
+    alike(made, made.change_keys(lambda keys: []), lambda: made.keys)
+
+
+def alike(made: azt.Gateway, change: Any, memory: Callable[[], object]) -> None:
+    """A change that fails leaves what is in force as it was."""
+    before = memory()
+    try:
+        asyncio.run(change)
+    except azt.AztError:
+        assert memory() == before
+        raise
+
+
+def take_lock(folder: Path) -> None:
+    lock = azt.HomeLock(paths(folder).lock)
+    assert lock.acquire() is None
+    lock.write("http://127.0.0.1:8787")
+
+
+def state(folder: Path) -> Json:
+    """What a start finds: this is what a fault must not lose. It also tidies up."""
+    where = paths(folder)
+    lock = azt.HomeLock(where.lock)
+    assert lock.acquire() is None
+    try:
+        found = gateway(folder)
+        models = azt.read_json(where.models, 1)
+    finally:
+        lock.release()
+    loose = [one.name for one in where.state.rglob("*") if one.stat().st_mode & 0o177]
+    return {
+        "accounts": {one.id: one.refresh_token for one in found.store.accounts.values()},
+        "keys": [key["id"] for key in found.keys],
+        "settings": found.settings.text("defaultModel"),
+        "models": models and models["etag"],
+        "has a secret": len(found.admin_token) > 32,
+        "left behind": [one.name for one in where.state.rglob(".*")] + loose,
+    }
+
+
+def nothing(folder: Path) -> None:
+    pass
+
+
+# Writer -> what the home is like before it, and the writer. Each is one row of the fault tests.
+WRITERS: dict[str, tuple[Callable[[Path], None], Callable[[Path], object]]] = {
+    **{f"{name} is saved": (nothing, save(name)) for name in FILES},
+    **{f"{name} is saved first": (remove(name, f"{name}.bak"), save(name)) for name in FILES},
+    **{f"{name} is damaged": (damage(name), read(name)) for name in FILES},
+    "a key is removed": (nothing, change_keys),
+    "a secret is made": (
+        remove("admin-token"),
+        lambda folder: azt.read_or_make_secret(paths(folder).admin_token),
+    ),
+    "an account is removed": (nothing, forget_account),
+    "settings are changed": (nothing, change_settings),
+    "the first start": (
+        lambda folder: remove(*(one.name for one in (folder / ".state").iterdir()))(folder),
+        gateway,
+    ),
+    "the lock is taken": (leftovers, take_lock),
+    "the start after a kill in a renewal": (pending_renewal, gateway),
+}
+
+
+def run(writer: Callable[[Path], object], folder: Path) -> int:
+    try:
+        writer(folder)
+    except azt.AztError:
+        return 3
+    except BaseException:  # noqa: BLE001 - the parent gets the status, a person the traceback
+        traceback.print_exc()
+        return 4
+    return 0
+
+
+def hook_into(at: int, number: int) -> None:
+    """The way without a tracer: end or fail at the Nth file event that Python itself reports."""
+    count = 0
+    kinds = ("open", "os.", "shutil.", "fcntl.")
+
+    def hook(event: str, _arguments: Any) -> None:
+        nonlocal count
+        if event.startswith(kinds):
+            count += 1
+            if count == at:
+                if not number:
+                    os._exit(-signal.SIGKILL & 0xFF)
+                raise OSError(number, os.strerror(number))
+
+    sys.addaudithook(hook)
+
+
+def main() -> None:
+    for line in sys.stdin:
+        order = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            hook = order.get("hook")
+            if hook:
+                hook_into(hook["at"], hook["error"])
+            else:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            os._exit(run(WRITERS[order["writer"]][1], Path(order["folder"])))
+        os.waitid(os.P_PID, child, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        print(json.dumps({"pid": child}), flush=True)  # noqa: T201
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        print(json.dumps({"status": status}), flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    azt.log.disabled = True
+    main()
