@@ -441,7 +441,7 @@ def disk_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        text = f"{error.filename or 'The state'} cannot be used ({error.strerror}). {_OTHER_HOME}"
+        text = f"{error.filename or 'The home'} cannot be used ({error.strerror}). {_OTHER_HOME}"
         raise StateError(text) from None
 
 
@@ -462,11 +462,7 @@ def prepare_home(paths: Paths) -> None:
         log.warning("%s was open to other users; its mode is 0700 now", state)
 
 
-@blocking
-@disk_errors()
-def damaged_files(paths: Paths) -> list[str]:
-    """What `read_json` has kept for the person to look at, and to delete."""
-    return sorted(path.name for path in paths.state.rglob("*.corrupt-*"))
+_UNFIT = (AttributeError, LookupError, TypeError, ValueError, RecursionError, StateError)
 
 
 def _seal(value: Json) -> bytes:
@@ -484,16 +480,14 @@ def read_json(path: Path, version: int, check: Callable[[Json], object] = bool) 
 
     An unreadable file never reads as an empty one: it is kept as `.corrupt-<time>` and the last
     good copy (`.bak`, written after every save) takes its place.
-    check   raises LookupError, TypeError, ValueError or StateError for an object of another shape
+    check   raises what stands in `_UNFIT` for an object of another shape
     raises  StateError when neither can be used, or the file is from a newer azt
     """
     value, damage = _read_object(path, version, check)
     if damage:
         value, _ = _read_object(Path(f"{path}.bak"), version, check)
-        if value is None:
-            raise StateError(
-                f"{path} is damaged ({damage}), its copy too. Move it away, import again."
-            )
+    if damage and value is None:
+        raise StateError(f"{path} is damaged ({damage}), its copy too. Move it away, import again.")
     if value is not None and value["version"] > version:
         raise StateError(f"{path} was written by a newer azt. Update azt. {_OTHER_HOME}")
     if value is not None and damage:
@@ -520,14 +514,7 @@ def _read_object(
         if value["version"] <= version:
             check(value)
         return value, ""
-    except (
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-        RecursionError,
-        StateError,
-    ) as error:
+    except _UNFIT as error:
         return None, str(error)[:200]
 
 
@@ -596,9 +583,7 @@ def write_bytes(path: Path, raw: bytes) -> None:
         except OSError as error:
             _quietly(os.unlink, temporary)
             status = 507 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 500
-            text = (
-                f"{path} could not be written ({error.strerror}). Free some space or mend its mode."
-            )
+            text = f"{path} could not be written ({error.strerror}). Free space or mend its mode."
             raise AztError(status, "state_not_saved", text) from None
         try:
             os.fsync(folder)
@@ -648,9 +633,6 @@ class HomeLock:
                 holder = json.loads(os.pread(handle, 4096, 0))
             os.close(handle)
             return holder if isinstance(holder, dict) else {"pid": 0, "url": None}
-        except OSError as error:
-            text = f"{self._path} cannot be locked ({error.strerror}). {_OTHER_HOME}"
-            raise StateError(text) from None
         self._handle = handle
         self.write(None)
         for leftover in self._path.parent.rglob(".*.????????????????.tmp"):
@@ -672,20 +654,16 @@ class HomeLock:
             self._handle = None
 
 
-CODEX_LOCK_WAIT_S = 60.0
-
-
 @blocking
-def lock_codex(paths: Paths) -> contextlib.ExitStack:
+def lock_codex(paths: Paths, wait_s: float = 60.0) -> contextlib.ExitStack:
     """Keep other programs from renewing Codex's sign-in too, until the result is closed.
 
     Another azt locks the folder, Codex the file beside its auth.json; nothing is created. Who holds
     on for longer than a renewal may take hangs, and is no reason to hang as well.
     """
-    held, deadline = contextlib.ExitStack(), time.monotonic() + CODEX_LOCK_WAIT_S
-    for path in (paths.codex_auth.parent, Path(f"{paths.codex_auth}.lock")):
-        # Suppressed: no Codex here, or a file system without locks.
-        with contextlib.suppress(OSError):
+    held, deadline = contextlib.ExitStack(), time.monotonic() + wait_s
+    for path in (paths.codex_auth.parent, f"{paths.codex_auth}.lock"):
+        with contextlib.suppress(OSError):  # no Codex here, or a file system without locks
             handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             held.callback(os.close, handle)
             while time.monotonic() < deadline:
@@ -5185,16 +5163,6 @@ def read_codex_sign_in(path: Path) -> Account | None:
         return None
 
 
-def _issued_at(access_token: str) -> int:
-    claims = token_claims(access_token)
-    return _as_seconds(claims.get("iat")) or _as_seconds(claims.get("exp"))
-
-
-def _check_journal(saved: Json) -> None:
-    for line in saved["lines"]:
-        _ = line["account"], line["used"], line["at"]
-
-
 def _fingerprint(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()[:16]
 
@@ -5208,7 +5176,7 @@ class Renewals:
              +-- killed: the old token is tried once    +-- killed: the journal is read at the start
 
     on_renewed  told, while the lock on Codex's home is held, about an account that was renewed and
-                the refresh token that this used up
+                the refresh token that this used up; raises nothing
     unsaved     why the newest sign-ins are only in memory; "" when they are on disk
     """
 
@@ -5238,8 +5206,7 @@ class Renewals:
         ends_soon = account.expires_at and account.expires_at - now < REFRESH_AHEAD_S
         # Just renewed and over all the same: the clock is wrong, and only a 401 may renew it again.
         is_new = abs(now - account.refreshed_at) < REFRESH_AHEAD_S
-        # It failed a moment ago, and there is no hurry yet.
-        rests_until_s = self._rests_until_s.get(account.id, 0.0)
+        rests_until_s = self._rests_until_s.get(account.id, 0.0)  # it failed a moment ago
         is_new |= account.expires_at > now and time.monotonic() < rests_until_s
         if account.access_token != refused and (is_new or not ends_soon):
             return account
@@ -5266,12 +5233,10 @@ class Renewals:
 
     async def _refresh(self, account_id: str, stale_token: str) -> None:
         """Renew one sign-in: one at a time over all accounts and all programs on Codex's home."""
+        paths = self._environment.paths
         async with self._one_at_a_time:
-            held = await in_thread(self._calls, lock_codex, self._environment.paths)
-            try:
+            with await in_thread(self._calls, lock_codex, paths):
                 await self._renew(account_id, stale_token)
-            finally:
-                held.close()
 
     async def _renew(self, account_id: str, stale_token: str) -> None:
         """Take a newer sign-in over from Codex, else call, until the stale token is replaced.
@@ -5319,8 +5284,9 @@ class Renewals:
 
     @blocking
     def _note(self, *lines: Json) -> None:
-        """Add to the journal. Without a line empty it: all that it says is saved."""
-        self._journal = [*self._journal, *lines] if lines else []
+        """Put a line in the place of what was noted of the same token; none: all is saved."""
+        kept = [one for one in self._journal if lines and one["used"] != lines[0]["used"]]
+        self._journal = [*kept, *lines]
         try:
             write_json(self._environment.paths.renewals, {"version": 1, "lines": self._journal})
         except AztError as error:
@@ -5340,43 +5306,37 @@ class Renewals:
             return
         log.info("the sign-in of %s was renewed", account.name)
         if self.on_renewed is not None:
-            try:
-                await self.on_renewed(account, used)
-            except AztError as error:
-                log.error("after the renewal of %s: %s", account.name, error.message)
+            await self.on_renewed(current or account, used)
 
     @blocking
     def recover(self) -> None:
         """At the start: what a process that was killed, or Codex, knew better -> the accounts."""
-        paths, unknown = self._environment.paths, set()
-        self._journal = (read_json(paths.renewals, 1, _check_journal) or {"lines": []})["lines"]
+        paths = self._environment.paths
+        saved = read_json(paths.renewals, 1, lambda saved: [one["used"] for one in saved["lines"]])
+        self._journal = saved["lines"] if saved else []
         is_news = self.adopt(read_codex_sign_in(paths.codex_auth))
         for line in self._journal:
             account = self._store.accounts.get(line["account"])
             if account is None or _fingerprint(account.refresh_token) != line["used"]:
                 continue
-            if line.get("access_token") or line.get("refresh_token"):
+            if is_answer := "access_token" in line:
                 _take_tokens(account, Tokens(*map(line.get, Tokens.__slots__)), line["at"])
-                is_news = True
             else:
-                unknown.add(account.name)
-        for name in unknown:
-            log.warning("azt was stopped while it renewed %s: the old token is tried once", name)
-        try:
-            if is_news:
-                write_json(paths.accounts, self._store.to_json())
-            if self._journal:
-                self._note()
-        except AztError as error:
-            self.unsaved = error.message  # the journal still has it, and the next save goes on
-            log.error("%s", error.message)
+                text = "azt was stopped while it renewed %s: the old token is tried once more"
+                log.warning(text, account.name)
+            is_news |= is_answer
+        if is_news:
+            write_json(paths.accounts, self._store.to_json())
+        if self._journal:
+            self._note()
 
     def adopt(self, found: Account | None, even_as_old: bool = False) -> bool:
         """Take a newer sign-in of an account over that is here already. The caller saves."""
         of = self._store.accounts.get(found.id) if found else None
         if found is None or of is None or found.refresh_token == of.refresh_token:
             return False
-        if _issued_at(found.access_token) < _issued_at(of.access_token) + (not even_as_old):
+        ours, theirs = (token_claims(one.access_token).get("iat") for one in (of, found))
+        if _as_seconds(theirs) < _as_seconds(ours) + (not even_as_old):
             return False
         for name in ("access_token", "refresh_token", "id_token", "expires_at", "plan"):
             setattr(of, name, getattr(found, name) or getattr(of, name))
@@ -5782,7 +5742,7 @@ class Gateway:
         self.admin_token = read_or_make_secret(paths.admin_token)
         self.pages = read_pages()
         self.renewals.recover()
-        self.damaged = damaged_files(paths)
+        self.damaged = sorted(one.name for one in paths.state.rglob("*.corrupt-*"))
 
     @property
     def notices(self) -> list[Json]:

@@ -604,7 +604,7 @@ def test_a_folder_that_knows_no_locks_is_named(
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr("fcntl.flock", no_locks)
-    with pytest.raises(azt.StateError, match="cannot be locked.*AI_ZERO_TOKEN_HOME"):
+    with pytest.raises(azt.StateError, match="cannot be used.*AI_ZERO_TOKEN_HOME"):
         azt.HomeLock(folder / "lock").acquire()
 
 
