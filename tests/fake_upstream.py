@@ -1077,6 +1077,7 @@ class FakeUpstream:
     etag                   of the catalogue; also sent as `x-models-etag`
     instructions_required  behave as until spring 2026
     lite_required          refuse Lite models in the classic shape
+    rotations              (refresh token, the one given for it), in order
     """
 
     def __init__(self, port: int = 0) -> None:
@@ -1102,6 +1103,7 @@ class FakeUpstream:
         self.revoked: set[str] = set()
         self.turn_states: dict[str, str | None] = {}
         self._used: set[str] = set()
+        self.rotations: list[tuple[str, str]] = []
         self._script: deque[Reply] = deque()
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._end_answers)
@@ -1281,10 +1283,11 @@ class FakeUpstream:
         if account[0] in self.revoked:
             raise Refused(401, refresh_refused("refresh_token_invalidated"))
         self._used.add(given)
+        self.rotations.append((given, _refresh_token(*account)))
         return {
             "access_token": make_token(*account),
             "id_token": make_token(*account),
-            "refresh_token": _refresh_token(*account),
+            "refresh_token": self.rotations[-1][1],
             "token_type": "Bearer",
             "expires_in": TOKEN_LIFE_S,
         }

@@ -10,6 +10,7 @@ import errno
 import functools
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -24,7 +25,10 @@ from typing import Any
 import fault_writers as writers
 import pytest
 from conftest import Claim
-from harness import ROOT
+from fake_upstream import FakeUpstream, account_file
+from harness import ROOT, home_variables
+
+import azt
 
 Json = dict[str, Any]
 NewClaim = Callable[[int, str], Claim]
@@ -210,3 +214,161 @@ def test_a_writer_whose_disk_fails_keeps_the_old_state(
         found = writers.state(faults.home)
         expected = {0: after, 3: before}.get(status)
         points.check(found == expected, (writer, point, status, found, faults.trouble()))
+
+
+# -- Damage ---------------------------------------------------------------------------------------
+
+DAMAGED = {
+    "accounts.json": azt.AccountStore.from_json,
+    "keys.json": lambda saved: [*saved["keys"]],
+    "renewals.json": lambda saved: [one["used"] for one in saved["lines"]],
+    "settings.json": lambda saved: saved["values"].items(),
+}
+
+
+def damages(whole: bytes, prefixes: int, flips: int) -> Iterator[tuple[str, bytes]]:
+    """Torn after some byte, and with one bit turned over somewhere."""
+    for length in sample(list(range(len(whole))), prefixes):
+        yield f"the first {length} bytes", whole[:length]
+    chance = random.Random(len(whole))
+    for _ in range(flips):
+        at, bit = chance.randrange(len(whole)), 1 << chance.randrange(8)
+        yield f"bit {bit} of byte {at}", whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :]
+
+
+@pytest.mark.parametrize("has_copy", [True, False], ids=["with a copy", "without a copy"])
+@pytest.mark.parametrize("name", DAMAGED)
+def test_no_damage_to_a_state_file_is_taken_for_an_empty_one(
+    tmp_path: Path,
+    claim: NewClaim,
+    many: Many,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    has_copy: bool,
+) -> None:
+    tries = claim(9, "state files torn at every byte and with flipped bits: no silent reset")
+    file, copy = tmp_path / name, tmp_path / f"{name}.bak"
+    value = writers.content(name, "new")
+    azt.write_json(file, value)
+    whole = file.read_bytes()
+    for damage, raw in damages(whole, many(25, ALL), many(50, 1000)):
+        caplog.clear()
+        file.write_bytes(raw)
+        copy.unlink(missing_ok=True)
+        if has_copy:
+            copy.write_bytes(whole)
+        try:
+            found = azt.read_json(file, 1, DAMAGED[name])
+        except azt.StateError as error:
+            tries.check(not has_copy and name in error.message and file.read_bytes() == raw, damage)
+            continue
+        kept = [one.read_bytes() for one in tmp_path.glob("*.corrupt-*")]
+        # A flip may hit the name of the check sum itself, or what is no content: white space.
+        intact = value.items() <= (found or {}).items()
+        is_said = kept == [raw] and name in caplog.text if kept else not caplog.text
+        tries.check(intact and is_said and (has_copy or not kept), (name, damage, found))
+        for one in tmp_path.glob("*.corrupt-*"):
+            one.unlink()
+
+
+# -- Renewals under kill -9 -----------------------------------------------------------------------
+
+
+class Renewer:
+    """The process of renewer.py, and what it said in one run."""
+
+    def __init__(self, home: Path, upstream: FakeUpstream) -> None:
+        self.environment = {**upstream.environment(), **home_variables(home)}
+        self.paths = azt.Paths(home / ".ai-zero-token", home / ".codex")
+        azt.prepare_home(self.paths)
+        self._process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "renewer.py")],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": ""},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def close(self) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(20)
+        self._process.stdout.close()
+
+    def sign_in(self) -> None:
+        store = azt.AccountStore()
+        store.add(*azt.to_accounts([account_file()], time.time()))
+        azt.write_json(self.paths.accounts, store.to_json())
+
+    def run(self, times: int, after: tuple[int, float] | None = None) -> list[Json]:
+        """The lines of one child, killed after so many of them and so many seconds."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        order = {"environment": self.environment, "times": times}
+        print(json.dumps(order), file=self._process.stdin, flush=True)
+        lines: list[Json] = [json.loads(self._process.stdout.readline())]
+        if after is not None:
+            while (
+                sum("window_ms" in line for line in lines) < after[0] and "status" not in lines[-1]
+            ):
+                lines.append(json.loads(self._process.stdout.readline()))
+            time.sleep(after[1])
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(lines[0]["pid"], signal.SIGKILL)
+        while "status" not in lines[-1]:
+            lines.append(json.loads(self._process.stdout.readline()))
+        return lines[1:-1]
+
+    def on_disk(self) -> str:
+        """The refresh token that the next start will have: the saved one, or the journal's."""
+        saved = azt.read_json(self.paths.accounts, 1)
+        journal = azt.read_json(self.paths.renewals, 1)
+        assert saved is not None
+        token: str = saved["accounts"][0]["refresh_token"]
+        for line in journal["lines"] if journal else []:
+            if line["used"] == azt._fingerprint(token):
+                token = line.get("refresh_token") or token
+        return token
+
+
+@pytest.fixture
+def renewer(home: Path, upstream: FakeUpstream) -> Iterator[Renewer]:
+    made = Renewer(home, upstream)
+    yield made
+    made.close()
+
+
+def test_a_renewed_token_outlives_a_kill_at_a_random_moment(
+    renewer: Renewer, upstream: FakeUpstream, claim: NewClaim, many: Many
+) -> None:
+    tries = claim(10, "renewals under kill -9 at random moments: lost outside the window")
+    chance, kills, on_the_way, in_window, windows_ms = random.Random(11), 0, 0, 0, []
+    renewer.sign_in()
+    while tries.tried < many(60, 1000):
+        known, first = renewer.on_disk(), len(upstream.rotations)
+        many_lines = chance.randrange(5)
+        wait_s = chance.uniform(0.0, 0.02 if many_lines else 0.1)
+        lines = renewer.run(1000, (many_lines, wait_s))
+        kills += 1
+        upstream.wait_until(lambda: not upstream._tasks)  # it has read what the dead one had sent
+        chain = [known, *(new for _old, new in upstream.rotations[first:])]
+        used = [line["refresh_token"] for line in lines if "window_ms" in line]
+        answers, kept = [line.get("answer") for line in lines], renewer.on_disk()
+        windows_ms += [line["window_ms"] for line in lines if "window_ms" in line]
+        for token in chain[1:-1]:  # the next one was asked for with it: it was on disk before
+            tries.check(token in used, "a token was passed over")
+        if len(chain) > 1:
+            is_lost = kept != chain[-1]
+            in_window += is_lost and chain[-1] in answers
+            on_the_way += is_lost and chain[-1] not in answers
+            tries.check(not is_lost or (kept == chain[-2] and chain[-1] not in used), (used, kept))
+            if is_lost:  # tried once more, and then it is the person's turn
+                before = len(upstream.requests)
+                assert renewer.run(5) == [{"rejected": "refresh_token_reused"}]
+                assert renewer.run(5) == [{"rejected": "refresh_token_reused"}]
+                assert len(upstream.requests) == before + 1
+                renewer.sign_in()
+    windows_ms.sort()
+    half, most = (windows_ms[int(len(windows_ms) * part)] for part in (0.5, 0.99))
+    tries.note(f"kills: {kills}; lost before the answer was read: {on_the_way}")
+    tries.note(f"lost in the window from the answer to the disk: {in_window}")
+    tries.note(f"that window: median {half:.1f} ms, 99 % below {most:.1f} ms")
