@@ -55,10 +55,12 @@ def make_token(
     email: str = "ada@example.com",
     plan: str = "plus",
     exp: float | None = None,
+    iat: float | None = None,
 ) -> str:
     """An unsigned JWT with every claim that clients read; good as access token and as id token.
 
     exp  unix seconds, default ten days from now
+    iat  unix seconds, default now
     """
     now = time.time()
     claims = {
@@ -68,7 +70,7 @@ def make_token(
         "client_id": "app_EMoamEEZ73f0CkXaXp7hrann",
         "scp": ["openid", "profile", "email", "offline_access"],
         "jti": _new_id("jti"),
-        "iat": int(now),
+        "iat": int(now if iat is None else iat),
         "exp": int(now + TOKEN_LIFE_S if exp is None else exp),
         "email": email,
         "https://api.openai.com/profile": {"email": email, "email_verified": True},

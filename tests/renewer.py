@@ -1,16 +1,21 @@
 """A gateway's renewals without the gateway around them: renews one sign-in again and again until
 it is killed. Children of one process, so that a thousand kills are quick.
 
-python renewer.py      reads one JSON line per run: {"environment", "times"}, answers {"pid"}, then
-                       one line for each renewal that came back and may be used by now:
-                       {"refresh_token", "window_ms"}: the time from the answer to its being on disk
-                       or {"rejected"} when only a new sign-in helps; {"answer"} says what the
-                       provider has just given, on disk or not; {"status"} ends the run
+python renewer.py   reads one JSON line per run, answers {"pid"}, lines, and {"status"} at the end
+
+{"environment", "times", "at_once"?, "shares"?}   what to run. At once: as often in parallel, and
+                    only if the token has expired. Shares: into Codex's auth.json too, as for an
+                    account that Codex uses
+{"refresh_token", "window_ms"}   a renewal came back and may be used by now; the time from the
+                    answer to its being on disk
+{"answer"}          what the provider has just given, on disk or not
+{"rejected"}        only a new sign-in helps
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import sys
@@ -27,7 +32,7 @@ def say(line: Json) -> None:
 
 
 class Stopwatch:
-    """Time from the return of `refresh_tokens` to the return of the first `write_bytes` after it."""
+    """Time from the return of `refresh_tokens` to that of the first `write_bytes` after it."""
 
     def __init__(self) -> None:
         self.received_s = self.window_s = 0.0
@@ -46,13 +51,28 @@ class Stopwatch:
             self.window_s, self.received_s = time.perf_counter() - self.received_s, 0.0
 
 
-async def renew(environment: azt.Environment, times: int) -> None:
+def codex_file(account: azt.Account) -> Json:
+    names = ("id_token", "access_token", "refresh_token", "account_id")
+    return {"auth_mode": "chatgpt", "tokens": {name: getattr(account, name) for name in names}}
+
+
+async def renew(
+    environment: azt.Environment, times: int, at_once: int = 1, shares: bool = False
+) -> None:
     watch, gateway = Stopwatch(), azt.Gateway(environment, {})
     await azt.in_thread(gateway.files, gateway.load)
     [account] = gateway.store.accounts.values()
+
+    async def share(renewed: azt.Account, _used: str) -> None:
+        raw = azt.encode_json(codex_file(renewed))
+        await azt.in_thread(gateway.files, azt.write_bytes, environment.paths.codex_auth, raw)
+
+    gateway.renewals.on_renewed = share if shares else None
     for _ in range(times):
+        refused = account.access_token if at_once == 1 else ""
+        fresh = functools.partial(gateway.renewals.fresh_account, account, refused)
         try:
-            account = await gateway.renewals.fresh_account(account, account.access_token)
+            account = (await asyncio.gather(*(fresh() for _ in range(at_once))))[0]
         except azt.AztError:
             say({"rejected": account.rejected})
             return
@@ -64,7 +84,8 @@ def main() -> None:
         order = json.loads(line)
         child = os.fork()
         if child == 0:
-            asyncio.run(renew(azt.read_environment(order["environment"]), order["times"]))
+            environment = azt.read_environment(order.pop("environment"))
+            asyncio.run(renew(environment, **order))
             os._exit(0)
         say({"pid": child})
         say({"status": os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])})

@@ -5,6 +5,7 @@ The counts here are a sample; `python3 tests --trust` tries all of it and prints
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import functools
@@ -17,16 +18,18 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import fault_writers as writers
 import pytest
 from conftest import Claim
-from fake_upstream import FakeUpstream, account_file
-from harness import ROOT, home_variables
+from fake_upstream import FakeUpstream, account_file, make_token
+from harness import MODEL, ROOT, Gateway, home_variables
 
 import azt
 
@@ -277,9 +280,10 @@ def test_no_damage_to_a_state_file_is_taken_for_an_empty_one(
 class Renewer:
     """The process of renewer.py, and what it said in one run."""
 
-    def __init__(self, home: Path, upstream: FakeUpstream) -> None:
+    def __init__(self, home: Path, upstream: FakeUpstream, codex: Path | None = None) -> None:
         self.environment = {**upstream.environment(), **home_variables(home)}
-        self.paths = azt.Paths(home / ".ai-zero-token", home / ".codex")
+        self.paths = azt.Paths(home / ".ai-zero-token", codex or home / ".codex")
+        self.environment["CODEX_HOME"] = str(self.paths.codex_auth.parent)
         azt.prepare_home(self.paths)
         self._process = subprocess.Popen(
             [sys.executable, str(ROOT / "tests" / "renewer.py")],
@@ -295,15 +299,15 @@ class Renewer:
         self._process.wait(20)
         self._process.stdout.close()
 
-    def sign_in(self) -> None:
+    def sign_in(self, entry: Json | None = None) -> None:
         store = azt.AccountStore()
-        store.add(*azt.to_accounts([account_file()], time.time()))
+        store.add(*azt.to_accounts([entry or account_file()], time.time()))
         azt.write_json(self.paths.accounts, store.to_json())
 
-    def run(self, times: int, after: tuple[int, float] | None = None) -> list[Json]:
+    def run(self, times: int, after: tuple[int, float] | None = None, **how: object) -> list[Json]:
         """The lines of one child, killed after so many of them and so many seconds."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        order = {"environment": self.environment, "times": times}
+        order = {"environment": self.environment, "times": times, **how}
         print(json.dumps(order), file=self._process.stdin, flush=True)
         lines: list[Json] = [json.loads(self._process.stdout.readline())]
         if after is not None:
@@ -372,3 +376,80 @@ def test_a_renewed_token_outlives_a_kill_at_a_random_moment(
     tries.note(f"kills: {kills}; lost before the answer was read: {on_the_way}")
     tries.note(f"lost in the window from the answer to the disk: {in_window}")
     tries.note(f"that window: median {half:.1f} ms, 99 % below {most:.1f} ms")
+
+
+# -- Many at once ---------------------------------------------------------------------------------
+
+ASKED = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}).encode()
+
+
+async def ask(port: int) -> bool:
+    """One chat request on a connection of its own: was it answered?"""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
+    head += f"Content-Length: {len(ASKED)}\r\nConnection: close\r\n\r\n"
+    writer.write(head.encode() + ASKED)
+    answer = await reader.read()
+    writer.close()
+    await writer.wait_closed()
+    return answer.startswith(b"HTTP/1.1 200 ") and b"You said: hi" in answer
+
+
+def test_two_hundred_requests_on_an_expired_token_renew_it_once(
+    new_gateway: Callable[..., Gateway], upstream: FakeUpstream, claim: NewClaim, many: Many
+) -> None:
+    rounds = claim(11, "200 parallel requests on an expired token: exactly one renewal")
+    gateway = new_gateway(accounts=[account_file(exp=1.0)])
+    port = int(gateway.url.rpartition(":")[2])
+
+    async def all_at_once() -> list[bool]:
+        return await asyncio.gather(*(ask(port) for _ in range(200)))
+
+    for number in range(many(2, 100)):
+        if number:
+            body = json.dumps({"payload": account_file(exp=1.0)}).encode()
+            headers = {**gateway.proof(), "Content-Type": "application/json"}
+            path = f"{gateway.url}/_gateway/admin/accounts/import"
+            request = urllib.request.Request(path, body, headers)
+            urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request).close()
+        before = len(upstream.rotations)
+        answered = asyncio.run(all_at_once())
+        rounds.check(all(answered) and len(upstream.rotations) == before + 1, answered)
+
+
+def test_two_gateways_that_share_a_sign_in_with_codex_renew_it_once(
+    home: Path, upstream: FakeUpstream, claim: NewClaim, many: Many
+) -> None:
+    rounds = claim(11, "two processes, one sign-in: exactly one renewal")
+    codex = home / "shared-codex"
+    codex.mkdir()
+    pair = [Renewer(home / word, upstream, codex) for word in ("one", "other")]
+    with ThreadPoolExecutor(2) as threads:
+        for number in range(many(5, 100)):
+            entry = account_file(exp=1.0)
+            # The claims tell the second: whoever renews in it must not look older than it was.
+            entry["access_token"] = make_token(exp=1.0, iat=number)
+            (codex / "auth.json").write_text(json.dumps({"tokens": entry}))
+            for renewer in pair:
+                renewer.sign_in(entry)
+            before = len(upstream.requests)
+            both = list(threads.map(lambda one: one.run(1, at_once=200, shares=True), pair))
+            tokens = {lines[-1]["refresh_token"] for lines in both}
+            rounds.check(len(upstream.requests) == before + 1 and len(tokens) == 1, both)
+    for renewer in pair:
+        renewer.close()
+
+
+def test_commands_without_a_gateway_renew_an_expired_token_once(
+    new_gateway: Callable[..., Gateway], upstream: FakeUpstream, claim: NewClaim, many: Many
+) -> None:
+    rounds = claim(11, "two processes, one sign-in: exactly one renewal")
+    gateway = new_gateway()
+    gateway.stop()
+    with ThreadPoolExecutor(3) as threads:
+        for _ in range(many(1, 10)):
+            gateway.import_account(account_file(exp=1.0))
+            before = len(upstream.rotations)
+            done = list(threads.map(lambda _: gateway.azt("ask", "hi"), range(3)))
+            answered = [one.stdout.strip() for one in done] == ["You said: hi"] * 3
+            rounds.check(answered and len(upstream.rotations) == before + 1, done)
