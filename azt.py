@@ -219,9 +219,12 @@ class UpstreamError(AztError):
     "transient"  overload or a server error: another account may work
     "network"    no connection, or reset before the response head
     "request"    the request itself was refused: no other account helps
+
+    `quota` is what its headers tell of the account's quota (room 8).
     """
 
     fault: Fault = field(default="request", kw_only=True)
+    quota: Json = field(default_factory=dict, kw_only=True)
 
 
 class StateError(AztError):
@@ -1907,12 +1910,128 @@ class Account:
         return self.label or self.id
 
 
+# `x-codex-primary-used-percent`; other limits than the plan's own put their name after the x.
+_LIMIT_HEADER = re.compile(
+    r"x-(.+)-(primary|secondary)-(used-percent|window-minutes|reset-after-seconds|reset-at)"
+)
+
+
+def quota_from_headers(headers: Mapping[str, str], now: float) -> Json:
+    """A reading out of the headers of any answer (codex-upstream.md 5.1); {} without one."""
+    limits: dict[str, Json] = {}
+    for name, value in headers.items():
+        if found := _LIMIT_HEADER.fullmatch(name.lower()):
+            window = limits.setdefault(found[1], {}).setdefault(found[2], {})
+            window[found[3].replace("-", "_")] = value
+    names = {"has_credits": "has-credits", "unlimited": "unlimited", "balance": "balance"}
+    credit = {ours: headers.get(f"x-codex-credits-{name}") for ours, name in names.items()}
+    plan = headers.get("x-codex-plan-type")
+    return _reading("response_headers", limits, credit, plan, now)
+
+
+def quota_from_body(body: Json, now: float) -> Json:
+    """A reading out of a `codex.rate_limits` event or an answer of `wham/usage` (4.11, 5.4)."""
+    is_event = "rate_limits" in body
+    name = body.get("metered_limit_name") or body.get("limit_name") or "codex"
+    limits = {str(name): body.get("rate_limits") or body.get("rate_limit")}
+    limits["code_review"] = body.get("code_review_rate_limits") or body.get(
+        "code_review_rate_limit"
+    )
+    more = body.get("additional_rate_limits")
+    if isinstance(more, list):
+        more = {
+            str(one.get("metered_feature") or one.get("limit_name")): one.get("rate_limit")
+            for one in map(_as_object, more)
+        }
+    source = "rate_limit_event" if is_event else "usage_endpoint"
+    credit = _as_object(body.get("credits"))
+    return _reading(source, limits | _as_object(more), credit, body.get("plan_type"), now)
+
+
+def _reading(source: str, limits: Mapping[str, Any], credit: Json, plan: Any, now: float) -> Json:
+    """What is known of the quota, as it is kept with the account.
+
+    out     {"source", "captured_at", "plan", "windows": [window], "extra": [window], "credits",
+            "left", "until"}; a window is {"key", "minutes", "used", "resets_at"}, unix seconds.
+            `left` (percent of the tightest window) holds until `until`, the first reset
+    """
+    kept: dict[bool, list[Json]] = {True: [], False: []}
+    for name, limit in limits.items():
+        for key in ("primary", "secondary"):
+            raw = _as_object(limit).get(key) or _as_object(limit).get(f"{key}_window")
+            window = _window(key if name == "codex" else name, _as_object(raw), now)
+            if window:
+                kept[name == "codex"].append(window)
+    yes = {name: str(credit.get(name)).lower() for name in ("has_credits", "unlimited")}
+    reading: Json = {"windows": kept[True], "extra": kept[False]}
+    if all(one in ("true", "false", "1", "0") for one in yes.values()):
+        balance = str(credit["balance"]) if credit.get("balance") else None
+        has, unlimited = (one in ("true", "1") for one in yes.values())
+        reading["credits"] = {"has": has, "unlimited": unlimited, "balance": balance}
+    reading = {name: value for name, value in reading.items() if value}
+    if isinstance(plan, str) and plan:
+        reading["plan"] = _shown(plan, 64)
+    return reading and {**reading, "source": source, "captured_at": int(now)}
+
+
+def _window(key: str, raw: Json, now: float) -> Json | None:
+    """One window, out of numbers or of their texts; None for one that says nothing."""
+    names = ("used_percent", "window_minutes", "limit_window_seconds", "reset_at")
+    used, minutes, seconds, resets_at = (_quantity(raw.get(name)) for name in names)
+    after = _quantity(raw.get("reset_after_seconds"))
+    minutes = minutes or math.ceil((seconds or 0) / 60)
+    if used is None or not (used or minutes or resets_at or after):
+        return None
+    # The wait stands a clock that is wrong, the time does not; no window outlasts its length.
+    latest = now + (minutes or 300) * 60
+    resets_at = min(now + after if after else resets_at or latest, latest)
+    used = min(used, 100.0)
+    return {"key": key[:64], "minutes": int(minutes), "used": used, "resets_at": int(resets_at)}
+
+
+def _quantity(value: Any) -> float | None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if 0 <= number < 1e11 and value is not True else None
+
+
+def learn_quota(account: Account, reading: Json) -> None:
+    """Keep a reading; what it does not speak of stays as it was."""
+    quota = account.quota = {**account.quota, **reading}
+    account.plan = quota.get("plan", account.plan)
+    resets = [one["resets_at"] for one in quota.get("windows", ()) if one["resets_at"]]
+    quota["until"] = min(resets, default=0)
+    quota["left"] = percent_left(quota, quota["captured_at"])
+
+
 def percent_left(quota: Json, now: float) -> float:
     """What is left in the tightest window, 0 to 100; -1 when nothing is known. A window whose reset
     time has passed counts as full again."""
     windows = quota.get("windows", ())
     used = [one["used"] for one in windows if not 0 < one["resets_at"] <= now]
+    if quota.get("credits", {}).get("unlimited"):
+        return 100.0
     return 100.0 - max(used, default=0.0) if windows else -1.0
+
+
+def pace(window: Json, now: float) -> Json:
+    """Will a window last? (console.md 6.3) {"timeLeftPercent", "verdict", "emptyAt"}, in ms."""
+    whole, to_go = window["minutes"] * 60.0, window["resets_at"] - now
+    used = 0.0 if 0 < window["resets_at"] <= now else window["used"]
+    if not whole or to_go <= 0:
+        verdict = "empty" if used >= 100 else "unknown"
+        return {"timeLeftPercent": None, "verdict": verdict, "emptyAt": None}
+    elapsed, empty_at = max(whole - to_go, 0.0), None
+    if elapsed >= 0.05 * whole and used >= 5:
+        empty_at = now + (100 - used) / used * elapsed
+    is_fast = empty_at is not None and empty_at < window["resets_at"] - 0.05 * whole
+    return {
+        "timeLeftPercent": round(min(to_go / whole, 1.0) * 100),
+        "verdict": "empty" if used >= 100 else "fast" if is_fast else "ok",
+        "emptyAt": int(empty_at * 1000) if empty_at is not None else None,
+    }
 
 
 def account_id_of(account_id: str, user_id: str) -> str:
@@ -1982,6 +2101,8 @@ class AccountStore:
                 for name, kind in Account.__annotations__.items():
                     if type(getattr(account, name)).__name__ != kind.replace("Json", "dict"):
                         raise TypeError(f"{name} is no {kind}")
+                if account.quota:
+                    learn_quota(account, {})
                 store.accounts[account.id] = account
             store.active_id = saved["active_id"] if saved["active_id"] in store.accounts else None
         except (KeyError, TypeError, AttributeError) as error:
@@ -2294,7 +2415,7 @@ def upstream_error(
     inner = _error_object(body)
     if 200 <= status < 400:
         message = f"The upstream answered {status} without an event stream."
-        return UpstreamError(502, "upstream_error", message, fault="transient")
+        return UpstreamError(502, "upstream_error", message)
     if status == 403 and not any(inner.values()):
         reason = "a browser check" if "cf-mitigated" in headers else "an HTML page"
         message = (
@@ -2302,7 +2423,13 @@ def upstream_error(
             "region, not about your account: try another network or set a proxy."
         )
         return UpstreamError(403, "upstream_forbidden", message)
-    return _classify(status, inner, _retry_after(headers.get("retry-after"), now), now)
+    quota = quota_from_headers(headers, now)
+    full = [one["resets_at"] for one in quota.get("windows", ()) if one["used"] >= 100]
+    if status == 429 and full and "resets_in_seconds" not in inner:
+        inner = {"resets_at": max(full), **inner}
+    error = _classify(status, inner, _retry_after(headers.get("retry-after"), now), now)
+    error.quota = quota
+    return error
 
 
 def event_error(event: Json, now: float) -> UpstreamError:
@@ -2312,7 +2439,9 @@ def event_error(event: Json, now: float) -> UpstreamError:
     if not isinstance(inner, dict):
         inner = {name: event.get(name) for name in ("code", "message", "param")}
     status = event.get("status", event.get("status_code"))
-    return _classify(status if isinstance(status, int) else 0, inner, None, now)
+    error = _classify(status if isinstance(status, int) else 0, inner, None, now)
+    error.quota = quota_from_headers(_as_object(event.get("headers")), now)
+    return error
 
 
 def _error_object(body: bytes) -> Json:
@@ -2424,6 +2553,7 @@ class Translator(Protocol):
     stopped  the rest is not wanted (a stop string was hit): the upstream call can be ended
     failure  why the answer failed, once it did
     usage    the `usage` of the terminal event as upstream sent it, when it did
+    limits   the newest `codex.rate_limits` event
     feed     the data of one upstream event -> bytes for a streaming client
     absorb   the same for a client that waits for the whole answer, `result`: keeps it, returns b""
     fail     the stream broke: the bytes that tell a streaming client so
@@ -2433,6 +2563,7 @@ class Translator(Protocol):
     stopped: bool
     failure: AztError | None
     usage: Json | None
+    limits: Json | None
 
     def feed(self, data: bytes) -> bytes: ...
     def absorb(self, data: bytes) -> bytes: ...
@@ -2596,6 +2727,26 @@ def fetch_models(
         message = "The upstream's model list has an unknown shape."
         raise UpstreamError(502, "upstream_error", message)
     return usable_models(models), answer.headers.get("etag", "")
+
+
+@blocking
+def fetch_quota(
+    pool: ConnectionPool, chatgpt_base_url: str, credentials: Credentials, wire: Wire
+) -> Json:
+    """What is left of one account's quota, read without a model call: a reading of room 8.
+
+    raises  UpstreamError
+    """
+    headers = credentials.headers("application/json")
+    call = Call("GET", f"{chatgpt_base_url}/wham/usage", headers, head_timeout_s=30.0)
+    answer = open_response(pool, call, wire)
+    body, now = parse_event(answer.body) or {}, time.time()
+    if answer.status != 200:
+        raise upstream_error(answer.status, answer.headers, answer.body, now)
+    reading = quota_from_body(body, now)
+    if not reading:
+        raise UpstreamError(502, "upstream_error", "The upstream's quota has an unknown shape.")
+    return reading | {"allowed": _as_object(body.get("rate_limit")).get("allowed") is not False}
 
 
 # Events that come before anything was generated, and those whose type begins with "codex." or
@@ -4011,6 +4162,7 @@ class _EventStream:
         self.stopped = False
         self.failure: AztError | None = None
         self.usage: Json | None = None
+        self.limits: Json | None = None
         self._request: ChatRequest | ResponsesRequest = request
         self._now = now
         self._fast = fast
@@ -4164,6 +4316,9 @@ class _EventStream:
         self._conclude(status)
         self.done = True
 
+    def _limits(self, event: Json) -> None:
+        self.limits = event
+
     def _failed(self, event: Json, error: AztError | None = None) -> None:
         self.failure = error or event_error(event, self._now)
         self._conclude("failed")
@@ -4171,6 +4326,7 @@ class _EventStream:
 
     _handlers: Mapping[str, Callable[[Any, Json], None]] = {
         **dict.fromkeys(("error", "response.failed"), _failed),
+        "codex.rate_limits": _limits,
         **dict.fromkeys(("response.completed", "response.incomplete"), _end),
         **dict.fromkeys(_LIFECYCLE, _remember),
         **dict.fromkeys(("response.output_item.added", "response.output_item.done"), _item_event),
@@ -5093,29 +5249,31 @@ def pick_account(
     for account in asked:
         if not hindrance(account, now, rules)[0]:
             return account
-    best, best_score, best_priority = None, -math.inf, 0
+    best, best_score = None, -math.inf
     out, order, before = rules.excluded.union(tried), rules.order, rules.before_percent
     for account in accounts.values():
         if account.rejected or account.id in out:
             continue
-        score, left, quota = 0.0, -1.0, account.quota
-        if account.cooldown_until > now:
-            if account.cooldown_reason in _RESTS_HARD:
-                continue
-            score = -1e12
+        quota, left, score = account.quota, -1.0, 0.0
         if quota:
             left = quota["left"] if now < quota["until"] else percent_left(quota, now)
             if 0 <= left <= before:
-                score -= 1e13
+                score = -1e13
+        if account.cooldown_until > now:
+            if account.cooldown_reason in _RESTS_HARD:
+                continue
+            score -= 1e12
         if order == "most_left":
             score += left  # the unknown come after those that are known to have something left
-        elif order == "soonest_reset":
+        elif order == "priority":
+            score -= account.priority or 1e6
+        else:
             score -= quota["until"] if left >= 0 and quota["until"] > now else 1e11
-        priority = account.priority or 1_000_000
-        if order == "priority":
-            score -= priority
-        if score > best_score or (score == best_score and priority < best_priority):
-            best, best_score, best_priority = account, score, priority
+        # Of two alike the one that the person put first.
+        if score > best_score or (
+            best and score == best_score and 0 < account.priority < (best.priority or 1e6)
+        ):
+            best, best_score = account, score
     # Where all are hindered in the same way, a change would help nobody.
     reason = best and hindrance(best, now, rules)[0]
     return next((one for one in asked if hindrance(one, now, rules)[0] == reason), best)
@@ -5123,7 +5281,8 @@ def pick_account(
 
 def nobody_serves(accounts: Sequence[Account], now: float, rules: Rules) -> AztError:
     """Why none of these accounts can serve, and what the person can do."""
-    resting = [a for a in accounts if a.cooldown_until > now and a.cooldown_reason in _RESTS_HARD]
+    able = [one for one in accounts if not one.rejected and one.id not in rules.excluded]
+    resting = (a for a in able if a.cooldown_until > now and a.cooldown_reason in _RESTS_HARD)
     first = min(resting, key=lambda account: account.cooldown_until, default=None)
     if first is not None:
         is_short = first.cooldown_reason == "rate_limited"
@@ -5578,6 +5737,8 @@ class Rotation:
         """Let the account rest as long as its failure says."""
         now, account = time.time(), self._store.accounts.get(account.id, account)
         fault = error.fault if isinstance(error, UpstreamError) else ""
+        if isinstance(error, UpstreamError) and error.quota:
+            learn_quota(account, error.quota)
         if error.status == 429:
             is_empty = error.code == "usage_limit_reached"
             reason, until = (
@@ -5594,6 +5755,18 @@ class Rotation:
         if not rests or until > account.cooldown_until:
             account.cooldown_reason, account.cooldown_until = reason, until
             self.changed()
+
+    def learn(
+        self, account: Account, headers: Mapping[str, str], event: Json | None = None
+    ) -> None:
+        """Keep what an answer says of the quota: its headers, or a later `codex.rate_limits`."""
+        account, now = self._store.accounts.get(account.id, account), time.time()
+        if account.quota.get("captured_at") == int(now):
+            return  # many short answers in a second say the same
+        for reading in (quota_from_headers(headers, now), quota_from_body(event or {}, now)):
+            if reading:
+                learn_quota(account, reading)
+                self.changed()
 
     def _praise(self, keys: tuple[str, ...], account: Account, home: str) -> None:
         """It served. The conversation stays with it, unless it only stood in for a short while."""
@@ -5618,7 +5791,11 @@ class Rotation:
             translator.fail(error)  # puts the client's own field name into `param`
             raise
         relay = Relay(self._pool, answer, translator, turn.streaming)
-        await relay.ready(hold_s)
+        try:
+            await relay.ready(hold_s)
+        except AztError:
+            self.learn(account, answer.headers)
+            raise
         return relay
 
 
@@ -5687,6 +5864,47 @@ class RequestRecord:
 # ==================================================================================================
 
 
+SAVE_LATER_S, MINUTE_S, JOB_KEPT_S = 5.0, 60.0, 600.0
+
+
+@dataclass(slots=True)
+class Job:
+    """Long work for many things, with its progress."""
+
+    id: str
+    kind: str
+    total: int
+    started_at: float
+    state: Literal["running", "done", "cancelled", "failed"] = "running"
+    done: int = 0
+    failures: list[Json] = field(default_factory=list)
+    ended_at: float = 0.0
+    task: asyncio.Task[None] | None = None
+
+    async def run(
+        self, ids: Iterable[str], work: Callable[[str], Awaitable[Any]], at_once: int
+    ) -> None:
+        waiting = iter(ids)
+
+        async def worker() -> None:
+            for one in waiting:
+                try:
+                    await work(one)
+                except AztError as error:
+                    self.failures.append({"id": one, "code": error.code, "message": error.message})
+                self.done += 1
+
+        self.state = "cancelled"  # unless it gets further
+        try:
+            await asyncio.gather(*(worker() for _ in range(at_once)))
+            self.state = "done"
+        except Exception:  # a mistake in the work must show in the job
+            log.exception("job %s failed", self.kind)
+            self.state = "failed"
+        finally:
+            self.ended_at = time.time()
+
+
 class Gateway:
     """State, pools and what saves them. Made by room 18, handed to every handler."""
 
@@ -5709,11 +5927,13 @@ class Gateway:
         use = (self.store, self.pool, self.calls, environment)
         # In turn: a change by a person that is taken back must not take new tokens with it.
         self.renewals = Renewals(*use, functools.partial(self._in_turn, self.save_accounts))
-        self.rotation = Rotation(*use, self.renewals)
+        self.rotation = Rotation(*use, self.renewals, self.save_soon)
         self.started_at = time.time()
         self.listening: list[tuple[str, int]] = []
         self.damaged: list[str] = []  # state files that were kept for the person to look at
+        self.jobs: dict[str, Job] = {}
         self._changing = asyncio.Lock()
+        self._saving: asyncio.TimerHandle | asyncio.Future[None] | None = None
 
     @property
     def default_model(self) -> str:
@@ -5769,6 +5989,68 @@ class Gateway:
     async def save_accounts(self) -> None:
         """On disk before anyone goes on. A failure is loud; memory keeps the newer state."""
         await in_thread(self.files, write_json, self.paths.accounts, self.store.to_json())
+
+    def save_soon(self) -> None:
+        """Save what changes with every request (quota, rests), once for all of SAVE_LATER_S."""
+
+        def save() -> None:
+            self._saving = asyncio.ensure_future(self.save_now())
+
+        if self._saving is None:
+            self._saving = asyncio.get_running_loop().call_later(SAVE_LATER_S, save)
+
+    async def save_now(self) -> None:
+        """What `save_soon` has put off."""
+        if self._saving is not None:
+            self._saving = None
+            await self.renewals.keep()
+
+    async def refresh_quota(self, name: str, by_person: bool = True) -> Account:
+        """Ask the backend what is left. A person's wish also ends a rest that this proves wrong;
+        a timer's does not, for the backend promises more than it keeps (asks.md 1.7)."""
+        account = await self.renewals.fresh_account(self.store.find(name))
+        credentials = Credentials(account.access_token, account.account_id)
+        call = (self.pool, self.environment.chatgpt_base_url, credentials, Wire())
+        reading = await in_thread(self.short, fetch_quota, *call)
+        account = self.store.accounts.get(account.id, account)
+        learn_quota(account, reading)
+        if by_person and reading["allowed"] and account.cooldown_reason == "quota_exhausted":
+            account.cooldown_until = 0
+        self.save_soon()
+        return account
+
+    def refresh_quotas(self, accounts: Iterable[Account], by_person: bool = True) -> Job:
+        work = functools.partial(self.refresh_quota, by_person=by_person)
+        at_once = self.settings.number("quota.concurrency")
+        return self.start_job("refresh_quotas", [one.id for one in accounts], work, at_once)
+
+    async def watch_quotas(self) -> None:
+        """Read all quotas as often as the setting says; by default never."""
+        waited = 0.0  # minutes
+        while True:
+            waited += (step := random.uniform(0.5, 1))
+            await asyncio.sleep(step * MINUTE_S)
+            if 0 < self.settings.number("quota.everyMinutes") <= waited:
+                waited = 0.0
+                with contextlib.suppress(AztError):  # a person has just asked for the same
+                    good = [one for one in self.store.accounts.values() if not one.rejected]
+                    self.refresh_quotas(good, by_person=False)
+
+    def start_job(
+        self, kind: str, ids: Sequence[str], work: Callable[[str], Awaitable[Any]], at_once: int
+    ) -> Job:
+        """Do `work` for each id, some at once. Raises AztError 409 while one of the kind runs."""
+        now = time.time()
+        for job in list(self.jobs.values()):
+            if job.kind == kind and not job.ended_at:
+                text = f"This is being done already: job {job.id}."
+                raise AztError(409, "already_running", text, extra={"params": {"jobId": job.id}})
+            if 0 < job.ended_at < now - JOB_KEPT_S:
+                del self.jobs[job.id]
+        job = Job(f"job_{secrets.token_hex(4)}", kind, len(ids), now)
+        job.task = asyncio.create_task(job.run(ids, work, at_once))
+        self.jobs[job.id] = job
+        return job
 
     async def _in_turn(self, change: Callable[[], Awaitable[T]]) -> T:
         """One change by a person at a time, and to its end though the client leaves: what is in
@@ -7028,8 +7310,11 @@ def _note_turn(record: RequestRecord, turn: Turn) -> None:
     record.attempts, record.account = turn.attempts, turn.account.name if turn.account else "-"
 
 
-def _note_end(record: RequestRecord, relay: Relay) -> None:
+def _note_end(gw: Gateway, request: Request, turn: Turn, relay: Relay) -> None:
+    record = request.record
     record.usage = relay.translator.usage
+    if turn.account is not None:
+        gw.rotation.learn(turn.account, relay.answer.headers, relay.translator.limits)
     if relay.first_output_s is not None:
         record.ttft_ms = round((relay.first_output_s - record.complete_s) * 1000)
     if failure := relay.translator.failure:
@@ -7052,6 +7337,9 @@ async def _translated(gw: Gateway, request: Request, translate: Callable[..., T]
     if request.record.request_bytes > MIB:
         return await in_thread(gw.short, translate, *arguments)
     return translate(*arguments)
+
+
+LOW_PERCENT, QUEUE_SHOWN = 20, 5
 
 
 async def _run_turn(
@@ -7077,7 +7365,7 @@ async def _run_turn(
         body = encode_json(upstream)
 
     def note_end(relay: Relay) -> None:
-        _note_end(record, relay)
+        _note_end(gw, request, turn, relay)
         keep(relay.translator)
 
     note_turn = functools.partial(_note_turn, record)
@@ -7209,7 +7497,7 @@ async def codex_call(gw: Gateway, request: Request) -> Reply:
         if state := scanner.turn_state:
             gw.rotation.sticky.bind((state, f"turn {state}"), owner.id)
         record.model = scanner.model or record.model
-        _note_end(record, relay)
+        _note_end(gw, request, turn, relay)
 
     if answer.is_stream:
         relay.on_end = note_end
@@ -7292,16 +7580,116 @@ def _ms(seconds: float) -> int | None:
     return int(seconds * 1000) if seconds else None
 
 
+_AUTH = {"login_rejected": "rejected", "auth_error": "error", "expired": "expired"}
+# Why an account is passed over -> its status. The reasons that are missing here are of the upstream.
+_STATUS = {
+    "account_unusable": "auth_error",
+    "excluded": "excluded",
+    "login_rejected": "login_rejected",
+    "quota_empty": "empty",
+    "quota_exhausted": "empty",
+    "rate_limited": "empty",
+    "upstream_forbidden": "auth_error",
+    "usage_not_included": "auth_error",
+}
+
+
+def _account_status(gw: Gateway, account: Account, now: float) -> tuple[str, Json]:
+    """The most severe of the states of an account, with what is to be said of it."""
+    reason, until = hindrance(account, now, gw.rotation.rules)
+    status = _STATUS.get(reason, "")
+    if status != "login_rejected" and 0 < account.expires_at < now:
+        return "expired", {}
+    if not status:
+        left = percent_left(account.quota, now)
+        status = "unknown" if left < 0 else "low" if left <= LOW_PERCENT else "ready"
+        return status, {}
+    params = {"reason": account.rejected or reason, "until": _ms(until)}
+    return status, {name: value for name, value in params.items() if value}
+
+
+def _quota_view(quota: Json, now: float) -> Json:
+    def view(window: Json) -> Json:
+        over = 0 < window["resets_at"] <= now
+        used = 0 if over else round(window["used"])
+        shown = {"usedPercent": used, "remainingPercent": 100 - used, "pace": pace(window, now)}
+        times = {"minutes": window["minutes"], "resetsAt": _ms(0 if over else window["resets_at"])}
+        return {"key": window["key"], **times, **shown}
+
+    return {
+        "capturedAt": _ms(quota["captured_at"]),
+        "source": quota["source"],
+        "windows": list(map(view, quota.get("windows", ()))),
+        "extra": list(map(view, quota.get("extra", ()))),
+        "credits": quota.get("credits"),
+    }
+
+
+def _routing_view(gw: Gateway) -> Json:
+    """Who serves, who is next, who is passed over and why."""
+    now, rules, store = time.time(), gw.rotation.rules, gw.store
+    queue: list[str] = []
+    ready = replace(rules, enabled=True)
+    while len(queue) < QUEUE_SHOWN:
+        account = pick_account(store.accounts, now, ready, (), [store.active_id or "", *queue])
+        if account is None:
+            break
+        queue.append(account.id)
+    skipped = [
+        {"id": one.id, "reason": reason, "until": _ms(until)}
+        for one in store.accounts.values()
+        for reason, until in [hindrance(one, now, rules)]
+        if reason not in ("", "quota_low")
+    ]
+    return {
+        "autoSwitch": rules.enabled,
+        "order": rules.order,
+        "activeId": store.active_id,
+        "queue": [{"id": one, "reason": rules.order} for one in queue],
+        "skipped": skipped,
+        "switches": [
+            {"at": _ms(one.at), "from": one.from_id, "to": one.to_id}
+            | {"reason": one.reason, "until": _ms(one.until)}
+            for one in gw.rotation.switches
+        ],
+    }
+
+
+def _job_view(job: Job) -> Json:
+    spent_s = (job.ended_at or time.time()) - job.started_at
+    left_s = spent_s / job.done * (job.total - job.done) if job.done else None
+    return {
+        **{"id": job.id, "kind": job.kind, "state": "running" if not job.ended_at else job.state},
+        **{"done": job.done, "total": job.total, "failed": len(job.failures)},
+        **{"startedAt": _ms(job.started_at), "etaMs": None if left_s is None else _ms(left_s)},
+        **{"cancellable": not job.ended_at, "failures": job.failures, "result": None},
+    }
+
+
+def _job(gw: Gateway, request: Request) -> Job:
+    job = gw.jobs.get(request.params["id"])
+    if job is None:
+        raise AztError(404, "job_not_found", "There is no such job, or it ended some time ago.")
+    return job
+
+
 def _account_view(gw: Gateway, account: Account) -> Json:
-    is_over = 0 < account.expires_at < time.time()
+    now = time.time()
+    status, params = _account_status(gw, account, now)
+    reason, until = hindrance(account, now, replace(gw.rotation.rules, before_percent=0))
     return {
         "id": account.id,
         "email": account.email,
         "accountId": account.account_id,
         "label": account.label or None,
         "plan": account.plan,
-        "status": "login_rejected" if account.rejected else "expired" if is_over else "ready",
-        "statusParams": {"reason": account.rejected} if account.rejected else {},
+        "status": status,
+        "statusParams": params,
+        "excluded": "excluded" in (status, reason),
+        "excludedUntil": _ms(until) if reason == "excluded" else None,
+        "lastUsedAt": _ms(account.last_used_at),
+        "auth": {"state": _AUTH.get(status, "ok"), "code": account.rejected or None},
+        "quota": _quota_view(account.quota, now) if account.quota else None,
         "active": gw.store.active_id == account.id,
         "createdAt": _ms(account.created_at),
         "tokenExpiresAt": _ms(account.expires_at),
@@ -7327,15 +7715,61 @@ async def admin_post_import(gw: Gateway, request: Request) -> Reply:
     return _private_reply({"summary": summary, "items": items})
 
 
+async def _exclude(gw: Gateway, account: Account, changes: Json) -> None:
+    """Take `excluded` and `excludedUntil` (ms) out of a change of an account and obey them."""
+    excluded, until = changes.pop("excluded", None), changes.pop("excludedUntil", None)
+    if excluded not in (None, True, False) or not isinstance(until, int | None):
+        text = "'excluded' is true or false, 'excludedUntil' a time in milliseconds."
+        raise BadRequest(text, "excluded", "bad_field")
+    if until or (excluded is not None and account.cooldown_reason == "excluded"):
+        account.cooldown_until, account.cooldown_reason = (until or 0) // 1000, "excluded"
+        gw.save_soon()
+    if excluded is not None:
+        ids = gw.settings.words("autoSwitch.excludedIds") - {account.id}
+        ids |= {account.id} if excluded and not until else set()
+        await gw.change_settings({"autoSwitch.excludedIds": sorted(ids)})
+
+
+async def admin_patch_account(gw: Gateway, request: Request) -> Reply:
+    changes = await read_object(gw, request)
+    account = gw.store.find(request.params["id"])
+    await _exclude(gw, account, changes)
+    return _private_reply(_account_view(gw, account))
+
+
 async def admin_post_activate(gw: Gateway, request: Request) -> Reply:
     def activate(store: AccountStore) -> tuple[str | None, Account]:
         previous, account = store.active_id, store.find(request.params["id"])
         store.active_id = account.id
+        gw.rotation.sticky.clear()  # the person's choice is for running conversations too
         return previous, account
 
     previous, account = await gw.change_accounts(activate)
     view = _account_view(gw, account)
     return _private_reply({"activeId": account.id, "previousId": previous, "account": view})
+
+
+async def admin_post_refresh_quota(gw: Gateway, request: Request) -> Reply:
+    return _private_reply(_account_view(gw, await gw.refresh_quota(request.params["id"])))
+
+
+async def admin_post_refresh_quotas(gw: Gateway, request: Request) -> Reply:
+    names = (await read_object(gw, request)).get("ids")
+    if names is not None and not (isinstance(names, list) and all(names)):
+        raise BadRequest("Name the accounts, or leave 'ids' out for all.", "ids", "bad_field")
+    everyone = gw.store.accounts.values()
+    chosen = everyone if names is None else [gw.store.find(str(name)) for name in names]
+    return _private_reply({"job": _job_view(gw.refresh_quotas(chosen))}, 202)
+
+
+admin_get_job = _view(lambda gw, request: _job_view(_job(gw, request)))
+
+
+async def admin_delete_job(gw: Gateway, request: Request) -> Reply:
+    job = _job(gw, request)
+    if job.task is not None:
+        job.task.cancel()
+    return _private_reply(_job_view(job), 202)
 
 
 async def admin_post_remove(gw: Gateway, request: Request) -> Reply:
@@ -7433,7 +7867,8 @@ def admin_get_state(gw: Gateway, request: Request) -> Json:
         "now": _ms(time.time()),
         "gateway": gateway,
         "defaultModel": gw.default_model,
-        "routing": {"autoSwitch": False, "activeId": gw.store.active_id},
+        "routing": _routing_view(gw),
+        "jobs": [_job_view(job) for job in gw.jobs.values()],
         "accounts": [_account_view(gw, account) for account in gw.store.accounts.values()],
         "models": {**models, "source": catalogue.source},
         "notices": gw.notices,
@@ -7513,6 +7948,7 @@ ROUTES: list[Route] = sorted(
     [
         Route("DELETE", "/v1/responses/{id}", delete_response, "api"),
         Route("DELETE", f"{ADMIN}/keys/{{id}}", admin_delete_key, "admin_proof"),
+        Route("DELETE", f"{ADMIN}/jobs/{{id}}", admin_delete_job, "admin_write"),
         Route("GET", "/", get_page, "page"),
         Route("GET", "/_gateway/health", get_health, "health"),
         Route("GET", "/health", get_health, "health"),
@@ -7523,18 +7959,27 @@ ROUTES: list[Route] = sorted(
         Route("GET", "/v1/responses/{id}", get_response, "api"),
         Route("GET", "/v1/responses/{id}/input_items", get_response_input_items, "api"),
         Route("GET", f"{ADMIN}/accounts", admin_get_accounts, "admin_read"),
+        Route("GET", f"{ADMIN}/jobs/{{id}}", admin_get_job, "admin_read"),
         Route("GET", f"{ADMIN}/keys", admin_get_keys, "admin_read"),
         Route("GET", f"{ADMIN}/models", admin_get_models, "admin_read"),
         Route("GET", f"{ADMIN}/settings", admin_get_settings, "admin_read"),
         Route("GET", f"{ADMIN}/state", admin_get_state, "admin_read"),
+        Route("PATCH", f"{ADMIN}/accounts/{{id}}", admin_patch_account, "admin_write"),
         Route("PATCH", f"{ADMIN}/settings", admin_patch_settings, "admin_write"),
         Route("POST", "/v1/chat/completions", post_chat_completions, "api"),
         Route("POST", "/v1/responses", post_responses, "api"),
         Route("POST", "/v1/responses/input_tokens", post_input_tokens, "api"),
         Route("POST", "/v1/responses/{id}/cancel", post_response_cancel, "api"),
         Route("POST", f"{ADMIN}/accounts/import", admin_post_import, "admin_write", 32 * MIB),
+        Route("POST", f"{ADMIN}/accounts/refresh-quotas", admin_post_refresh_quotas, "admin_write"),
         Route("POST", f"{ADMIN}/accounts/remove", admin_post_remove, "admin_write"),
         Route("POST", f"{ADMIN}/accounts/{{id}}/activate", admin_post_activate, "admin_write"),
+        Route(
+            "POST",
+            f"{ADMIN}/accounts/{{id}}/refresh-quota",
+            admin_post_refresh_quota,
+            "admin_write",
+        ),
         Route("POST", f"{ADMIN}/keys", admin_post_keys, "admin_proof"),
         Route("POST", f"{ADMIN}/models/refresh", admin_post_refresh, "admin_write"),
         Route("POST", "/codex/v1/responses/compact", codex_call, "codex", 256 * MIB, True),
@@ -7893,6 +8338,7 @@ async def _serving(gw: Gateway, host: str, port: int) -> AsyncIterator[tuple[Htt
         yield server, f"http://{host}:{port}"
     finally:
         gw.listening = []
+        await gw.save_now()
 
 
 async def _serve(gw: Gateway, lock: HomeLock, opens_browser: bool) -> None:
@@ -7916,7 +8362,9 @@ async def _serve(gw: Gateway, lock: HomeLock, opens_browser: bool) -> None:
             log.info("API: %s, %s. Administration: this machine only.", who, key)
         if opens_browser:
             await in_thread(gw.short, webbrowser.open, url)
+        watching = asyncio.create_task(gw.watch_quotas())
         await signals.get()
+        watching.cancel()
         log.info("stopping: %d requests are still running", server.running)
         ends = {asyncio.ensure_future(server.drain(DRAIN_S)), asyncio.ensure_future(signals.get())}
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -8217,12 +8665,29 @@ def _now_serving(result: Json) -> list[str]:
     return [f"{result['account']['email'] or result['activeId']} serves the API now."]
 
 
+def _state_cell(account: Json) -> str:
+    params, status = account["statusParams"], str(account["status"])
+    until = f" until {_when(params['until'])}" if "until" in params else ""
+    return f"{status}{until}" + (f" ({params['reason']})" if status.startswith("login") else "")
+
+
+def _left_cell(account: Json) -> str:
+    """What is left in each window and when it resets: `5 h 62% (14:20), 7 d 21% (Sun 9:15)`."""
+    cells = []
+    for window in (account["quota"] or {}).get("windows", ()):
+        minutes, at = window["minutes"], window["resetsAt"]
+        length = f"{minutes // 1440} d" if minutes >= 1440 else f"{minutes // 60} h"
+        back = time.strftime(" (%a %H:%M)", time.localtime(at / 1000)) if at else ""
+        cells.append(f"{length} {window['remainingPercent']}%{back}")
+    return ", ".join(cells) or "-"
+
+
 _account_lines = _listing(
     "No account yet. `azt accounts import ~/.codex/auth.json` takes over the sign-in of Codex.",
-    ("", "ID", "ACCOUNT", "PLAN", "STATE", "TOKEN UNTIL"),
+    ("", "ID", "ACCOUNT", "PLAN", "STATE", "LEFT (RESETS)"),
     lambda one: (
         *("*" if one["active"] else "", one["id"], one["label"] or one["email"]),
-        *(one["plan"], one["status"], _when(one["tokenExpiresAt"])),
+        *(one["plan"], _state_cell(one), _left_cell(one)),
     ),
 )
 _import_lines = _listing(
@@ -8240,6 +8705,31 @@ _model_lines = _listing(
     ("MODEL", "", "REASONING EFFORTS"),
     lambda one: (one["id"], "default" if one["default"] else "", " ".join(one["efforts"])),
 )
+
+
+def _row(account: Json) -> list[str]:
+    return _account_lines({"items": [account]})
+
+
+def _refresh_quotas(args: argparse.Namespace) -> int:
+    def work(call: _Call) -> tuple[Json, Json]:
+        def ask(method: str, path: str, body: Json | None = None) -> Json:
+            return parse_event(call(method, ADMIN + path, body).body) or {}
+
+        job = ask("POST", "/accounts/refresh-quotas", {"ids": args.account or None})["job"]
+        while job["state"] == "running":
+            time.sleep(0.1)
+            job = ask("GET", f"/jobs/{job['id']}")
+            if not args.json:
+                say(f"\r{job['done']} of {job['total']}", end="", to_stderr=True)
+        if not args.json:
+            say("", to_stderr=True)
+        return job, ask("GET", "/accounts")
+
+    job, accounts = _on_gateway(work)
+    missed = [f"{one['id']}: {one['message']}" for one in job["failures"]]
+    _show(args, {**accounts, "job": job}, [*_account_lines(accounts), *missed])
+    return EXIT_FAILED if missed else EXIT_OK
 
 
 def _models(args: argparse.Namespace) -> int:
@@ -8261,6 +8751,7 @@ _ARGUMENTS: dict[str, Json] = {
     "--port": {"type": int, "help": "port to listen on (default 8787; 0 picks a free one)"},
     "--refresh": {"action": "store_true", "help": "ask the upstream for the current list"},
     "ACCOUNT": {"help": "label, e-mail or the beginning of an id"},
+    "ACCOUNT*": {"nargs": "*", "help": "label, e-mail or the beginning of an id; none: all"},
     "ACCOUNT...": {"nargs": "+", "help": "label, e-mail or the beginning of an id"},
     "FILE...": {"nargs": "+", "help": "JSON such as Codex's auth.json, or a ZIP of such files"},
     "KEY": {"help": "a setting such as defaultModel"},
@@ -8286,6 +8777,15 @@ _COMMANDS: dict[str, tuple[str, _Run]] = {
         "serve the API with this account",
         _admin("POST", "/accounts/{account}/activate", _now_serving),
     ),
+    "accounts exclude ACCOUNT --json": (
+        "never switch to this account",
+        _admin("PATCH", "/accounts/{account}", _row, lambda _: {"excluded": True}),
+    ),
+    "accounts include ACCOUNT --json": (
+        "switch to this account again",
+        _admin("PATCH", "/accounts/{account}", _row, lambda _: {"excluded": False}),
+    ),
+    "accounts refresh ACCOUNT* --json": ("ask what is left of the quota", _refresh_quotas),
     "accounts remove ACCOUNT... --json": (
         "forget accounts",
         _admin(

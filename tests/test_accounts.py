@@ -689,3 +689,219 @@ def broken_stores() -> dict[str, Any]:
 def test_a_store_of_another_shape_is_an_error_and_never_empty(name: str) -> None:
     with pytest.raises(azt.StateError, match=r"accounts\.json"):
         azt.AccountStore.from_json(broken_stores()[name])
+
+
+# -- Quota ----------------------------------------------------------------------------------------
+
+HEADERS = {
+    "x-codex-active-limit": "codex",
+    "x-codex-plan-type": "pro",
+    "x-codex-primary-used-percent": "10.5",
+    "x-codex-primary-window-minutes": "300",
+    "x-codex-primary-reset-after-seconds": "900",
+    "x-codex-primary-reset-at": "1",
+    "x-codex-secondary-used-percent": "40",
+    "x-codex-secondary-window-minutes": "10080",
+    "x-codex-secondary-reset-at": str(int(NOW) + 90_000),
+    "x-codex-primary-over-secondary-limit-percent": "5",
+    "x-codex-credits-has-credits": "True",
+    "x-codex-credits-unlimited": "False",
+    "x-codex-credits-balance": "7.5",
+    "x-codex-bengalfox-primary-used-percent": "99",
+    "x-codex-bengalfox-primary-window-minutes": "60",
+    "x-codex-bengalfox-limit-name": "Spark",
+}
+PRIMARY = {"key": "primary", "minutes": 300, "used": 10.5, "resets_at": int(NOW) + 900}
+SECONDARY = {"key": "secondary", "minutes": 10_080, "used": 40.0, "resets_at": int(NOW) + 90_000}
+SPARK = {"key": "codex-bengalfox", "minutes": 60, "used": 99.0, "resets_at": int(NOW) + 3600}
+EVENT: Json = {
+    "type": "codex.rate_limits",
+    "plan_type": "pro",
+    "rate_limits": {
+        "allowed": True,
+        "primary": {"used_percent": 10.5, "window_minutes": 300, "reset_after_seconds": 900},
+        "secondary": {"used_percent": 40, "window_minutes": 10_080, "reset_at": NOW + 90_000},
+    },
+    "code_review_rate_limits": None,
+    "additional_rate_limits": {
+        "codex-bengalfox": {"primary": {"used_percent": 99, "window_minutes": 60}}
+    },
+    "credits": {"has_credits": True, "unlimited": False, "balance": "7.5"},
+}
+USAGE: Json = {
+    "plan_type": "pro",
+    "rate_limit": {
+        "allowed": True,
+        "primary_window": {
+            "used_percent": 10.5,
+            "limit_window_seconds": 17_950,
+            "reset_after_seconds": 900,
+        },
+        "secondary_window": {
+            "used_percent": 40,
+            "limit_window_seconds": 604_800,
+            "reset_at": NOW + 90_000,
+        },
+    },
+    "code_review_rate_limit": None,
+    "additional_rate_limits": [
+        {
+            "limit_name": "Spark",
+            "metered_feature": "codex-bengalfox",
+            "rate_limit": {"primary_window": {"used_percent": 99, "limit_window_seconds": 3600}},
+        }
+    ],
+    "credits": {"has_credits": True, "unlimited": False, "balance": "7.5"},
+}
+
+
+def test_headers_events_and_the_usage_answer_say_the_same() -> None:
+    readings = {
+        "response_headers": azt.quota_from_headers(HEADERS, NOW),
+        "rate_limit_event": azt.quota_from_body(EVENT, NOW),
+        "usage_endpoint": azt.quota_from_body(USAGE, NOW),
+    }
+    for source, reading in readings.items():
+        assert reading == {
+            "windows": [PRIMARY, SECONDARY],
+            "extra": [SPARK],
+            "credits": {"has": True, "unlimited": False, "balance": "7.5"},
+            "plan": "pro",
+            "source": source,
+            "captured_at": int(NOW),
+        }
+
+
+def test_names_of_headers_may_be_in_any_case() -> None:
+    nested = {name.title(): value for name, value in HEADERS.items()}
+    assert azt.quota_from_headers(nested, NOW)["windows"] == [PRIMARY, SECONDARY]
+
+
+@pytest.mark.parametrize(
+    "window",
+    [
+        {},
+        {"used_percent": ""},
+        {"used_percent": None, "window_minutes": 300},
+        {"used_percent": 0, "window_minutes": 0, "reset_at": 0},
+        {"used_percent": "0", "window_minutes": "", "reset_at": ""},
+        {"used_percent": "nan", "window_minutes": 300},
+        {"used_percent": -1, "window_minutes": 300},
+        {"used_percent": True, "window_minutes": 300},
+        {"used_percent": [5], "window_minutes": 300},
+        "5",
+        None,
+    ],
+)
+def test_a_window_that_says_nothing_is_none(window: Any) -> None:
+    assert azt.quota_from_body({"rate_limits": {"primary": window}}, NOW) == {}
+
+
+@pytest.mark.parametrize(
+    "raw, resets_in_s",
+    [
+        ({"reset_after_seconds": 50, "reset_at": 5}, 50),
+        ({"reset_at": NOW + 50}, 50),
+        ({}, 18_000),
+        ({"reset_at": NOW + 10**9}, 18_000),
+        ({"reset_after_seconds": "1e12"}, 18_000),
+    ],
+)
+def test_no_window_outlasts_its_length(raw: Json, resets_in_s: int) -> None:
+    window = {"used_percent": 250, "window_minutes": 300, **raw}
+    [read] = azt.quota_from_body({"rate_limits": {"primary": window}}, NOW)["windows"]
+    assert (read["used"], read["resets_at"]) == (100, int(NOW) + resets_in_s)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=4,
+)
+FIELDS = (
+    "used_percent window_minutes limit_window_seconds reset_at reset_after_seconds primary "
+    "secondary primary_window rate_limit rate_limits additional_rate_limits credits has_credits "
+    "unlimited balance plan_type metered_limit_name limit_name metered_feature"
+).split()
+BODIES = st.recursive(
+    VALUES,
+    lambda inner: st.dictionaries(st.sampled_from(FIELDS), inner) | st.lists(inner, max_size=2),
+)
+
+
+@given(
+    st.dictionaries(st.sampled_from(FIELDS), BODIES),
+    st.dictionaries(st.sampled_from([*HEADERS]), st.text(max_size=6)),
+)
+@settings(max_examples=50)
+def test_no_reading_can_break_an_account(body: Json, headers: dict[str, str]) -> None:
+    [account] = read(entry())
+    for reading in (azt.quota_from_body(body, NOW), azt.quota_from_headers(headers, NOW)):
+        if reading:
+            azt.learn_quota(account, reading)
+            for window in account.quota.get("windows", []):
+                assert 0 <= window["used"] <= 100 and window["resets_at"] > NOW - 1
+                azt.pace(window, NOW)
+            json.dumps(account.quota, allow_nan=False)
+    store = azt.AccountStore()
+    store.add(account)
+    assert azt.AccountStore.from_json(json.loads(json.dumps(store.to_json()))).active == account
+
+
+def test_a_reading_keeps_what_it_does_not_speak_of() -> None:
+    [account] = read(entry())
+    azt.learn_quota(account, azt.quota_from_body(USAGE, NOW))
+    assert (account.plan, account.quota["left"], account.quota["until"]) == ("pro", 60, NOW + 900)
+    primary = {"x-codex-primary-used-percent": "80", "x-codex-primary-window-minutes": "300"}
+    azt.learn_quota(account, azt.quota_from_headers(primary, NOW + 10))
+    assert (account.quota["left"], account.quota["extra"]) == (20, [SPARK])
+    assert account.quota["credits"]["balance"] == "7.5"
+
+
+def test_a_window_counts_as_full_again_after_its_reset() -> None:
+    [account] = read(entry())
+    assert azt.percent_left(account.quota, NOW) == -1
+    azt.learn_quota(account, azt.quota_from_body(EVENT, NOW))
+    left = [azt.percent_left(account.quota, NOW + later) for later in (0, 899, 90_000, 90_001)]
+    assert left == [60, 60, 100, 100]
+    azt.learn_quota(account, {"windows": [{**PRIMARY, "used": 100.0}], "captured_at": NOW})
+    assert [azt.percent_left(account.quota, NOW + later) for later in (0, 900)] == [0, 100]
+    azt.learn_quota(account, {"credits": {"unlimited": True}, "captured_at": NOW})
+    assert azt.percent_left(account.quota, NOW) == 100
+
+
+@pytest.mark.parametrize("quota", [{"windows": 5}, {"left": 1}, {"windows": [{}]}, {"until": "x"}])
+def test_a_quota_of_another_shape_is_never_taken_for_a_good_one(quota: Json) -> None:
+    store = azt.AccountStore()
+    store.add(read(entry())[0])
+    saved = store.to_json()
+    saved["accounts"][0]["quota"] = quota
+    with pytest.raises(azt.StateError):
+        azt.AccountStore.from_json(saved)
+
+
+@pytest.mark.parametrize(
+    "used, to_go_s, expected",
+    [
+        (38, 11_160, (62, "ok", None)),
+        (0, 9000, (50, "ok", None)),
+        (3, 9000, (50, "ok", None)),
+        (50, 17_900, (99, "ok", None)),
+        (50, 9000, (50, "ok", 9000)),
+        (52, 9000, (50, "ok", 8307)),
+        (60, 9000, (50, "fast", 6000)),
+        (100, 9000, (50, "empty", 0)),
+        (50, 0, (None, "unknown", None)),
+        (100, -5, (None, "unknown", None)),
+    ],
+)
+def test_the_pace_tells_whether_a_window_lasts(
+    used: float, to_go_s: int, expected: tuple[int | None, str, int | None]
+) -> None:
+    window = {"key": "primary", "minutes": 300, "used": used, "resets_at": NOW + to_go_s}
+    time_left, verdict, empty_in_s = expected
+    found = azt.pace(window, NOW)
+    assert (found["timeLeftPercent"], found["verdict"]) == (time_left, verdict)
+    if used != 38:
+        empty_at = None if empty_in_s is None else int((NOW + empty_in_s) * 1000)
+        assert found["emptyAt"] == pytest.approx(empty_at, abs=1000)

@@ -722,10 +722,48 @@ def test_accounts_are_used_and_removed_by_any_of_their_names(place: Gateway) -> 
     left = json.loads(good(place.azt("accounts", "list", "--json")))["items"]
 
     assert "bo@example.com serves the API now." in used
-    assert re.search(rf"^\* +{ids[1]} +Work +plus +ready ", listed, re.MULTILINE)
+    assert re.search(rf"^\* +{ids[1]} +Work +plus +unknown +-$", listed, re.MULTILINE)
     assert "Name the accounts" in empty
     assert removed == "Removed: 1.\n"
     assert [(one["id"], one["active"]) for one in left] == [(ids[0], True)]
+
+
+def test_accounts_are_excluded_and_taken_back(place: Gateway) -> None:
+    has_account(place)
+
+    out = good(place.azt("accounts", "exclude", "ada@example.com"))
+    ids = json.loads(good(place.azt("settings", "get", "autoSwitch.excludedIds")))
+    back = json.loads(good(place.azt("accounts", "include", "ada@example.com", "--json")))
+
+    assert re.search(r"^\* +acc_\w+ +ada@example.com +plus +excluded ", out, re.MULTILINE)
+    assert ids == [back["id"]]
+    assert (back["excluded"], back["status"]) == (False, "unknown")
+
+
+def test_what_is_left_is_asked_for_with_progress(place: Gateway, upstream: FakeUpstream) -> None:
+    has_account(place)
+
+    done = place.azt("accounts", "refresh")
+    listed = good(place.azt("accounts", "list"))
+    again = json.loads(good(place.azt("accounts", "refresh", "ada@example.com", "--json")))
+
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "1 of 1")
+    row = r"^\* +acc_\w+ +ada@example.com +plus +ready +5 h 90% \(\w+ \d+:\d+\), 7 d 80% \(.+\)$"
+    assert re.search(row, done.stdout, re.MULTILINE)
+    assert listed == done.stdout
+    assert (again["job"]["state"], again["job"]["total"]) == ("done", 1)
+    assert upstream.turns == []
+
+
+def test_a_quota_that_cannot_be_read_is_said(place: Gateway, upstream: FakeUpstream) -> None:
+    has_account(place)
+    upstream.script(path="/wham/usage", status=503, json={})
+
+    done = place.azt("accounts", "refresh")
+
+    assert done.returncode == 1
+    assert re.search(r"^acc_\w+: The upstream answered 503", done.stdout, re.MULTILINE)
+    assert "No account matches" in refused(place.azt("accounts", "refresh", "nobody"), 1)
 
 
 # -- settings -------------------------------------------------------------------------------------

@@ -372,3 +372,94 @@ def test_a_proxy_of_the_settings_is_used_at_once_and_left_again(admin: Admin) ->
 
     assert (direct.status, not_yet.status, proxied.status, again.status) == (200, 200, 502, 200)
     assert "proxy" in proxied.error["message"]
+
+
+# -- What is saved later --------------------------------------------------------------------------
+
+
+def test_nothing_is_written_on_the_way_to_an_answer_but_all_is_saved_at_the_end(
+    new_gateway: NewGateway, upstream: FakeUpstream
+) -> None:
+    gateway = new_gateway()
+    before = {path.name: path.stat().st_mtime_ns for path in gateway.state.iterdir()}
+    for number in range(5):
+        assert Client(gateway.url).chat(f"no {number}").status == 200
+    after = {path.name: path.stat().st_mtime_ns for path in gateway.state.iterdir()}
+    gateway.stop()
+    [account] = json.loads((gateway.state / "accounts.json").read_text())["accounts"]
+
+    assert before == after
+    assert account["last_used_at"] and account["quota"]["left"] == 90
+
+
+def test_changes_are_saved_once_for_all_of_a_while(
+    home: Path, upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(azt, "SAVE_LATER_S", 0.05)
+    gateway = azt.Gateway(azt.read_environment(), {})
+    azt.prepare_home(gateway.paths)
+
+    async def main() -> list[int]:
+        times = []
+        for _ in range(2):
+            for _ in range(50):
+                gateway.save_soon()
+            assert not times or gateway.paths.accounts.stat().st_mtime_ns == times[-1]
+            await asyncio.sleep(0.3)
+            times.append(gateway.paths.accounts.stat().st_mtime_ns)
+        await gateway.save_now()
+        assert gateway.paths.accounts.stat().st_mtime_ns == times[-1]
+        return times
+
+    first, second = asyncio.run(main())
+    assert first < second
+
+
+def test_quotas_are_read_in_the_background_only_when_the_setting_says_so(
+    home: Path, upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(azt, "MINUTE_S", 0.02)
+    gateway = azt.Gateway(azt.read_environment(upstream.environment() | {"HOME": str(home)}), {})
+    azt.prepare_home(gateway.paths)
+    gateway.store.add(azt.to_accounts([ADA], 0.0)[0])
+    gateway.store.add(azt.to_accounts([BO], 0.0)[0])
+    gateway.store.accounts[gateway.store.find("bo@example.com").id].rejected = "token_revoked"
+
+    async def main() -> None:
+        watching = asyncio.create_task(gateway.watch_quotas())
+        await asyncio.sleep(0.2)
+        assert upstream.requests == []
+        await gateway.change_settings({"quota.everyMinutes": 1})
+        await asyncio.to_thread(upstream.wait_until, lambda: len(upstream.requests) >= 3)
+        watching.cancel()
+        await gateway.change_settings({"quota.everyMinutes": 0})
+
+    asyncio.run(main())
+    gateway.pool.close()
+    assert {(seen.path, seen.account) for seen in upstream.requests} == {
+        ("/backend-api/wham/usage", "acct-1")
+    }
+
+
+def test_only_a_person_ends_the_rest_of_an_empty_account(
+    home: Path, upstream: FakeUpstream
+) -> None:
+    gateway = azt.Gateway(azt.read_environment(upstream.environment() | {"HOME": str(home)}), {})
+    azt.prepare_home(gateway.paths)
+    gateway.store.add(azt.to_accounts([ADA], 0.0)[0])
+    (account,) = gateway.store.accounts.values()
+    rests: list[int] = []
+
+    async def main() -> None:
+        for by_person, reason in (
+            (False, "quota_exhausted"),
+            (True, "excluded"),
+            (True, "quota_exhausted"),
+        ):
+            account.cooldown_until, account.cooldown_reason = 2_000_000_000, reason
+            await gateway.refresh_quota(account.id, by_person)
+            rests.append(account.cooldown_until)
+
+    asyncio.run(main())
+    gateway.pool.close()
+    assert rests == [2_000_000_000, 2_000_000_000, 0]

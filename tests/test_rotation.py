@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import email.utils
 import gc
 import json
+import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from fake_upstream import (
+    CHALLENGE_PAGE,
     FakeUpstream,
     Reply,
     Seen,
@@ -18,11 +22,15 @@ from fake_upstream import (
     error_json,
     failed,
     limit_reached,
+    message,
     refresh_refused,
     text,
     token_claims,
     token_refused,
 )
+from harness import Answer, Client, Gateway
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import azt
 
@@ -78,13 +86,17 @@ class Bench:
     def refreshes(self) -> list[Seen]:
         return [seen for seen in self.upstream.requests if seen.path == "/oauth/token"]
 
-    def turn(self, *items: Json, streaming: bool = False) -> azt.Turn:
+    def turn(self, *items: Json, streaming: bool = False, keys: tuple[str, ...] = ()) -> azt.Turn:
         asked = azt.chat_to_responses(
             {"model": "gpt-5.5", "messages": [{"role": "user", "content": "hi"}]}, {}, ""
         )
         body = {**asked.upstream, **({"input": list(items)} if items else {})}
         return azt.Turn(
-            azt.encode_json(body), "s-1", streaming, lambda: azt.ChatStream(asked, time.time())
+            azt.encode_json(body),
+            "s-1",
+            streaming,
+            lambda: azt.ChatStream(asked, time.time()),
+            keys=keys,
         )
 
     async def ask(self, turn: azt.Turn | None = None) -> str:
@@ -670,9 +682,382 @@ def test_a_server_error_is_tried_once_elsewhere_and_the_account_goes_on_later(
 def test_a_conversation_stays_with_its_account(bench: Bench) -> None:
     first, second = bench.sign_in_many("a", "b")
     bench.upstream.script(account="a", **LIMIT)
-    chat, other = (bench.turn() for _ in range(2))
-    chat.keys, other.keys = ("chat",), ("other",)
+    chat, other = bench.turn(keys=("chat",)), bench.turn(keys=("other",))
     assert run(bench.ask(chat))
     bench.store.active_id, first.cooldown_until = first.id, 0
     assert run(bench.ask(other)) and run(bench.ask(chat))
     assert bench.asked == ["a", "b", "a", "b"]
+
+
+def test_a_conversation_comes_home_after_a_server_error(bench: Bench) -> None:
+    first, second = bench.sign_in_many("a", "b")
+    chat = bench.turn(keys=("chat", "thread"))
+    assert run(bench.ask(chat))
+    bench.store.active_id = second.id
+    bench.upstream.script(account="a", status=500, json={})
+    assert run(bench.ask(bench.turn(keys=("thread",))))
+    first.cooldown_until = 0
+    assert run(bench.ask(chat))
+    assert bench.asked == ["a", "a", "b", "a"]
+
+
+def test_a_conversation_moves_for_good_with_an_empty_account(bench: Bench) -> None:
+    first, second, third = bench.sign_in_many("a", "b", "c")
+    assert run(bench.ask(bench.turn(keys=("chat",))))
+    bench.upstream.script(account="a", **LIMIT)
+    assert run(bench.ask(bench.turn(keys=("chat",))))
+    first.cooldown_until, bench.store.active_id = 0, third.id
+    assert run(bench.ask(bench.turn(keys=("chat",))))
+    assert bench.asked == ["a", "a", "b", "b"]
+
+
+def test_another_account_does_not_get_reasoning_that_it_cannot_read(bench: Bench) -> None:
+    bench.sign_in_many("a", "b")
+    assert run(bench.ask(bench.turn(REASONING, SAID, keys=("chat",))))
+    bench.upstream.script(account="a", **LIMIT)
+    assert run(bench.ask(bench.turn(REASONING, SAID, keys=("chat",))))
+    kinds = [[item["type"] for item in seen.body["input"]] for seen in bench.upstream.turns]
+    assert kinds == [["reasoning", "message"], ["reasoning", "message"], ["message"]]
+
+
+def test_the_newest_conversations_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(azt, "STICKY_MAX", 3)
+    sticky = azt.Stickiness()
+    for name in "abc":
+        sticky.bind([name], name.upper())
+    assert sticky.find(["x", "a"]) == "A"
+    sticky.bind(["d", "y" * 5000], "D")
+    assert [sticky.find([name]) for name in "abcd"] == ["A", "", "", "D"]
+    assert sticky.find(["y" * 5000]) == "D"
+    sticky.clear()
+    assert sticky.find("abcd") == ""
+
+
+# -- What ends the search -------------------------------------------------------------------------
+
+
+def test_three_accounts_are_tried_and_then_the_client_may_come_again(bench: Bench) -> None:
+    bench.sign_in_many("a", "b", "c", "d")
+    bench.upstream.script(times=3, **LIMIT)
+    error = run(bench.refused())
+    assert (error.status, error.code, error.headers["retry-after"]) == (503, "overloaded", "1")
+    assert bench.asked == ["a", "b", "c"]
+    assert run(bench.ask()) and bench.asked[-1] == "d"
+
+
+def test_no_try_begins_later_than_twenty_seconds(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert azt.LAST_TRY_S == 20.0
+    monkeypatch.setattr(azt, "LAST_TRY_S", 0.05)
+    bench.sign_in_many("a", "b")
+    bench.upstream.script(delay=0.06, **LIMIT)
+    run(bench.refused())
+    assert bench.asked == ["a"]
+
+
+@pytest.mark.parametrize(
+    "how, status, code",
+    [
+        ({"status": 400, "json": error_json("no", code="x")}, 400, "x"),
+        ({"status": 413, "json": {}}, 413, "request_too_large"),
+        ({"events": failed("context_length_exceeded", "too long")}, 400, "context_length_exceeded"),
+        ({"status": 404, "json": error_json("?", code="model_not_found")}, 404, "model_not_found"),
+        (
+            {"status": 403, "body": CHALLENGE_PAGE, "headers": {"cf-mitigated": "challenge"}},
+            403,
+            "upstream_forbidden",
+        ),
+        ({"events": text("a"), "after": 1, "cut": True}, 502, "upstream_stream_truncated"),
+        ({"status": 200, "body": b"<html>"}, 502, "upstream_error"),
+        ({"reset_after": 40}, 502, "upstream_unreachable"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_another_account_would_meet_too_is_final(
+    bench: Bench, how: dict[str, Any], status: int, code: str
+) -> None:
+    first, _ = bench.sign_in_many("a", "b")
+    bench.upstream.script(**how)
+    error = run(bench.refused())
+    assert (error.status, error.code) == (status, code)
+    assert "<html" not in error.message
+    assert bench.asked == ["a"] and bench.serving == "a"
+    assert (first.cooldown_until, first.rejected) == (0, "")
+    assert not bench.rotation.switches
+
+
+def test_an_upstream_that_cannot_be_reached_is_said_at_once(bench: Bench) -> None:
+    bench.sign_in_many("a", "b")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    nowhere = {"AZT_CODEX_BASE_URL": f"http://127.0.0.1:{port}"}
+    bench.rotation._environment = azt.read_environment({"HOME": "/nowhere", **nowhere})
+    begun = time.monotonic()
+    turn = bench.turn()
+    error = run(bench.refused(turn))
+    assert (error.status, error.code) == (502, "upstream_unreachable")
+    assert turn.attempts == 1 and time.monotonic() - begun < 1
+
+
+def test_after_the_first_output_nothing_is_tried_again(bench: Bench) -> None:
+    bench.sign_in_many("a", "b")
+    bench.upstream.script(failed("server_is_overloaded", "busy", message("part")))
+    assert run(bench.refused()).code == "overloaded"
+    assert bench.asked == ["a"]
+
+
+def test_without_the_setting_one_account_answers_for_itself(bench: Bench) -> None:
+    first, second = bench.sign_in_many("a", "b")
+    bench.rotation.rules = azt.Rules()
+    bench.upstream.script(times=2, **LIMIT)
+    for _ in range(2):
+        error = run(bench.refused())
+        assert (error.status, error.code) == (429, "usage_limit_reached")
+    assert first.cooldown_reason == "quota_exhausted"
+    assert bench.asked == ["a", "a"] and bench.serving == "a"
+    first.rejected = "token_revoked"
+    assert run(bench.refused()).code == "account_auth_expired"
+
+
+# -- When nobody can serve ------------------------------------------------------------------------
+
+
+def test_when_all_are_empty_the_answer_names_the_least_wait(bench: Bench) -> None:
+    accounts = bench.sign_in_many("a", "b", "c")
+    for account, wait_s in zip(accounts, (9000, 50, 4000), strict=True):
+        bench.upstream.script(account=account.label, status=429, json=limit_reached(wait_s))
+    error = run(bench.refused())
+    assert (error.status, error.code) == (429, "usage_limit_reached")
+    assert 45 <= int(error.headers["retry-after"]) <= 50
+    assert "x-should-retry" not in error.headers and " b." in error.message
+    assert error.extra["resets_at"] == accounts[1].cooldown_until
+    accounts[1].cooldown_until += 100
+    error = run(bench.refused())
+    assert error.headers["x-should-retry"] == "false" and len(bench.asked) == 3
+
+
+def test_when_all_are_rejected_the_answer_names_one(bench: Bench) -> None:
+    bench.sign_in_many("a", "b")
+    bench.upstream.revoke("a")
+    bench.upstream.revoke("b")
+    error = run(bench.refused())
+    assert (error.status, error.code) == (401, "account_auth_expired")
+    assert "Account a needs to sign in again" in error.message
+    assert bench.asked == ["a", "b"]
+
+
+def test_when_all_are_excluded_the_answer_says_how_to_take_one_back(bench: Bench) -> None:
+    accounts = bench.sign_in_many("a", "b")
+    bench.rotation.rules = azt.Rules(True, excluded=frozenset(one.id for one in accounts))
+    error = run(bench.refused())
+    assert (error.status, error.code) == (503, "no_account")
+    assert "azt accounts include" in error.message
+
+
+def test_a_server_error_says_more_than_the_rests_of_others(bench: Bench) -> None:
+    bench.sign_in_many("a", "b", "c")
+    bench.upstream.script(account="a", events=failed("server_is_overloaded", "busy"))
+    bench.upstream.revoke("b")
+    bench.upstream.script(account="c", **LIMIT)
+    assert run(bench.refused()).code == "overloaded"
+    assert bench.asked == ["a", "b", "c"]
+
+
+# -- How long an account rests --------------------------------------------------------------------
+
+DAY_S = 24 * 3600
+WAITS: dict[str, tuple[dict[str, str], Json, int]] = {
+    "seconds": ({"retry-after": "120"}, {}, 120),
+    "a date": ({"retry-after": "@600"}, {}, 600),
+    "nothing": ({}, {}, 300),
+    "a huge number": ({"retry-after": "99999999999"}, {}, 7 * DAY_S),
+    "a negative number": ({"retry-after": "-5"}, {}, 1),
+    "a date that is over": ({"retry-after": "@-600"}, {}, 1),
+    "nonsense": ({"retry-after": "soon"}, {}, 300),
+    "resets_in_seconds": ({"retry-after": "7"}, {"resets_in_seconds": 4000}, 4000),
+    "the window in the headers": (
+        {"x-codex-primary-used-percent": "100", "x-codex-primary-reset-after-seconds": "5000"},
+        {},
+        5000,
+    ),
+}
+
+
+@pytest.mark.parametrize("headers, body, wait_s", WAITS.values(), ids=WAITS)
+def test_an_account_rests_as_long_as_its_429_says(
+    bench: Bench, headers: dict[str, str], body: Json, wait_s: int
+) -> None:
+    first, _ = bench.sign_in_many("a", "b")
+    said = headers.get("retry-after", "")
+    if said.startswith("@"):
+        headers = {"retry-after": email.utils.formatdate(time.time() + int(said[1:]), usegmt=True)}
+    inner = {"error": {"type": "usage_limit_reached", "message": "empty", **body}}
+    quiet = {"x-codex-primary-used-percent": "", "x-codex-primary-reset-after-seconds": ""}
+    bench.upstream.script(account="a", status=429, json=inner, headers={**quiet, **headers})
+    assert run(bench.ask()) == "You said: hi"
+    assert first.cooldown_until == pytest.approx(time.time() + wait_s, abs=3)
+
+
+def test_a_rest_is_not_shortened_by_a_later_failure(bench: Bench) -> None:
+    first, _ = bench.sign_in_many("a", "b")
+    bench.rotation._blame(first, azt.event_error({"code": "usage_limit_reached"}, time.time()))
+    until = first.cooldown_until
+    for code in ("rate_limit_exceeded", "server_is_overloaded", "usage_not_included"):
+        bench.rotation._blame(first, azt.event_error({"code": code}, time.time()))
+    assert (first.cooldown_until, first.cooldown_reason) == (until, "quota_exhausted")
+
+
+def test_quota_is_learnt_from_headers_events_and_refusals(bench: Bench) -> None:
+    first, second = bench.sign_in_many("a", "b")
+    used = {"x-codex-primary-used-percent": "100", "x-codex-primary-window-minutes": "300"}
+    bench.upstream.script(account="a", headers=used, **LIMIT)
+    assert run(bench.ask())
+    assert (first.quota["left"], first.quota["source"]) == (0, "response_headers")
+    event = {"rate_limits": {"primary": {"used_percent": 30, "window_minutes": 300}}}
+    bench.rotation.learn(second, used, event)
+    assert (second.quota["left"], second.quota["source"]) == (70, "rate_limit_event")
+
+
+# -- The pure choice ------------------------------------------------------------------------------
+
+NOW = 1_800_000_000.0
+TIMES = st.sampled_from([0, int(NOW) - 10, int(NOW), int(NOW) + 10, int(NOW) + 900])
+
+
+@st.composite
+def accounts_of_all_kinds(draw: st.DrawFn) -> dict[str, azt.Account]:
+    found = {}
+    for number in range(draw(st.integers(0, 6))):
+        account = azt.Account(f"acc_{number}", "x", "y", "a", "r")
+        account.rejected = draw(st.sampled_from(["", "", "token_revoked"]))
+        account.priority = draw(st.integers(0, 3))
+        account.cooldown_until = draw(TIMES)
+        account.cooldown_reason = draw(
+            st.sampled_from(["quota_exhausted", "rate_limited", "upstream_5xx", "excluded"])
+        )
+        if draw(st.booleans()):
+            windows = [
+                {"key": "primary", "minutes": 300, "used": used, "resets_at": draw(TIMES) or 1}
+                for used in draw(st.lists(st.sampled_from([0.0, 50.0, 96.0, 97.0, 100.0])))
+            ]
+            azt.learn_quota(account, {"windows": windows, "captured_at": NOW - 1000})
+        found[account.id] = account
+    return found
+
+
+IDS = st.sampled_from([f"acc_{number}" for number in range(7)])
+RULES = st.builds(
+    azt.Rules,
+    st.just(True),
+    st.sampled_from(["most_left", "soonest_reset", "priority"]),
+    st.just(3),
+    st.frozensets(IDS, max_size=2),
+)
+
+
+def rank(account: azt.Account, rules: azt.Rules) -> int:
+    """0: nothing hinders it; 1: asked last; 2: never asked."""
+    reason, _ = azt.hindrance(account, NOW, rules)
+    never = {"login_rejected", "excluded", "quota_exhausted", "rate_limited"}
+    return 2 if reason in never else 1 if reason else 0
+
+
+@given(accounts_of_all_kinds(), RULES, st.lists(IDS, max_size=2), st.sets(IDS, max_size=3))
+@settings(max_examples=500)
+def test_the_choice_is_the_best_that_can_serve(
+    accounts: dict[str, azt.Account], rules: azt.Rules, wanted: list[str], tried: set[str]
+) -> None:
+    picked = azt.pick_account(accounts, NOW, rules, wanted, tried)
+    left = {name: rank(one, rules) for name, one in accounts.items() if name not in tried}
+    best = min(left.values(), default=2)
+    assert (picked is None) == (best == 2)
+    if picked is not None:
+        assert left[picked.id] == best
+        welcome = [name for name in wanted if left.get(name) == 0]
+        assert picked.id == welcome[0] if welcome else True
+
+
+@given(accounts_of_all_kinds(), RULES)
+@settings(max_examples=300)
+def test_every_wait_ends(accounts: dict[str, azt.Account], rules: azt.Rules) -> None:
+    for account in accounts.values():
+        reason, until = azt.hindrance(account, NOW, rules)
+        if until:
+            assert until > NOW and azt.hindrance(account, until, rules)[1] in (0, NOW + 900)
+        else:
+            assert reason in ("", "login_rejected", "excluded")
+
+
+def known(name: str, used: float, resets_at: float, priority: int = 0) -> azt.Account:
+    account = azt.Account(name, "x", "y", "a", "r", priority=priority)
+    window = {"key": "primary", "minutes": 300, "used": used, "resets_at": int(resets_at)}
+    azt.learn_quota(account, {"windows": [window], "captured_at": int(NOW)})
+    return account
+
+
+@pytest.mark.parametrize(
+    "order, queue", [("most_left", "bacdn"), ("soonest_reset", "dcabn"), ("priority", "dcban")]
+)
+def test_each_order_ranks_the_accounts(order: str, queue: str) -> None:
+    accounts = {
+        "a": known("a", 40, NOW + 200),
+        "n": azt.Account("n", "x", "y", "a", "r"),
+        "b": known("b", 10, NOW + 300, 3),
+        "c": known("c", 60, NOW + 100, 2),
+        "d": known("d", 98, NOW + 50, 1),
+    }
+    found: list[str] = []
+    while account := azt.pick_account(accounts, NOW, azt.Rules(True, order), (), found):
+        found.append(account.id)
+    assert "".join(found) == queue
+
+
+def test_an_account_is_left_before_it_is_empty_and_asked_again_when_all_are() -> None:
+    low, full = known("low", 97, NOW + 100), known("full", 40, NOW + 100)
+    accounts, rules = {"low": low, "full": full}, azt.Rules(True, "most_left", 3)
+    assert azt.pick_account(accounts, NOW, rules, ("low",)) is full
+    assert azt.pick_account(accounts, NOW + 101, rules, ("low",)) is low
+    full.cooldown_until, full.cooldown_reason = int(NOW + 9), "rate_limited"
+    assert azt.pick_account(accounts, NOW, rules, ("low",)) is low
+
+
+# -- Over real sockets ----------------------------------------------------------------------------
+
+
+def test_five_accounts_of_which_three_fail_serve_without_an_error(
+    new_gateway: Callable[..., Gateway], upstream: FakeUpstream
+) -> None:
+    """500 requests, 16 at once: 100 while each of the five is the serving one."""
+    kinds = {"ok": "ok", "empty": "ok", "revoked": "ok", "expired": "expired", "busy": "ok"}
+    entries = [
+        account_file(kind, f"user-{kind}", exp=1.0 if kind == "expired" else None) | {"label": kind}
+        for kind in kinds
+    ]
+    upstream.revoke("revoked")
+    upstream.script(account="empty", status=429, json=limit_reached(9000), times=500)
+    upstream.script(failed("server_is_overloaded", "busy"), account="busy", times=500)
+    gateway = new_gateway(accounts=[])
+    client, proof = Client(gateway.url), gateway.proof()
+
+    def admin(method: str, path: str, body: Json) -> Answer:
+        answer = client.request(method, f"/_gateway/admin{path}", body, headers=proof)
+        assert answer.status == 200, answer.body
+        return answer
+
+    admin("POST", "/accounts/import", {"payload": entries})
+    admin("PATCH", "/settings", {"values": {"autoSwitch": {"enabled": True, "order": "priority"}}})
+    for serving, expected in kinds.items():
+        admin("POST", f"/accounts/{serving}/activate", {})
+        with ThreadPoolExecutor(16) as threads:
+            answers = list(threads.map(lambda n: client.chat_stream(f"no {n}"), range(100)))
+        assert {answer.status for answer in answers} == {200}
+        assert {answer.headers["x-azt-account"] for answer in answers} == {expected}
+        assert [one.content for one in answers] == [f"You said: no {n}" for n in range(100)]
+    assert len([seen for seen in upstream.requests if seen.path == "/oauth/token"]) == 1
+    state = client.get("/_gateway/admin/state", headers=proof).json
+    switches = [(one["from"], one["reason"]) for one in state["routing"]["switches"]]
+    names = {one["label"]: one["id"] for one in state["accounts"]}
+    reasons = {"empty": "quota_exhausted", "revoked": "login_rejected", "busy": "upstream_5xx"}
+    assert set(switches) == {(names[label], reason) for label, reason in reasons.items()}
+    assert "switched from empty to ok: quota_exhausted until 20" in gateway.log()

@@ -6,11 +6,12 @@ import hashlib
 import http.client
 import json
 import socket
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from fake_upstream import FakeUpstream, Json, account_file
+from fake_upstream import FakeUpstream, Json, account_file, limit_reached, text
 from harness import Answer, Client, Gateway, make_gateway
 
 import azt
@@ -124,7 +125,7 @@ def test_an_account_is_described_without_its_tokens(admin: Admin) -> None:
     assert shown["id"] == ada
     assert (shown["email"], shown["plan"]) == ("ada@example.com", "plus")
     assert (shown["accountId"], shown["label"]) == ("acct-1", None)
-    assert (shown["status"], shown["active"]) == ("ready", True)
+    assert (shown["status"], shown["active"]) == ("unknown", True)
     assert shown["tokenExpiresAt"] == ADA["expires_at"] * 1000
 
 
@@ -138,8 +139,9 @@ def test_no_answer_holds_a_secret_and_no_cache_may_keep_one(admin: Admin) -> Non
         hashlib.sha256(key.encode()).hexdigest(),
     ]
 
+    job = admin.call("POST", "/accounts/refresh-quotas", {}).json["job"]["id"]
     for path in READS:
-        answer = admin.get(path)
+        answer = admin.get(path.replace("{id}", job))
 
         assert answer.status == 200, path
         assert answer.headers["cache-control"] == "no-store", path
@@ -273,6 +275,172 @@ def test_removing_nobody_in_particular_is_refused(admin: Admin, ids: Any) -> Non
     refused(admin.call("POST", "/accounts/remove", {"ids": ids}), 400, "bad_field")
 
     assert admin.read("/accounts")["total"] == 1
+
+
+# -- Quota and rotation ---------------------------------------------------------------------------
+
+
+def wait_for_job(admin: Admin, job: Json) -> Json:
+    until = time.monotonic() + 10
+    while job["state"] == "running":
+        assert time.monotonic() < until, job
+        time.sleep(0.01)
+        job = admin.read(f"/jobs/{job['id']}")
+    return job
+
+
+def windows(account: Json) -> list[tuple[str, int, int, str]]:
+    return [
+        (one["key"], one["minutes"], one["remainingPercent"], one["pace"]["verdict"])
+        for one in account["quota"]["windows"]
+    ]
+
+
+def test_the_quota_of_an_account_is_read_without_a_model_call(
+    admin: Admin, upstream: FakeUpstream
+) -> None:
+    (ada,) = admin.imported(ADA)
+    assert admin.read("/accounts")["items"][0]["quota"] is None
+
+    shown = admin.call("POST", f"/accounts/{ada}/refresh-quota", {}).json
+
+    assert windows(shown) == [("primary", 300, 90, "ok"), ("secondary", 10_080, 80, "ok")]
+    assert (shown["status"], shown["quota"]["source"]) == ("ready", "usage_endpoint")
+    assert shown["quota"]["credits"] == {"has": False, "unlimited": False, "balance": "0"}
+    assert shown["quota"]["windows"][0]["pace"]["timeLeftPercent"] == 5
+    assert shown["quota"]["windows"][0]["resetsAt"] == pytest.approx(
+        (time.time() + 900) * 1000, abs=5000
+    )
+    assert upstream.turns == []
+
+
+def test_an_answer_tells_the_quota_too(admin: Admin, upstream: FakeUpstream) -> None:
+    admin.imported(ADA)
+    upstream.script(
+        text("hi"),
+        vendor=False,
+        headers={
+            "x-codex-primary-used-percent": "85",
+            "x-codex-bengalfox-primary-used-percent": "40",
+            "x-codex-bengalfox-primary-window-minutes": "300",
+        },
+    )
+
+    assert admin.chat().status == 200
+
+    (shown,) = admin.read("/accounts")["items"]
+    assert windows(shown) == [("primary", 300, 15, "ok")]
+    assert [one["key"] for one in shown["quota"]["extra"]] == ["codex-bengalfox"]
+    assert (shown["status"], shown["quota"]["source"]) == ("low", "response_headers")
+    assert shown["lastUsedAt"] == pytest.approx(time.time() * 1000, abs=5000)
+
+
+def test_a_failed_reading_keeps_the_old_one(admin: Admin, upstream: FakeUpstream) -> None:
+    (ada,) = admin.imported(ADA)
+    before = admin.call("POST", f"/accounts/{ada}/refresh-quota", {}).json["quota"]
+    for how in ({"status": 500, "json": {}}, {"json": {"plan_type": None}}, {"body": b"<html>"}):
+        upstream.script(path="/wham/usage", **how)
+
+        refused(admin.call("POST", f"/accounts/{ada}/refresh-quota", {}), 502, "upstream_error")
+
+        assert admin.read("/accounts")["items"][0]["quota"]["capturedAt"] == before["capturedAt"]
+
+
+def test_quotas_of_all_accounts_are_read_as_a_job(admin: Admin, upstream: FakeUpstream) -> None:
+    ids = admin.imported(ADA, BO, CY)
+    upstream.script(path="/wham/usage", account="acct-2", status=500, json={})
+    begun = admin.call("POST", "/accounts/refresh-quotas", {})
+    job = wait_for_job(admin, begun.json["job"])
+
+    assert begun.status == 202
+    assert (job["state"], job["done"], job["total"], job["failed"]) == ("done", 3, 3, 1)
+    assert [(one["id"], one["code"]) for one in job["failures"]] == [(ids[1], "upstream_error")]
+    known = [one["quota"] is not None for one in admin.read("/accounts")["items"]]
+    assert known == [True, False, True]
+    assert (job["cancellable"], job["kind"]) == (False, "refresh_quotas")
+    assert job in admin.read("/state")["jobs"]
+
+
+def test_a_job_of_many_accounts_keeps_to_its_concurrency_and_can_be_cancelled(
+    admin: Admin, upstream: FakeUpstream
+) -> None:
+    admin.imported(*(account_file(f"acct-{n}", f"user-{n}") for n in range(12)))
+    assert admin.call("PATCH", "/settings", {"values": {"quota.concurrency": 3}}).status == 200
+    upstream.script(path="/wham/usage", json={}, delay=30, times=12)
+    job = admin.call("POST", "/accounts/refresh-quotas", {}).json["job"]
+    upstream.wait_until(lambda: len(upstream.requests) == 3)
+
+    again = admin.call("POST", "/accounts/refresh-quotas", {})
+    gone = admin.call("DELETE", f"/jobs/{job['id']}")
+
+    refused(again, 409, "already_running")
+    assert again.error["params"] == {"jobId": job["id"]}
+    assert gone.status == 202
+    assert wait_for_job(admin, gone.json)["state"] == "cancelled"
+    assert len(upstream.requests) == 3
+    refused(admin.get(f"{ADMIN}/jobs/nothing"), 404, "job_not_found")
+    for ids in ([""], "all", [[]]):
+        body = {"ids": ids}
+        refused(admin.call("POST", "/accounts/refresh-quotas", body), 400, "bad_field")
+
+
+def test_an_excluded_account_is_skipped_and_comes_back(admin: Admin) -> None:
+    ada, bo = admin.imported(ADA, BO)
+
+    shown = admin.call("PATCH", f"/accounts/{bo}", {"excluded": True}).json
+    routing = admin.read("/state")["routing"]
+    settings = admin.read("/settings")["values"]["autoSwitch"]
+    again = admin.call("PATCH", f"/accounts/{bo}", {"excluded": False}).json
+
+    assert (shown["excluded"], shown["status"]) == (True, "excluded")
+    assert (routing["activeId"], routing["queue"]) == (ada, [])
+    assert routing["skipped"] == [{"id": bo, "reason": "excluded", "until": None}]
+    assert settings["excludedIds"] == [bo]
+    assert (again["excluded"], again["status"]) == (False, "unknown")
+    assert admin.read("/state")["routing"]["queue"] == [{"id": bo, "reason": "most_left"}]
+
+
+def test_an_exclusion_can_end_by_itself(admin: Admin) -> None:
+    _, bo = admin.imported(ADA, BO)
+    until = (int(time.time()) + 3600) * 1000
+
+    shown = admin.call("PATCH", f"/accounts/{bo}", {"excludedUntil": until}).json
+
+    assert (shown["excluded"], shown["excludedUntil"]) == (True, until)
+    assert (shown["status"], shown["statusParams"]["until"]) == ("excluded", until)
+    assert not admin.call("PATCH", f"/accounts/{bo}", {"excluded": False}).json["excluded"]
+    over = {"excludedUntil": int(time.time() - 1) * 1000}
+    assert not admin.call("PATCH", f"/accounts/{bo}", over).json["excluded"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"excluded": "yes"}, {"excluded": 1.5}, {"excludedUntil": "soon"}]
+)
+def test_an_exclusion_that_says_nothing_is_refused(admin: Admin, change: Json) -> None:
+    (ada,) = admin.imported(ADA)
+    refused(admin.call("PATCH", f"/accounts/{ada}", change), 400, "bad_field")
+
+
+def test_the_state_tells_why_it_switched(admin: Admin, upstream: FakeUpstream) -> None:
+    ada, bo, cy = admin.imported(ADA, BO, CY)
+    assert admin.call("PATCH", "/settings", {"values": {"autoSwitch.enabled": True}}).status == 200
+    upstream.script(account="acct-1", status=429, json=limit_reached(3600))
+
+    answer = admin.chat()
+
+    state = admin.read("/state")
+    routing, account = state["routing"], state["accounts"][0]
+    until = account["statusParams"]["until"]
+    assert (answer.status, answer.headers["x-azt-attempts"]) == (200, "2")
+    assert answer.headers["x-azt-account"] == bo
+    assert (account["status"], account["active"]) == ("empty", False)
+    assert until == pytest.approx((time.time() + 3600) * 1000, abs=5000)
+    assert (routing["autoSwitch"], routing["activeId"]) == (True, bo)
+    assert routing["queue"] == [{"id": cy, "reason": "most_left"}]
+    assert routing["skipped"] == [{"id": ada, "reason": "quota_exhausted", "until": until}]
+    [switch] = [{**one, "at": 0} for one in routing["switches"][-1:]]
+    told = {"at": 0, "from": ada, "to": bo, "reason": "quota_exhausted", "until": until}
+    assert switch == told
 
 
 # -- Settings -------------------------------------------------------------------------------------
@@ -684,7 +852,7 @@ def test_a_body_that_is_no_object_is_refused_by_every_change(admin: Admin, body:
     headers = {**admin.proof, **JSON_TYPE}
 
     for method, path in CHANGES:
-        if method == "DELETE" or path.endswith(("/activate", "/refresh")):
+        if method == "DELETE" or path.endswith(("/activate", "/refresh", "/refresh-quota")):
             continue
         answer = admin.request(method, path, body=body, headers=headers)
         assert answer.status == 400, path

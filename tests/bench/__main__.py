@@ -87,6 +87,7 @@ ROWS = [
     ("body_s", "large chat body, s", ".2f"),
     ("body_times", "  peak memory over idle, x body", ".2f"),
     ("body_gap_ms", "  longest gap of a parallel stream, ms", ".0f"),
+    ("pick_us", "pick of 300 accounts, the serving one empty, us", ".0f"),
 ]
 
 
@@ -228,6 +229,30 @@ def measure_body(bench: Bench, program: Program) -> Numbers:
     }
 
 
+PICK = """
+import azt, timeit
+accounts = {}
+for n in range(300):
+    one = accounts[f"acc_{n}"] = azt.Account(f"acc_{n}", "", "", "", "", cooldown_until=n)
+    window = {"key": "primary", "minutes": 300, "used": n / 3, "resets_at": 2_000_000_000}
+    azt.learn_quota(one, {"windows": [window], "captured_at": 1})
+rules = azt.Rules(True, before_percent=3)
+pick = lambda: azt.pick_account(accounts, 299.5, rules, ("acc_299",))
+assert pick().id == "acc_0"
+print(min(timeit.repeat(pick, number=5, repeat=200)) / 5 * 1e6)
+"""
+
+
+def measure_pick(bench: Bench, program: Program) -> Numbers:
+    """The choice alone, in a process of its own."""
+    if program.name != "azt":
+        return {}
+    root = str(Path(__file__).resolve().parents[2])
+    command = [sys.executable, "-c", PICK]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    return {"pick_us": float(done.stdout)}
+
+
 SCENARIOS: dict[str, Callable[[Bench, Program], Numbers]] = {
     "cold": measure_cold_start,
     "ttft": measure_first_token,
@@ -235,6 +260,7 @@ SCENARIOS: dict[str, Callable[[Bench, Program], Numbers]] = {
     "chat": measure_chat,
     "short": measure_short,
     "body": measure_body,
+    "pick": measure_pick,
 }
 # Once the heap has grown it stays: only the first round sees what an open stream costs.
 TAKE_HIGHEST = {"slow_kib", "peak_mib"}
