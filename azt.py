@@ -217,7 +217,7 @@ class UpstreamError(AztError):
     "account"    this account cannot serve now (usage limit, plan, sign-in); another one may
     "token"      the access token was refused: refresh once, then try again
     "transient"  overload or a server error: another account may work
-    "network"    no connection, or reset before the response head
+    "network"    no connection, or a broken one
     "request"    the request itself was refused: no other account helps
 
     `quota` is what its headers tell of the account's quota (room 8).
@@ -2746,7 +2746,7 @@ def fetch_quota(
     reading = quota_from_body(body, now)
     if not reading:
         raise UpstreamError(502, "upstream_error", "The upstream's quota has an unknown shape.")
-    return reading | {"allowed": _as_object(body.get("rate_limit")).get("allowed") is not False}
+    return reading
 
 
 # Events that come before anything was generated, and those whose type begins with "codex." or
@@ -3051,7 +3051,7 @@ class Relay:
 
 def _truncated() -> UpstreamError:
     message = "The upstream broke off before the answer was complete. Send the request again."
-    return UpstreamError(502, "upstream_stream_truncated", message, fault="transient")
+    return UpstreamError(502, "upstream_stream_truncated", message, fault="network")
 
 
 # -- the Codex passthrough: what came in goes out, byte for byte
@@ -5157,7 +5157,7 @@ class ResponsesStream(_EventStream):
 
 STICKY_MAX, STICKY_KEY_MAX, SWITCHES_MAX = 10_000, 128, 200
 TRIED_ACCOUNTS_MAX, LAST_TRY_S, TRY_JITTER_S = 3, 20.0, 0.1
-REST_FORBIDDEN_S, REST_SHORT_S = 300, 30
+REST_S = {"account": 300, "transient": 30}  # where the failure does not tell how long
 
 
 @dataclass(slots=True)
@@ -5192,17 +5192,6 @@ class Rules:
     excluded: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class Switch:
-    """An automatic switch. `until`: unix seconds, 0 where nobody knows."""
-
-    at: float
-    from_id: str
-    to_id: str
-    reason: str
-    until: int
-
-
 # An account that rests for one of these reasons is not even asked; for any other it is asked last.
 _RESTS_HARD = frozenset(("excluded", "quota_exhausted", "rate_limited"))
 _RESTS_SHORT = "upstream_5xx"  # others stand in meanwhile: it stays the serving one
@@ -5217,14 +5206,11 @@ def hindrance(account: Account, now: float, rules: Rules) -> tuple[str, int]:
         return "excluded", 0
     if account.cooldown_until > now:
         return account.cooldown_reason, account.cooldown_until
-    left = percent_left(account.quota, now)
-    if 0 <= left <= rules.before_percent:
-        tight = (
-            one for one in account.quota["windows"] if one["used"] >= 100 - rules.before_percent
-        )
-        until = max(int(one["resets_at"]) for one in tight)
-        return "quota_empty" if left == 0 else "quota_low", until
-    return "", 0
+    left, used = percent_left(account.quota, now), 100 - rules.before_percent
+    if not 0 <= left <= rules.before_percent:
+        return "", 0
+    tight = (one["resets_at"] for one in account.quota["windows"] if one["used"] >= used)
+    return "quota_low" if left else "quota_empty", max(tight)
 
 
 def pick_account(
@@ -5281,17 +5267,18 @@ def pick_account(
 
 def nobody_serves(accounts: Sequence[Account], now: float, rules: Rules) -> AztError:
     """Why none of these accounts can serve, and what the person can do."""
-    able = [one for one in accounts if not one.rejected and one.id not in rules.excluded]
-    resting = (a for a in able if a.cooldown_until > now and a.cooldown_reason in _RESTS_HARD)
-    first = min(resting, key=lambda account: account.cooldown_until, default=None)
-    if first is not None:
-        is_short = first.cooldown_reason == "rate_limited"
-        code = "rate_limit_exceeded" if is_short else "usage_limit_reached"
-        message = f"No account can serve now; the first one back is {first.name}."
-        return limit_error(code, message, {"resets_at": first.cooldown_until}, None, now)
-    for account in accounts:
-        if account.rejected and account.id not in rules.excluded:
-            return _sign_in_again(account)
+    inside = [one for one in accounts if one.id not in rules.excluded]
+    dead = next((one for one in inside if one.rejected), None)
+    resting = [
+        (one.cooldown_until, one.cooldown_reason, one.name) for one in inside if not one.rejected
+    ]
+    if resting:
+        until, reason, name = min(resting)
+        code = "rate_limit_exceeded" if reason == "rate_limited" else "usage_limit_reached"
+        message = f"No account can serve now; the first one back is {name}."
+        return limit_error(code, message, {"resets_at": until}, None, now)
+    if dead is not None:
+        return _sign_in_again(dead)
     message = "No account is signed in: run `azt login`, or `azt accounts import FILE`."
     if accounts:
         message = "Every account is excluded: `azt accounts include ACCOUNT` takes one back."
@@ -5561,11 +5548,7 @@ class Stickiness:
 
     def find(self, keys: Iterable[str]) -> str:
         """The id of the account, "" for a conversation that is not known."""
-        for key in keys:
-            if home := self._homes.pop(key[:STICKY_KEY_MAX], ""):
-                self._homes[key[:STICKY_KEY_MAX]] = home  # the newest now
-                return home
-        return ""
+        return next(filter(None, (self._homes.get(key[:STICKY_KEY_MAX]) for key in keys)), "")
 
     def bind(self, keys: Iterable[str], account_id: str) -> None:
         for key in keys:
@@ -5582,9 +5565,9 @@ class Stickiness:
 class Rotation:
     """Turns to relays: chooses, tries, moves on.
 
-    rules     in force; replaced when the settings change
     changed   told when an account has: it is saved soon, never on the way to the first byte
-    switches  the newest automatic ones, for the log and the console
+    rules     in force; replaced when the settings change
+    switches  the newest automatic ones: {"at", "from", "to", "reason", "until"}, unix seconds
     """
 
     _store: AccountStore
@@ -5595,9 +5578,7 @@ class Rotation:
     changed: Callable[[], None] = lambda: None
     rules: Rules = Rules()
     sticky: Stickiness = field(default_factory=Stickiness)
-    switches: collections.deque[Switch] = field(
-        default_factory=lambda: collections.deque(maxlen=SWITCHES_MAX)
-    )
+    switches: list[Json] = field(default_factory=list)
 
     async def open_turn(self, turn: Turn) -> Relay:
         """A translated turn. Raises AztError: the failure, when nothing more may be tried."""
@@ -5619,9 +5600,8 @@ class Rotation:
         tried: dict[str, AztError] = {}
         while True:
             account = self.choose(home, tried)
-            turn.body = body
-            if home and account.id != home:
-                turn.body = await self._foreign(body)
+            is_guest = home and account.id != home
+            turn.body = await self._readable(body) if is_guest else body
             try:
                 result = await self._try(turn, account, attempt, began + HOLD_BACK_S)
             except AztError as error:
@@ -5635,40 +5615,30 @@ class Rotation:
                 self._praise(turn.keys, account, home)
                 return result
 
-    def choose(self, home: str = "", tried: Mapping[str, AztError] | None = None) -> Account:
+    def choose(self, home: str = "", tried: dict[str, AztError] | None = None) -> Account:
         """The account to try next, which becomes the serving one where that can serve no longer.
 
         home    the id of the conversation's own account
         raises  AztError when none can serve
         """
-        now, store, rules, tried = time.time(), self._store, self.rules, tried or {}
-        serving = store.active
-        wanted = (home, serving.id) if serving else (home,)
-        account = pick_account(store.accounts, now, rules, wanted, tried)
+        now, store, tried = time.time(), self._store, tried or {}
+        left, wanted = store.active, (home, store.active_id or "")
+        account = pick_account(store.accounts, now, self.rules, wanted, tried)
         if account is None:
             raise self._failure(tried)
-        if serving and account is not serving and account.id != home:
-            reason, until = hindrance(serving, now, rules)
-            if reason not in ("", _RESTS_SHORT):
-                store.active_id = account.id
-                self._note_switch(serving, account, reason, until)
-                self.changed()
-                return account
-        if tried:
-            before = store.accounts.get(list(tried)[-1])
-            if before is not None:
-                self._note_switch(before, account, *hindrance(before, now, rules))
+        reason, until = hindrance(left, now, self.rules) if left else ("", 0)
+        if left and account.id not in wanted and reason not in ("", _RESTS_SHORT):
+            store.active_id = account.id
+            self.changed()
+        elif left := store.accounts.get(next(reversed(tried), "")):
+            reason, until = hindrance(left, now, self.rules)
+        switch = {"from": left and left.id, "to": account.id, "reason": reason, "until": until}
+        # Once for all requests that move at the same time, for the same reason.
+        if left and (not self.switches or self.switches[-1] | switch != self.switches[-1]):
+            self.switches[:] = [*self.switches[1 - SWITCHES_MAX :], {"at": now, **switch}]
+            when = time.strftime(" until %Y-%m-%dT%H:%M:%SZ", time.gmtime(until)) if until else ""
+            log.info("switched from %s to %s: %s%s", left.name, account.name, reason, when)
         return account
-
-    def _note_switch(self, before: Account, after: Account, reason: str, until: int) -> None:
-        """Once for all requests that move at the same time, for the same reason."""
-        switch = Switch(time.time(), before.id, after.id, reason, until)
-        last = self.switches[-1] if self.switches else None
-        if last and replace(last, at=switch.at) == switch:
-            return
-        self.switches.append(switch)
-        when = time.strftime(" until %Y-%m-%dT%H:%M:%SZ", time.gmtime(until)) if until else ""
-        log.info("switched from %s to %s: %s%s", before.name, after.name, reason, when)
 
     async def _try(
         self,
@@ -5689,43 +5659,38 @@ class Rotation:
                 hold_s = opens_at - asyncio.get_running_loop().time()
                 return await attempt(account, max(hold_s, 0.0))
             except UpstreamError as error:
+                body = turn.body
+                if error.code == "invalid_encrypted_content":
+                    turn.body = await self._readable(body)
                 if error.fault == "token" and not refused:
                     refused = token
                 elif error.status == 401:
                     raise await self._renewals.reject(account, error.code or "401") from None
-                elif error.code == "invalid_encrypted_content":
-                    body, turn.body = turn.body, await self._foreign(turn.body)
-                    if turn.body is body:
-                        raise
-                else:
+                elif turn.body is body:
                     raise
 
-    async def _foreign(self, body: bytes) -> bytes:
-        """The body as an account can read it that did not write its encrypted reasoning."""
+    async def _readable(self, body: bytes) -> bytes:
+        """The body for an account that did not write its encrypted reasoning."""
         if len(body) > MIB:
             return await in_thread(self._calls, _without_reasoning, body)
         return _without_reasoning(body)
 
     def _moves_on(self, tried: Mapping[str, AztError]) -> bool:
         """May another account be tried after the newest of these failures?"""
-        if not self.rules.enabled or len(tried) >= TRIED_ACCOUNTS_MAX:
-            return False
         *_, newest = tried.values()
-        fault = newest.fault if isinstance(newest, UpstreamError) else "account"
-        if fault == "transient":  # perhaps the whole upstream: once elsewhere tells
-            faults = [isinstance(one, UpstreamError) and one.fault for one in tried.values()]
-            return newest.code != "upstream_stream_truncated" and faults.count(fault) == 1
-        return fault == "account" and (newest.status in (401, 403, 429))
+        # A server error is perhaps that of the whole upstream: once elsewhere tells.
+        faults = [getattr(error, "fault", "account") for error in tried.values()]
+        moves = faults[-1] == "account" and newest.status in (401, 403, 429)
+        moves |= faults[-1] == "transient" and faults.count("transient") == 1
+        return moves and self.rules.enabled and len(tried) < TRIED_ACCOUNTS_MAX
 
     def _failure(self, tried: Mapping[str, AztError]) -> AztError:
-        """What the client gets: the newest failure that is not about one account, else why none
-        can serve."""
-        if tried and not self.rules.enabled:
-            return list(tried.values())[-1]
-        for error in reversed(list(tried.values())):
-            if error.status not in (401, 429):
-                return error
-        store, now = self._store, time.time()
+        """What the client gets: the newest failure that is not about one account alone, else why
+        none can serve."""
+        errors, store, now = list(tried.values()), self._store, time.time()
+        others = [error for error in errors if error.status not in (401, 429)]
+        if tried and (others or not self.rules.enabled):
+            return (others or errors)[-1]
         if tried and pick_account(store.accounts, now, self.rules, (), tried) is not None:
             message = f"{len(tried)} accounts could not serve. Send it again: another one is next."
             return AztError(503, "overloaded", message, headers={"retry-after": "1"})
@@ -5736,21 +5701,16 @@ class Rotation:
     def _blame(self, account: Account, error: AztError) -> None:
         """Let the account rest as long as its failure says."""
         now, account = time.time(), self._store.accounts.get(account.id, account)
-        fault = error.fault if isinstance(error, UpstreamError) else ""
-        if isinstance(error, UpstreamError) and error.quota:
-            learn_quota(account, error.quota)
+        fault, reason = getattr(error, "fault", ""), error.code or ""
+        if quota := getattr(error, "quota", None):
+            learn_quota(account, quota)
         if error.status == 429:
-            is_empty = error.code == "usage_limit_reached"
-            reason, until = (
-                "quota_exhausted" if is_empty else "rate_limited",
-                error.extra["resets_at"],
-            )
-        elif fault == "account" and error.status == 403:
-            reason, until = error.code or "upstream_forbidden", int(now + REST_FORBIDDEN_S)
-        elif fault == "transient" and error.code != "upstream_stream_truncated":
-            reason, until = _RESTS_SHORT, int(now + REST_SHORT_S)
-        else:
+            reason = "quota_exhausted" if reason == "usage_limit_reached" else "rate_limited"
+        elif fault not in REST_S or error.status == 401:
             return
+        elif fault == "transient":
+            reason = _RESTS_SHORT
+        until = error.extra.get("resets_at") or int(now) + REST_S.get(fault, 0)
         rests = account.cooldown_until > now and account.cooldown_reason in _RESTS_HARD
         if not rests or until > account.cooldown_until:
             account.cooldown_reason, account.cooldown_until = reason, until
@@ -5772,12 +5732,11 @@ class Rotation:
         """It served. The conversation stays with it, unless it only stood in for a short while."""
         now, account = time.time(), self._store.accounts.get(account.id, account)
         account.last_used_at = int(now)
-        if account.cooldown_until > now and account.cooldown_reason not in _RESTS_HARD:
+        if account.cooldown_reason not in _RESTS_HARD:
             account.cooldown_until, account.cooldown_reason = 0, ""
         owner = self._store.accounts.get(home)
-        if owner is None or hindrance(owner, now, self.rules)[0] not in ("", _RESTS_SHORT):
-            home = account.id
-        self.sticky.bind(keys, home)
+        reason = hindrance(owner, now, self.rules)[0] if owner else "removed"
+        self.sticky.bind(keys, home if reason in ("", _RESTS_SHORT) else account.id)
         self.changed()
 
     async def _attempt(self, turn: Turn, account: Account, hold_s: float) -> Relay:
@@ -5894,13 +5853,14 @@ class Job:
                     self.failures.append({"id": one, "code": error.code, "message": error.message})
                 self.done += 1
 
-        self.state = "cancelled"  # unless it gets further
         try:
             await asyncio.gather(*(worker() for _ in range(at_once)))
             self.state = "done"
         except Exception:  # a mistake in the work must show in the job
             log.exception("job %s failed", self.kind)
             self.state = "failed"
+        except asyncio.CancelledError:
+            self.state = "cancelled"
         finally:
             self.ended_at = time.time()
 
@@ -6005,16 +5965,17 @@ class Gateway:
             self._saving = None
             await self.renewals.keep()
 
-    async def refresh_quota(self, name: str, by_person: bool = True) -> Account:
+    async def refresh_quota(self, account_id: str, by_person: bool = True) -> Account:
         """Ask the backend what is left. A person's wish also ends a rest that this proves wrong;
         a timer's does not, for the backend promises more than it keeps (asks.md 1.7)."""
-        account = await self.renewals.fresh_account(self.store.find(name))
+        account = await self.renewals.fresh_account(self.store.find(account_id))
         credentials = Credentials(account.access_token, account.account_id)
         call = (self.pool, self.environment.chatgpt_base_url, credentials, Wire())
         reading = await in_thread(self.short, fetch_quota, *call)
         account = self.store.accounts.get(account.id, account)
         learn_quota(account, reading)
-        if by_person and reading["allowed"] and account.cooldown_reason == "quota_exhausted":
+        is_empty = account.cooldown_reason == "quota_exhausted"
+        if by_person and is_empty and account.quota["left"] > 0:
             account.cooldown_until = 0
         self.save_soon()
         return account
@@ -7580,32 +7541,26 @@ def _ms(seconds: float) -> int | None:
     return int(seconds * 1000) if seconds else None
 
 
-_AUTH = {"login_rejected": "rejected", "auth_error": "error", "expired": "expired"}
-# Why an account is passed over -> its status. The reasons that are missing here are of the upstream.
+_AUTH = ("auth_error", "expired", "login_rejected")
 _STATUS = {
-    "account_unusable": "auth_error",
-    "excluded": "excluded",
-    "login_rejected": "login_rejected",
-    "quota_empty": "empty",
-    "quota_exhausted": "empty",
-    "rate_limited": "empty",
-    "upstream_forbidden": "auth_error",
-    "usage_not_included": "auth_error",
+    **dict.fromkeys(("account_unusable", "upstream_forbidden", "usage_not_included"), "auth_error"),
+    **dict.fromkeys(("quota_empty", "quota_exhausted", "rate_limited"), "empty"),
+    **{"excluded": "excluded", "login_rejected": "login_rejected"},
 }
+"""Why an account is passed over -> its status; what is missing here is the upstream's fault."""
 
 
 def _account_status(gw: Gateway, account: Account, now: float) -> tuple[str, Json]:
     """The most severe of the states of an account, with what is to be said of it."""
     reason, until = hindrance(account, now, gw.rotation.rules)
-    status = _STATUS.get(reason, "")
-    if status != "login_rejected" and 0 < account.expires_at < now:
+    if not account.rejected and 0 < account.expires_at < now:
         return "expired", {}
-    if not status:
-        left = percent_left(account.quota, now)
-        status = "unknown" if left < 0 else "low" if left <= LOW_PERCENT else "ready"
-        return status, {}
-    params = {"reason": account.rejected or reason, "until": _ms(until)}
-    return status, {name: value for name, value in params.items() if value}
+    if status := _STATUS.get(reason):
+        return status, {"reason": account.rejected or reason} | (
+            {"until": _ms(until)} if until else {}
+        )
+    left = percent_left(account.quota, now)
+    return "unknown" if left < 0 else "low" if left <= LOW_PERCENT else "ready", {}
 
 
 def _quota_view(quota: Json, now: float) -> Json:
@@ -7648,8 +7603,7 @@ def _routing_view(gw: Gateway) -> Json:
         "queue": [{"id": one, "reason": rules.order} for one in queue],
         "skipped": skipped,
         "switches": [
-            {"at": _ms(one.at), "from": one.from_id, "to": one.to_id}
-            | {"reason": one.reason, "until": _ms(one.until)}
+            {**one, "at": _ms(one["at"]), "until": _ms(one["until"])}
             for one in gw.rotation.switches
         ],
     }
@@ -7659,7 +7613,7 @@ def _job_view(job: Job) -> Json:
     spent_s = (job.ended_at or time.time()) - job.started_at
     left_s = spent_s / job.done * (job.total - job.done) if job.done else None
     return {
-        **{"id": job.id, "kind": job.kind, "state": "running" if not job.ended_at else job.state},
+        **{"id": job.id, "kind": job.kind, "state": job.state},
         **{"done": job.done, "total": job.total, "failed": len(job.failures)},
         **{"startedAt": _ms(job.started_at), "etaMs": None if left_s is None else _ms(left_s)},
         **{"cancellable": not job.ended_at, "failures": job.failures, "result": None},
@@ -7688,7 +7642,7 @@ def _account_view(gw: Gateway, account: Account) -> Json:
         "excluded": "excluded" in (status, reason),
         "excludedUntil": _ms(until) if reason == "excluded" else None,
         "lastUsedAt": _ms(account.last_used_at),
-        "auth": {"state": _AUTH.get(status, "ok"), "code": account.rejected or None},
+        "auth": {"state": status if status in _AUTH else "ok", "code": account.rejected or None},
         "quota": _quota_view(account.quota, now) if account.quota else None,
         "active": gw.store.active_id == account.id,
         "createdAt": _ms(account.created_at),

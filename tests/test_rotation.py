@@ -658,8 +658,8 @@ def test_the_next_account_serves_where_one_cannot(
     assert bench.serving == "b"
     assert first.cooldown_reason == reason and first.cooldown_until > time.time()
     [switch] = bench.rotation.switches
-    assert (switch.from_id, switch.to_id) == (first.id, second.id)
-    assert (switch.reason, switch.until) == (reason, first.cooldown_until)
+    assert (switch["from"], switch["to"]) == (first.id, second.id)
+    assert (switch["reason"], switch["until"]) == (reason, first.cooldown_until)
     assert run(bench.ask()) and bench.asked[-1] == "b"
 
 
@@ -671,7 +671,7 @@ def test_a_server_error_is_tried_once_elsewhere_and_the_account_goes_on_later(
     bench.upstream.script(account="a", **how)
     assert run(bench.ask()) == "You said: hi"
     assert (bench.asked, bench.serving) == (["a", "b"], "a")
-    assert bench.rotation.switches[0].reason == "upstream_5xx"
+    assert bench.rotation.switches[0]["reason"] == "upstream_5xx"
     first.cooldown_until = int(time.time())
     assert run(bench.ask()) and bench.asked[-1] == "a"
     bench.upstream.script(**how, times=3)
@@ -726,6 +726,7 @@ def test_the_newest_conversations_are_remembered(monkeypatch: pytest.MonkeyPatch
     for name in "abc":
         sticky.bind([name], name.upper())
     assert sticky.find(["x", "a"]) == "A"
+    sticky.bind(["a"], "A")
     sticky.bind(["d", "y" * 5000], "D")
     assert [sticky.find([name]) for name in "abcd"] == ["A", "", "", "D"]
     assert sticky.find(["y" * 5000]) == "D"
