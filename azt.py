@@ -1959,18 +1959,16 @@ def _reading(source: str, limits: Mapping[str, Any], credit: Json, plan: Any, no
     for name, limit in limits.items():
         for key in ("primary", "secondary"):
             raw = _as_object(limit).get(key) or _as_object(limit).get(f"{key}_window")
-            window = _window(key if name == "codex" else name, _as_object(raw), now)
-            if window:
+            if window := _window(key if name == "codex" else name, _as_object(raw), now):
                 kept[name == "codex"].append(window)
-    yes = {name: str(credit.get(name)).lower() for name in ("has_credits", "unlimited")}
     reading: Json = {"windows": kept[True], "extra": kept[False]}
-    if all(one in ("true", "false", "1", "0") for one in yes.values()):
+    words = [str(credit.get(name)).lower() for name in ("has_credits", "unlimited")]
+    if {*words} <= {"true", "false", "1", "0"}:
+        has, unlimited = (word in ("true", "1") for word in words)
         balance = str(credit["balance"]) if credit.get("balance") else None
-        has, unlimited = (one in ("true", "1") for one in yes.values())
         reading["credits"] = {"has": has, "unlimited": unlimited, "balance": balance}
+    reading["plan"] = _shown(plan, 64) if isinstance(plan, str) else ""
     reading = {name: value for name, value in reading.items() if value}
-    if isinstance(plan, str) and plan:
-        reading["plan"] = _shown(plan, 64)
     return reading and {**reading, "source": source, "captured_at": int(now)}
 
 
@@ -2018,19 +2016,16 @@ def percent_left(quota: Json, now: float) -> float:
 
 def pace(window: Json, now: float) -> Json:
     """Will a window last? (console.md 6.3) {"timeLeftPercent", "verdict", "emptyAt"}, in ms."""
-    whole, to_go = window["minutes"] * 60.0, window["resets_at"] - now
-    used = 0.0 if 0 < window["resets_at"] <= now else window["used"]
+    whole, to_go, used = window["minutes"] * 60.0, window["resets_at"] - now, window["used"]
     if not whole or to_go <= 0:
-        verdict = "empty" if used >= 100 else "unknown"
-        return {"timeLeftPercent": None, "verdict": verdict, "emptyAt": None}
-    elapsed, empty_at = max(whole - to_go, 0.0), None
-    if elapsed >= 0.05 * whole and used >= 5:
-        empty_at = now + (100 - used) / used * elapsed
-    is_fast = empty_at is not None and empty_at < window["resets_at"] - 0.05 * whole
+        return {"timeLeftPercent": None, "verdict": "unknown", "emptyAt": None}
+    is_early = whole - to_go < 0.05 * whole or used < 5
+    empty_at = math.inf if is_early else now + (100 - used) / used * (whole - to_go)
+    is_fast = empty_at < window["resets_at"] - 0.05 * whole
     return {
-        "timeLeftPercent": round(min(to_go / whole, 1.0) * 100),
+        "timeLeftPercent": round(to_go / whole * 100),
         "verdict": "empty" if used >= 100 else "fast" if is_fast else "ok",
-        "emptyAt": int(empty_at * 1000) if empty_at is not None else None,
+        "emptyAt": None if is_early else int(empty_at * 1000),
     }
 
 
@@ -5265,26 +5260,6 @@ def pick_account(
     return next((one for one in asked if hindrance(one, now, rules)[0] == reason), best)
 
 
-def nobody_serves(accounts: Sequence[Account], now: float, rules: Rules) -> AztError:
-    """Why none of these accounts can serve, and what the person can do."""
-    inside = [one for one in accounts if one.id not in rules.excluded]
-    dead = next((one for one in inside if one.rejected), None)
-    resting = [
-        (one.cooldown_until, one.cooldown_reason, one.name) for one in inside if not one.rejected
-    ]
-    if resting:
-        until, reason, name = min(resting)
-        code = "rate_limit_exceeded" if reason == "rate_limited" else "usage_limit_reached"
-        message = f"No account can serve now; the first one back is {name}."
-        return limit_error(code, message, {"resets_at": until}, None, now)
-    if dead is not None:
-        return _sign_in_again(dead)
-    message = "No account is signed in: run `azt login`, or `azt accounts import FILE`."
-    if accounts:
-        message = "Every account is excluded: `azt accounts include ACCOUNT` takes one back."
-    return AztError(503, "no_account", message, headers={"x-should-retry": "false"})
-
-
 def _sign_in_again(account: Account) -> AztError:
     message = (
         f"Account {account.name} needs to sign in again ({account.rejected}): run `azt login`, "
@@ -5557,9 +5532,6 @@ class Stickiness:
         while len(self._homes) > STICKY_MAX:
             del self._homes[next(iter(self._homes))]
 
-    def clear(self) -> None:
-        self._homes.clear()
-
 
 @dataclass(eq=False, slots=True)
 class Rotation:
@@ -5600,8 +5572,9 @@ class Rotation:
         tried: dict[str, AztError] = {}
         while True:
             account = self.choose(home, tried)
-            is_guest = home and account.id != home
-            turn.body = await self._readable(body) if is_guest else body
+            turn.body = body
+            if home and account.id != home:
+                turn.body = await in_thread(self._calls, _without_reasoning, body)
             try:
                 result = await self._try(turn, account, attempt, began + HOLD_BACK_S)
             except AztError as error:
@@ -5661,19 +5634,13 @@ class Rotation:
             except UpstreamError as error:
                 body = turn.body
                 if error.code == "invalid_encrypted_content":
-                    turn.body = await self._readable(body)
+                    turn.body = await in_thread(self._calls, _without_reasoning, body)
                 if error.fault == "token" and not refused:
                     refused = token
                 elif error.status == 401:
                     raise await self._renewals.reject(account, error.code or "401") from None
                 elif turn.body is body:
                     raise
-
-    async def _readable(self, body: bytes) -> bytes:
-        """The body for an account that did not write its encrypted reasoning."""
-        if len(body) > MIB:
-            return await in_thread(self._calls, _without_reasoning, body)
-        return _without_reasoning(body)
 
     def _moves_on(self, tried: Mapping[str, AztError]) -> bool:
         """May another account be tried after the newest of these failures?"""
@@ -5687,16 +5654,31 @@ class Rotation:
     def _failure(self, tried: Mapping[str, AztError]) -> AztError:
         """What the client gets: the newest failure that is not about one account alone, else why
         none can serve."""
-        errors, store, now = list(tried.values()), self._store, time.time()
+        errors, store, rules, now = list(tried.values()), self._store, self.rules, time.time()
         others = [error for error in errors if error.status not in (401, 429)]
-        if tried and (others or not self.rules.enabled):
+        if tried and (others or not rules.enabled):
             return (others or errors)[-1]
-        if tried and pick_account(store.accounts, now, self.rules, (), tried) is not None:
+        if tried and pick_account(store.accounts, now, rules, (), tried) is not None:
             message = f"{len(tried)} accounts could not serve. Send it again: another one is next."
             return AztError(503, "overloaded", message, headers={"retry-after": "1"})
-        alone = [store.active] if store.active else []
-        accounts = list(store.accounts.values()) if self.rules.enabled else alone
-        return nobody_serves(accounts, now, self.rules)
+        known = [one for one in store.accounts.values() if rules.enabled or one is store.active]
+        inside = [one for one in known if not rules.enabled or one.id not in rules.excluded]
+        first = min(
+            (one for one in inside if not one.rejected),
+            key=lambda one: one.cooldown_until,
+            default=None,
+        )
+        if first is not None:
+            is_short = first.cooldown_reason == "rate_limited"
+            code = "rate_limit_exceeded" if is_short else "usage_limit_reached"
+            message = f"No account can serve now; the first one back is {first.name}."
+            return limit_error(code, message, {"resets_at": first.cooldown_until}, None, now)
+        if inside:
+            return _sign_in_again(inside[0])
+        message = "No account is signed in: run `azt login`, or `azt accounts import FILE`."
+        if known:
+            message = "Every account is excluded: `azt accounts include ACCOUNT` takes one back."
+        return AztError(503, "no_account", message, headers={"x-should-retry": "false"})
 
     def _blame(self, account: Account, error: AztError) -> None:
         """Let the account rest as long as its failure says."""
@@ -5935,12 +5917,11 @@ class Gateway:
     def _apply_settings(self, saved: Json | None) -> None:
         self.settings = load_settings(saved, self.environment, self.flags)
         log.setLevel(self.settings.text("log.level").upper())
-        self.rotation.rules = Rules(
-            self.settings.flag("autoSwitch.enabled"),
-            self.settings.text("autoSwitch.order"),
-            self.settings.number("autoSwitch.beforePercent"),
-            self.settings.words("autoSwitch.excludedIds"),
+        enabled, order, before, excluded = (
+            self.settings[f"autoSwitch.{name}"]
+            for name in ("enabled", "order", "beforePercent", "excludedIds")
         )
+        self.rotation.rules = Rules(enabled, order, before, frozenset(excluded))
         egress = _egress(self.environment, self.settings)
         if egress != self.pool.egress:
             self.pool.egress = egress
@@ -7584,12 +7565,11 @@ def _routing_view(gw: Gateway) -> Json:
     """Who serves, who is next, who is passed over and why."""
     now, rules, store = time.time(), gw.rotation.rules, gw.store
     queue: list[str] = []
-    ready = replace(rules, enabled=True)
-    while len(queue) < QUEUE_SHOWN:
-        account = pick_account(store.accounts, now, ready, (), [store.active_id or "", *queue])
-        if account is None:
+    wanted, ready = [store.active_id or ""], replace(rules, enabled=True)
+    while one := pick_account(store.accounts, now, ready, (), wanted + queue):
+        queue.append(one.id)
+        if len(queue) == QUEUE_SHOWN:
             break
-        queue.append(account.id)
     skipped = [
         {"id": one.id, "reason": reason, "until": _ms(until)}
         for one in store.accounts.values()
@@ -7695,7 +7675,7 @@ async def admin_post_activate(gw: Gateway, request: Request) -> Reply:
     def activate(store: AccountStore) -> tuple[str | None, Account]:
         previous, account = store.active_id, store.find(request.params["id"])
         store.active_id = account.id
-        gw.rotation.sticky.clear()  # the person's choice is for running conversations too
+        gw.rotation.sticky = Stickiness()  # the person's choice is for running conversations too
         return previous, account
 
     previous, account = await gw.change_accounts(activate)
@@ -8644,6 +8624,7 @@ _account_lines = _listing(
         *(one["plan"], _state_cell(one), _left_cell(one)),
     ),
 )
+
 _import_lines = _listing(
     "Nothing was imported.",
     ("RESULT", "ID", "ACCOUNT", "PLAN"),
