@@ -3260,43 +3260,35 @@ _FIELD_TYPES: dict[type, str] = {
     list: "functions include messages modalities tools",
     str: "instructions previous_response_id prompt_cache_key",
 }
-_LIMITS = _FIELD_TYPES[int].split()
 
+# What the client gave, or None, and the parameter that it came from.
 _Asked = tuple[Any, str]
-"""What the client gave, or None, and the parameter that it came from."""
+# A tool or an input item in Responses shape, with the client's own names; its path for errors.
 _Placed = tuple[Json, str]
-"""A tool or an input item in Responses shape, with the client's own names; its path for errors."""
-_Said = tuple[str, list[_Placed]]
-"""Instructions and input items."""
+# Model id -> the reasoning efforts that it supports; a model may be missing.
 _Efforts = Mapping[str, Sequence[str]]
-"""Model id -> the reasoning efforts that it supports; a model may be missing."""
-
-
-def _unsupported(param: str, message: str) -> BadRequest:
-    return BadRequest(message, param, "unsupported_value")
 
 
 def _expect(value: Any, kind: type[T], param: str) -> T:
     """`value` itself if it is exactly of this type (a boolean is no integer); null is missing."""
+    if type(value) is kind:
+        return value
     if value is None:
         message = f"Missing required parameter: '{param}'."
         raise BadRequest(message, param, "missing_required_parameter")
-    if type(value) is kind:
-        return value
     wanted, got = (_TYPE_WORDS.get(given, "string") for given in (kind, type(value)))
     message = f"Invalid type for '{param}': expected {wanted}, got {got}."
     raise BadRequest(message, param, "invalid_type")
 
 
-def _named(value: Any, param: str) -> str:
-    """A name, an id or the like: a string that is not empty."""
-    return _expect(value or None, str, param)
+def _named(parent: Json, name: str, path: str = "") -> str:
+    """A member that is a name, an id or the like: a string that is not empty."""
+    return _expect(parent.get(name) or None, str, path + name)
 
 
 def _one_of(allowed: Iterable[str], value: Any, param: str) -> Any:
     """`value` itself if it is allowed; null is."""
-    known = tuple(allowed)
-    if value is None or value in known:
+    if value is None or value in (known := tuple(allowed)):
         return value
     listed = ", ".join(known)
     raise BadRequest(f"'{param}' is {str(value)[:60]!r}. Supported values are: {listed}.", param)
@@ -3335,7 +3327,7 @@ def _given(fields: Json) -> Json:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _without(fields: Json, names: Iterable[str]) -> Json:
+def _without(fields: Json, *names: str) -> Json:
     return {name: value for name, value in fields.items() if name not in names}
 
 
@@ -3353,28 +3345,9 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(encode_json(value)).hexdigest()
 
 
-def _check_fields(body: Json, default_model: str) -> tuple[str, str]:
-    """What both routes check first. Returns the model as the client and as upstream call it."""
-    named = body.get("model")
-    named = default_model if named is None else _expect(named, str, "model")
-    model = _named(named.strip().removeprefix("openai/").removeprefix("azt/"), "model")
-    for kind, names in _FIELD_TYPES.items():
-        for name in names.split():
-            if body.get(name) is not None:
-                _expect(body[name], kind, name)
-    return named, model
-
-
-def _ignored(body: Json, names: Iterable[str]) -> tuple[str, ...]:
-    """The parameters of these that were really set; a limit of -1 or 0 means "unlimited"."""
-    given = [name for name in names if body.get(name) is not None and body[name] is not False]
-    return tuple(name for name in given if name not in _LIMITS or body[name] > 0)
-
-
 # ---- Content parts -------------------------------------------------------------------------------
 
 _BASE64 = re.compile(r"[A-Za-z0-9+/]++={0,2}+")
-_DETAILS = ("auto", "low", "high", "original")
 
 
 def _data_url(url: str, param: str, code: str) -> str:
@@ -3394,14 +3367,15 @@ def _data_url(url: str, param: str, code: str) -> str:
 def _image_part(part: Json, path: str) -> Json:
     """Chat `image_url` (object, string), Responses `input_image`, Anthropic `source`, `image`."""
     url, param = _first(part, "image_url.url image_url image source.url source.data", path)
-    url = _named(url, param)
+    url = _expect(url or None, str, param)
     if param.endswith(".data"):
         url = f"data:{_first(part, 'source.media_type')[0] or 'image/png'};base64,{url}"
     if url[:5].lower() == "data:":
         url = _data_url(url, param, "invalid_base64_image")
     elif not url[:8].lower().startswith(("http://", "https://")):
         raise BadRequest(f"'{param}' must be an http(s) URL or a data URL.", param)
-    detail = _one_of(_DETAILS, *_first(part, "detail image_url.detail", path))
+    detail, param = _first(part, "detail image_url.detail", path)
+    detail = _one_of(("auto", "low", "high", "original"), detail, param)
     return _given({"type": "input_image", "image_url": url, "detail": detail})
 
 
@@ -3411,14 +3385,12 @@ def _file_part(part: Json, path: str) -> Json:
     link, name = (_first(part, f"file.{member} {member}")[0] for member in ("file_url", "filename"))
     if data is None and isinstance(link, str):
         return {"type": "input_file", "file_url": link}
-    data = _named(data, param)
-    if data[:5].lower() != "data:":
-        data = f"data:application/pdf;base64,{data}"
+    data = _expect(data or None, str, param)
+    data = data if data[:5].lower() == "data:" else f"data:application/pdf;base64,{data}"
     data = _data_url(data, param, "invalid_value")
-    head = data[:100].partition(",")[0]
-    if head.startswith("data:text/") and head.endswith(";base64"):
+    if text := re.match(r"data:text/[^,]{0,80};base64,", data):
         with contextlib.suppress(ValueError):
-            return {"type": "input_text", "text": base64.b64decode(data[len(head) + 1 :]).decode()}
+            return {"type": "input_text", "text": base64.b64decode(data[text.end() :]).decode()}
     name = name if isinstance(name, str) and name else "file.pdf"
     return {"type": "input_file", "filename": name, "file_data": data}
 
@@ -3442,20 +3414,22 @@ def _content_parts(content: Any, role: str, path: str) -> list[Json]:
     parts: list[Json] = []
     content = [content or ""] if content is None or isinstance(content, str) else content
     for index, part in enumerate(_expect(content, list, path)):
-        at = f"{path}[{index}]"
-        part = {"type": "text", "text": part} if isinstance(part, str) else _expect(part, dict, at)
-        name = _named(part.get("type"), f"{at}.type")
-        file_id, param = _first(part, "file_id file.file_id source.file_id", f"{at}.")
+        at = f"{path}[{index}]."
+        part = {"type": "text", "text": part} if isinstance(part, str) else part
+        name = _named(_expect(part, dict, at[:-1]), "type", at)
+        file_id, param = _first(part, "file_id file.file_id source.file_id", at)
         if name == "input_audio":
-            raise _unsupported(f"{at}.type", "The Codex models take no audio: send text or images.")
+            message, param = "The Codex models take no audio: send text or images.", f"{at}type"
+            raise BadRequest(message, param, "unsupported_value")
         if file_id is not None:
-            raise _unsupported(param, "azt keeps no uploaded files: send the data as a data URL.")
-        kind = _PARTS[role][_one_of(_PARTS[role], name, f"{at}.type")]
+            message = "azt keeps no uploaded files: send the data as a data URL."
+            raise BadRequest(message, param, "unsupported_value")
+        kind = _PARTS[role][_one_of(_PARTS[role], name, f"{at}type")]
         if kind in _MEDIA:
-            parts.append(_MEDIA[kind](part, f"{at}."))
+            parts.append(_MEDIA[kind](part, at))
         elif kind:
             field = "refusal" if kind == "refusal" else "text"
-            parts.append({"type": kind, field: _expect(part.get(field), str, f"{at}.{field}")})
+            parts.append({"type": kind, field: _expect(part.get(field), str, at + field)})
     if role == "assistant":  # upstream wants no empty text from it
         return [part for part in parts if "" not in part.values()]
     return parts or [{"type": "input_text", "text": ""}]
@@ -3477,14 +3451,13 @@ def _flat_tools(body: Json, field: str) -> Iterator[_Placed]:
     """The tools of `tools` or `functions`, fresh and in flat form."""
     for index, tool in enumerate(body.get(field) or []):
         path = f"{field}[{index}]"
-        kind = _expect(tool, dict, path).get("type")
-        if kind is None and ("function" in tool or "name" in tool):
-            kind = "function"
-        kind = _named(kind, f"{path}.type")
+        if _expect(tool, dict, path).get("type") is None and ("function" in tool or "name" in tool):
+            tool = {**tool, "type": "function"}
+        kind = _named(tool, "type", f"{path}.")
         if _REFUSED_TOOLS.fullmatch(kind):
             message = f"The Codex backend has no {kind!r} tool: remove it, or declare a function."
-            raise _unsupported(f"{path}.type", message)
-        tool, path = _flat({**tool, "type": kind}, path)
+            raise BadRequest(message, f"{path}.type", "unsupported_value")
+        tool, path = _flat(tool, path)
         yield {**tool, "type": _TOOL_ALIASES.get(kind, kind)}, path
 
 
@@ -3500,17 +3473,20 @@ class _Tools:
 
     def __init__(self, tools: Iterable[_Placed]) -> None:
         tools = list(tools)
-        self.kinds: dict[str, str] = {}
-        for tool, path in tools:
-            if tool["type"] in _NAMED_TOOLS:
-                self.kinds[_named(tool.get("name"), f"{path}.name")] = tool["type"]
+        named = [(tool, path) for tool, path in tools if tool["type"] in _NAMED_TOOLS]
+        self.kinds = {_named(tool, "name", f"{path}."): tool["type"] for tool, path in named}
         # Names that are fine keep themselves, whatever another one is shortened to.
         self._short = {name: name for name in self.kinds if _SAFE_NAME.fullmatch(name)}
         self.renamed: dict[str, str] = {}
         sent: dict[tuple[str, str], Json] = {}
         for tool, path in tools:  # upstream refuses duplicates: the last wins
-            kind = "" if tool["type"] in _NAMED_TOOLS else tool["type"]
-            sent[kind, str(tool.get("name"))] = self._upstream_tool(tool, path)
+            kind, name = tool["type"], str(tool.get("name"))
+            if kind in _NAMED_TOOLS:
+                sent["", name] = self._upstream_tool(tool, path)
+            else:
+                if place := _get(tool, "user_location", dict):
+                    tool["user_location"], _ = _flat({"type": "approximate", **place})
+                sent[kind, name] = _without(tool, *_NOT_FOR_UPSTREAM)
         self.upstream = list(sent.values())
 
     def short(self, name: str) -> str:
@@ -3528,15 +3504,10 @@ class _Tools:
         return self._short[name]
 
     def _upstream_tool(self, tool: Json, path: str) -> Json:
-        kind = tool["type"]
-        if kind not in _NAMED_TOOLS:
-            if place := _get(tool, "user_location", dict):
-                tool["user_location"], _ = _flat({"type": "approximate", **place})
-            return _without(tool, _NOT_FOR_UPSTREAM)
-        sent = {"type": kind, "name": self.short(tool["name"])}
+        sent = {"type": tool["type"], "name": self.short(tool["name"])}
         if isinstance(tool.get("description"), str):
             sent["description"] = tool["description"]
-        if kind == "function":
+        if tool["type"] == "function":
             schema = _expect(tool.get("parameters") or {}, dict, f"{path}.parameters")
             if schema.get("type") in (None, "object"):
                 schema = {**schema, "type": "object", "properties": schema.get("properties") or {}}
@@ -3557,15 +3528,10 @@ class _Tools:
         if kind in _CHOICES:
             return _CHOICES[kind]
         if kind == "allowed_tools":
-            tools = (
-                _expect(tool, dict, param) for tool in _expect(choice.get("tools"), list, param)
-            )
             mode = _one_of(("auto", "required"), choice.get("mode") or "auto", param)
-            return {
-                "type": kind,
-                "mode": mode,
-                "tools": [self.choice(tool, param) for tool in tools],
-            }
+            allowed = _expect(choice.get("tools"), list, param)
+            tools = [self.choice(_expect(tool, dict, param), param) for tool in allowed]
+            return {"type": kind, "mode": mode, "tools": tools}
         if isinstance(name, str) and name in self.kinds:
             return {"type": self.kinds[name], "name": self.short(name)}
         if kind not in _NAMED_TOOLS and any(tool["type"] == kind for tool in self.upstream):
@@ -3576,7 +3542,6 @@ class _Tools:
 # ---- Input items ---------------------------------------------------------------------------------
 
 _ROLES = {"assistant": "assistant", "developer": "developer", "system": "developer", "user": "user"}
-_PHASES = ("commentary", "final_answer")
 _CALL_FIELDS = {"custom_tool_call": "input", "function_call": "arguments"}
 _OUTPUTS = tuple(f"{kind}_output" for kind in _CALL_FIELDS)
 _NO_RESULT = "No result was recorded for this call."
@@ -3587,16 +3552,15 @@ def _client_items(value: Any, find: Callable[[str], Json | None]) -> Iterator[_P
     value = [{"role": "user", "content": value}] if isinstance(value, str) else value
     for index, item in enumerate(_expect(value, list, "input")):
         path = f"input[{index}]"
-        kind = _expect(item, dict, path).get("type")
-        if kind is None:
-            kind = "message" if "role" in item else "item_reference" if "id" in item else None
-        kind = _named(kind, f"{path}.type")
+        if _expect(item, dict, path).get("type") is None and ("role" in item or "id" in item):
+            item = {**item, "type": "message" if "role" in item else "item_reference"}
+        kind = _named(item, "type", f"{path}.")
         if kind == "message":
-            _one_of(_ROLES, _named(item.get("role"), f"{path}.role"), f"{path}.role")
+            _one_of(_ROLES, _named(item, "role", f"{path}."), f"{path}.role")
         if kind != "item_reference":
-            yield {**item, "type": kind}, path
+            yield item, path
             continue
-        item_id = _named(item.get("id"), f"{path}.id")
+        item_id = _named(item, "id", f"{path}.")
         if found := find(item_id):
             yield found, path
         elif not item_id.startswith("rs_"):  # reasoning can be spared, the rest cannot
@@ -3613,39 +3577,33 @@ def _upstream_item(item: Json, path: str, tools: _Tools) -> Json | None:
     if kind == "message":
         role = _ROLES[item["role"]]
         parts = _content_parts(item.get("content"), role, f"{path}.content")
-        has_phase = role == "assistant" and item.get("phase") in _PHASES
+        has_phase = role == "assistant" and item.get("phase") in ("commentary", "final_answer")
         phase = {"phase": item["phase"]} if has_phase else {}
         return {"type": kind, "role": role, "content": parts, **phase} if parts else None
-    if kind in _CALL_FIELDS:
-        name = _named(item.get("name"), f"{path}.name")
-        text = _as_text(item.get(_CALL_FIELDS[kind]))
-        # Cursor gets calls of its flat custom tools as functions and sends them back as such.
-        kind = "custom_tool_call" if tools.kinds.get(name) == "custom" else kind
-        text = text or ("{}" if kind == "function_call" else "")
-        call = {"type": kind, "call_id": _call_id(item, path), "name": tools.short(name)}
-        return {**call, _CALL_FIELDS[kind]: text}
-    if kind in _OUTPUTS:
-        output, is_chat = item.get("output"), path.startswith("messages")
-        if isinstance(output, list):
-            output = _content_parts(output, "user", path + (".content" if is_chat else ".output"))
-        output = output if isinstance(output, list) else _as_text(output)
-        return {"type": kind, "call_id": _call_id(item, path), "output": output}
     if kind == "reasoning":
-        summary, encrypted = item.get("summary") or [], item.get("encrypted_content")
-        sealed = {"type": kind, "summary": summary, "encrypted_content": encrypted}
-        return sealed if encrypted else None
-    return _without(item, _NOT_FOR_UPSTREAM + (() if kind == "image_generation_call" else ("id",)))
-
-
-def _as_text(value: Any) -> str:
-    """Some clients send objects where strings belong."""
-    return value or "" if value is None or isinstance(value, str) else encode_json(value).decode()
-
-
-def _call_id(item: Json, path: str) -> str:
-    """Longer and odd ids, which upstream refuses, become a digest: the same for call and output."""
-    call_id = _named(item.get("call_id"), f"{path}.call_id")
-    return call_id if _SAFE_NAME.fullmatch(call_id) else f"call_{_digest(call_id)[:40]}"
+        sealed = {"type": kind, "summary": item.get("summary") or []}
+        encrypted = item.get("encrypted_content")
+        return {**sealed, "encrypted_content": encrypted} if encrypted else None
+    if kind not in _CALL_FIELDS and kind not in _OUTPUTS:
+        id_too = () if kind == "image_generation_call" else ("id",)
+        return _without(item, *_NOT_FOR_UPSTREAM, *id_too)
+    name = _named(item, "name", f"{path}.") if kind in _CALL_FIELDS else ""
+    call_id = _named(item, "call_id", f"{path}.")
+    if not _SAFE_NAME.fullmatch(call_id):  # the same digest for the call and its output
+        call_id = f"call_{_digest(call_id)[:40]}"
+    field = _CALL_FIELDS.get(kind, "output")
+    value = item.get(field)
+    if field == "output" and isinstance(value, list):
+        at = f"{path}.content" if path.startswith("messages") else f"{path}.output"
+        value = _content_parts(value, "user", at)
+    elif not isinstance(value, str):  # some clients send objects where strings belong
+        value = "" if value is None else encode_json(value).decode()
+    if field == "output":
+        return {"type": kind, "call_id": call_id, field: value}
+    # Cursor gets calls of its flat custom tools as functions and sends them back as such.
+    kind = "custom_tool_call" if tools.kinds.get(name) == "custom" else kind
+    value = value or ("{}" if kind == "function_call" else "")
+    return {"type": kind, "call_id": call_id, "name": tools.short(name), _CALL_FIELDS[kind]: value}
 
 
 def _pair_calls(items: Iterable[Json]) -> list[Json]:
@@ -3690,19 +3648,40 @@ def _pair_calls(items: Iterable[Json]) -> list[Json]:
 
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 _SUMMARIES = ("auto", "concise", "detailed")
-_VERBOSITIES = ("low", "medium", "high")
-_FORMATS = ("text", "json_object", "json_schema")
+
+
+def _checked(body: Json, default_model: str, ignored: str) -> tuple[str, str, tuple[str, ...]]:
+    """What both routes check first.
+
+    Returns the model as the client and as upstream call it, and which of `ignored` were really set.
+    """
+    named = default_model if body.get("model") is None else _expect(body["model"], str, "model")
+    model = {"model": named.strip().removeprefix("openai/").removeprefix("azt/")}
+    for kind, names in _FIELD_TYPES.items():
+        for name in names.split():
+            if body.get(name) is not None:
+                _expect(body[name], kind, name)
+    given = {name for name, value in _given(body).items() if value is not False}
+    limits = _FIELD_TYPES[int].split()  # -1 and 0 mean "unlimited"
+    noted = (name for name in ignored.split() if name in given)
+    noted = (name for name in noted if name not in limits or body[name] > 0)
+    return named, _named(model, "model"), tuple(noted)
 
 
 def _upstream_body(
-    body: Json, model: str, efforts: _Efforts, said: _Said, tools: _Tools, asked: dict[str, _Asked]
+    body: Json,
+    model: str,
+    efforts: Sequence[str],
+    said: tuple[str, list[_Placed]],
+    tools: _Tools,
+    asked: Mapping[str, _Asked],
 ) -> Json:
     """The body for the backend, made of what it is known to take; what is absent is not sent."""
     instructions, placed = said
     form = _text_format(*asked["format"])
-    text = _given({"format": form, "verbosity": _one_of(_VERBOSITIES, *asked["verbosity"])})
-    effort = _clamp_effort(_one_of(_EFFORTS, *asked["effort"]), efforts.get(model, ()))
-    reasoning = _given({"effort": effort, "summary": _one_of(_SUMMARIES, *asked["summary"])})
+    verbosity = _one_of(("low", "medium", "high"), *asked["verbosity"])
+    effort = _clamp_effort(_one_of(_EFFORTS, *asked["effort"]), efforts)
+    summary = _one_of(_SUMMARIES, *asked["summary"])
     converted = (_upstream_item(item, path, tools) for item, path in placed)
     items = _pair_calls(item for item in converted if item is not None)
     if not items and instructions:
@@ -3723,13 +3702,18 @@ def _upstream_body(
         "tools": tools.upstream or None,
         "tool_choice": tools.choice(*asked["choice"]),
         "parallel_tool_calls": parallel if tools.upstream else None,
-        "reasoning": reasoning or None,
-        "text": text or None,
+        "reasoning": _given({"effort": effort, "summary": summary}) or None,
+        "text": _given({"format": form, "verbosity": verbosity}) or None,
         **{"include": [REASONING_INCLUDE], "stream": True, "store": False},
         "prompt_cache_key": _session_key(body, instructions, items),
         "service_tier": "priority" if is_fast else None,
     }
     return _given(sent)
+
+
+def _developer_item(text: str) -> Json:
+    content = [{"type": "input_text", "text": text}]
+    return {"type": "message", "role": "developer", "content": content}
 
 
 def _clamp_effort(effort: str | None, supported: Sequence[str]) -> str | None:
@@ -3745,8 +3729,8 @@ def _clamp_effort(effort: str | None, supported: Sequence[str]) -> str | None:
 def _text_format(value: Any, param: str) -> Json | None:
     """`response_format` (nested schema) or `text.format` (flat) -> the latter; None is text."""
     value = {"type": value} if isinstance(value, str) else value or {"type": "text"}
-    kind = _named(_expect(value, dict, param).get("type"), f"{param}.type")
-    if _one_of(_FORMATS, kind, f"{param}.type") != "json_schema":
+    kind = _named(_expect(value, dict, param), "type", f"{param}.")
+    if _one_of(("text", "json_object", "json_schema"), kind, f"{param}.type") != "json_schema":
         return {"type": kind} if kind == "json_object" else None
     if param == "response_format":
         _expect(value.get(kind), dict, f"{param}.{kind}")
@@ -3759,11 +3743,6 @@ def _text_format(value: Any, param: str) -> Json | None:
         "strict": value.get("strict") is True,
         **({"description": about} if isinstance(about, str) else {}),
     }
-
-
-def _developer_item(text: str) -> Json:
-    content = [{"type": "input_text", "text": text}]
-    return {"type": "message", "role": "developer", "content": content}
 
 
 def _session_key(body: Json, instructions: str, items: list[Json]) -> str:
@@ -3780,7 +3759,6 @@ def _session_key(body: Json, instructions: str, items: list[Json]) -> str:
 
 # ---- Tokens --------------------------------------------------------------------------------------
 
-_IMAGE_BYTES = 4096  # an image or a file counts as about 1,000 tokens, whatever its size in base64
 _OUTPUT_COUNTS = (
     "reasoning_tokens audio_tokens accepted_prediction_tokens rejected_prediction_tokens"
 ).split()
@@ -3811,9 +3789,8 @@ def estimate_input_tokens(upstream: Json) -> int:
     items = upstream.get("input", [])
     size = len(encode_json(upstream.get("tools", [])))
     for text in _walk([upstream.get("instructions"), items]):
-        if isinstance(text, str):
-            is_data = text.startswith("data:")
-            size += _IMAGE_BYTES if is_data else len(text.encode("utf-8", "replace"))
+        if isinstance(text, str):  # an image or a file counts as 1,000 tokens, whatever its size
+            size += 4096 if text.startswith("data:") else len(text.encode("utf-8", "replace"))
     return max(1, size // 4 + 4 * len(items))
 
 
@@ -3824,7 +3801,7 @@ def estimate_input_tokens(upstream: Json) -> int:
 _CHAT_IGNORED = (
     "temperature top_p presence_penalty frequency_penalty seed logit_bias logprobs top_logprobs"
     " user prediction moderation max_tokens max_completion_tokens max_output_tokens"
-).split()
+)
 # Thinking budgets of other dialects, in tokens: the first limit that holds names the effort.
 _BUDGETS = ((0, "none"), (512, "minimal"), (1024, "low"), (8192, "medium"), (24576, "high"))
 _SWITCHES = ("reasoning.enabled", "enable_thinking", "chat_template_kwargs.enable_thinking")
@@ -3837,8 +3814,8 @@ class ChatRequest:
     model          as the client named it; every chunk repeats it
     stop           stop strings, emulated here
     tool_names     upstream tool name -> client's name, only where they differ
-    custom_nested  client's names of tools declared `{"type": "custom", "custom": {...}}`
-    custom_flat    and of those declared flat (Cursor), which wants their calls as functions
+    custom_nested  client's names of tools declared `{"type": "custom", "custom": {...}}`; those
+                   declared flat are Cursor's, which wants their calls as functions
     json_format    the content must be JSON only: commentary stays out of it
     ignored        parameters that have no effect upstream, for `x-azt-ignored-params`
     """
@@ -3847,10 +3824,9 @@ class ChatRequest:
     upstream: Json
     stream: bool
     include_usage: bool
-    stop: tuple[str, ...]
+    stop: list[str]
     tool_names: dict[str, str]
-    custom_nested: frozenset[str]
-    custom_flat: frozenset[str]
+    custom_nested: set[str]
     legacy_functions: bool
     json_format: bool
     show_reasoning: bool
@@ -3877,10 +3853,24 @@ def chat_to_responses(body: Json, efforts: _Efforts, default_model: str) -> Chat
     source   platform.openai.com/docs/api-reference/chat
     """
     body = {**_get(body, "extra_body", dict), **body}
-    named, model = _check_fields(body, default_model)
-    stop = _check_chat(body)
+    named, model, ignored = _checked(body, default_model, _CHAT_IGNORED)
+    if "audio" in (body.get("modalities") or ()):
+        message = "The Codex models give no audio: ask for text only."
+        raise BadRequest(message, "modalities", "unsupported_value")
+    if body.get("n") is not None and (body["n"] is True or body["n"] != 1):
+        message = "This gateway returns a single choice; 'n' must be 1."
+        raise BadRequest(message, "n", "unsupported_value")
+    stops = body.get("stop") or []
+    stops = [stops] if isinstance(stops, str) else _expect(stops, list, "stop")
+    if len(stops) > 4:
+        raise BadRequest("'stop' takes at most 4 strings.", "stop")
+    stops = [_expect(stop, str, f"stop[{index}]") for index, stop in enumerate(stops)]
     said = _chat_items(body)
-    tools = _Tools(_chat_tools(body))
+    flat = [*_flat_tools(body, "tools"), *_flat_tools(body, "functions")]
+    if (options := body.get("web_search_options")) is not None:
+        known = {name: options.get(name) for name in ("search_context_size", "user_location")}
+        flat.append(({"type": "web_search", **_given(known)}, "web_search_options"))
+    tools = _Tools(flat)
     # Only then the answer has the shape of before tools: `function_call`, one call.
     is_legacy = bool(body.get("functions")) and not body.get("tools")
     is_hidden = _first(body, "reasoning.exclude")[0] is True
@@ -3894,48 +3884,23 @@ def chat_to_responses(body: Json, efforts: _Efforts, default_model: str) -> Chat
         "summary": (summary if show_reasoning else None, ""),
         "verbosity": _first(body, "verbosity text.verbosity"),
     }
-    if is_legacy:
-        body["parallel_tool_calls"] = False
-    upstream = _upstream_body(body, model, efforts, said, tools, asked)
-    custom = {name for name, kind in tools.kinds.items() if kind == "custom"}
-    nested = custom & {_first(tool, "custom.name")[0] for tool in body.get("tools") or ()}
+    body |= {"parallel_tool_calls": False} if is_legacy else {}
+    upstream = _upstream_body(body, model, efforts.get(model, ()), said, tools, asked)
+    nested = {_first(tool, "custom.name")[0] for tool in body.get("tools") or ()}
     return ChatRequest(
         model=named,
         upstream=upstream,
         stream=body.get("stream") is True,
         include_usage=_first(body, "stream_options.include_usage")[0] is True,
-        stop=stop,
+        stop=list(filter(None, stops)),
         tool_names=tools.renamed,
-        custom_nested=frozenset(nested),
-        custom_flat=frozenset(custom - nested),
+        custom_nested={name for name in nested if tools.kinds.get(name) == "custom"},
         legacy_functions=is_legacy,
         json_format="format" in upstream.get("text", {}),
         show_reasoning=show_reasoning,
         metadata=body.get("metadata"),
-        ignored=_ignored(body, _CHAT_IGNORED),
+        ignored=ignored,
     )
-
-
-def _check_chat(body: Json) -> tuple[str, ...]:
-    """Refuse what one text answer cannot be. Returns the stop strings."""
-    if "audio" in (body.get("modalities") or ()):
-        raise _unsupported("modalities", "The Codex models give no audio: ask for text only.")
-    if body.get("n") is not None and (body["n"] is True or body["n"] != 1):
-        raise _unsupported("n", "This gateway returns a single choice; 'n' must be 1.")
-    stops = body.get("stop") or []
-    stops = [stops] if isinstance(stops, str) else _expect(stops, list, "stop")
-    if len(stops) > 4:
-        raise BadRequest("'stop' takes at most 4 strings.", "stop")
-    checked = [_expect(stop, str, f"stop[{index}]") for index, stop in enumerate(stops)]
-    return tuple(filter(None, checked))
-
-
-def _chat_tools(body: Json) -> Iterator[_Placed]:
-    yield from _flat_tools(body, "tools")
-    yield from _flat_tools(body, "functions")
-    if (options := body.get("web_search_options")) is not None:
-        known = {name: options.get(name) for name in ("search_context_size", "user_location")}
-        yield {"type": "web_search", **_given(known)}, "web_search_options"
 
 
 def _asked_effort(body: Json) -> _Asked:
@@ -3952,55 +3917,51 @@ def _asked_effort(body: Json) -> _Asked:
     return next((word for most, word in _BUDGETS if budget <= most), "xhigh"), param
 
 
-# ---- Messages ------------------------------------------------------------------------------------
-
-
-def _chat_items(body: Json) -> _Said:
+def _chat_items(body: Json) -> tuple[str, list[_Placed]]:
     """(instructions, items): leading system messages are instructions, others keep their place."""
     given = body.get("instructions") or ""
     if not body.get("messages") and body.get("input") is not None:
         if body.get("previous_response_id") is not None:
             message = "Only /v1/responses continues a stored response: send the whole input."
-            raise _unsupported("previous_response_id", message)
+            raise BadRequest(message, "previous_response_id", "unsupported_value")
         return given, list(_client_items(body["input"], lambda item_id: None))
     messages = _expect(body.get("messages"), list, "messages")
     if not messages:
         raise BadRequest("'messages' is empty: send at least one message.", "messages")
-    placed = list(_message_items(messages))
+    placed: list[_Placed] = []
+    for index, message in enumerate(messages):
+        placed += _message_items(message, f"messages[{index}]")
     texts = [given]
-    while placed and placed[0][0].get("role") in ("system", "developer"):
-        item, path = placed.pop(0)
+    for item, path in placed:
+        if item.get("role") not in ("system", "developer"):
+            break
         parts = _content_parts(item["content"], "developer", f"{path}.content")
         texts.append("\n".join(part["text"] for part in parts))
-    return "\n\n".join(filter(None, texts)), placed
+    return "\n\n".join(filter(None, texts)), placed[len(texts) - 1 :]
 
 
-def _message_items(messages: list[Any]) -> Iterator[_Placed]:
-    """Chat messages -> items in Responses shape; contents stay as the client wrote them."""
-    for index, message in enumerate(messages):
-        path = f"messages[{index}]"
-        role = _named(_expect(message, dict, path).get("role"), f"{path}.role")
-        _one_of((*_ROLES, "tool", "function"), role, f"{path}.role")
-        content = message.get("content")
-        if role == "assistant":
-            yield from _assistant_items(message, path)
-        elif role in _ROLES:
-            yield {"type": "message", "role": role, "content": content}, path
-        else:
-            call_id, param = _first(message, "tool_call_id toolCallId call_id", f"{path}.")
-            if role == "function":  # such calls have no ids: the name finds them
-                call_id = "call_fn_" + _named(message.get("name"), f"{path}.name")
-            call_id = _named(call_id, param)
-            yield {"type": _OUTPUTS[0], "call_id": call_id, "output": content}, path
-
-
-def _assistant_items(message: Json, path: str) -> Iterator[_Placed]:
-    """The text, then one item per call."""
-    content = message.get("content") or []
-    parts = [content] if isinstance(content, str) else _expect(content, list, f"{path}.content")
-    if isinstance(message.get("refusal"), str):
-        parts = [*parts, {"type": "refusal", "refusal": message["refusal"]}]
-    yield {"type": "message", "role": "assistant", "content": parts}, path
+def _message_items(message: Any, path: str) -> Iterator[_Placed]:
+    """A chat message -> items in Responses shape; contents stay as the client wrote them."""
+    role = _named(_expect(message, dict, path), "role", f"{path}.")
+    _one_of((*_ROLES, "tool", "function"), role, f"{path}.role")
+    content = message.get("content")
+    if role not in _ROLES:
+        call_id, param = _first(message, "tool_call_id toolCallId call_id", f"{path}.")
+        if role == "function":  # such calls have no ids: the name finds them
+            call_id = "call_fn_" + _named(message, "name", f"{path}.")
+        call_id = _expect(call_id or None, str, param)
+        yield {"type": _OUTPUTS[0], "call_id": call_id, "output": content}, path
+        return
+    if role == "assistant" and isinstance(message.get("refusal"), str):
+        parts = (
+            [content]
+            if isinstance(content, str)
+            else _expect(content or [], list, f"{path}.content")
+        )
+        content = [*parts, {"type": "refusal", "refusal": message["refusal"]}]
+    yield {"type": "message", "role": role, "content": content}, path
+    if role != "assistant":
+        return
     calls = _expect(message.get("tool_calls") or [], list, f"{path}.tool_calls")
     made = [(call, f"{path}.tool_calls[{number}]") for number, call in enumerate(calls)]
     if message.get("function_call") is not None:
@@ -4010,11 +3971,10 @@ def _assistant_items(message: Json, path: str) -> Iterator[_Placed]:
     for call, at in made:
         kind = _expect(call, dict, at).get("type") or "function"
         item_kind = _NAMED_TOOLS[_one_of(_NAMED_TOOLS, kind, f"{at}.type")]
-        field = _CALL_FIELDS[item_kind]
-        call_id = _named(call.get("id"), f"{at}.id")
-        spec, at = _flat({**call, "type": kind}, at)
-        item = {"type": item_kind, "call_id": call_id, "name": spec.get("name")}
-        yield {**item, field: spec.get(field)}, at
+        call_id, field = _named(call, "id", f"{at}."), _CALL_FIELDS[item_kind]
+        call, at = _flat({**call, "type": kind}, at)
+        item = {"type": item_kind, "call_id": call_id, "name": call.get("name")}
+        yield {**item, field: call.get(field)}, at
 
 
 # ---- Upstream events -> answer: what both protocols share ----------------------------------------
@@ -4153,14 +4113,12 @@ class _EventStream:
     _encode: Callable[[Json], bytes]
 
     def __init__(self, request: Any, now: float, *, fast: bool = True) -> None:
-        self.done = False
-        self.stopped = False
+        self.done = self.stopped = False
         self.failure: AztError | None = None
         self.usage: Json | None = None
         self.limits: Json | None = None
         self._request: ChatRequest | ResponsesRequest = request
-        self._now = now
-        self._fast = fast
+        self._now, self._fast = now, fast
         self._items: list[_Item] = []
         self._by_key: dict[tuple[str, str | int], _Item] = {}
         self._latest: dict[str, _Item] = {}
@@ -4199,13 +4157,12 @@ class _EventStream:
 
     def _arm(self, data: bytes, part: _Part, out: bytes) -> None:
         """Prepare the fast path for deltas like `data`, which became `out`."""
-        known, pieces, split = _VARYING.split(data), part.pieces, _VARYING.split
-        literal = pieces[-1]
-        # Every second one is a text, or None. A name in the chunk that is no valid Unicode makes
-        # encode_json escape all of it: then nothing can be pasted.
-        quoted = b'"%s"' % literal
-        is_clear = data.count(b'"delta"') == out.count(quoted) == 1
-        if not is_clear or literal not in known[1::2] or b"\\ud" in out:
+        split, pieces, literal = _VARYING.split, part.pieces, part.pieces[-1]
+        known, quoted = split(data), b'"%s"' % literal
+        # Every second one of `known` is a text, or None. A name in the chunk that is no valid
+        # Unicode makes encode_json escape all of it: then nothing can be pasted.
+        is_clear = data.count(b'"delta"') == out.count(quoted) == 1 and b"\\ud" not in out
+        if not is_clear or literal not in known[1::2]:
             return
         at, size = known.index(literal, 1), len(known)
         known[at] = None
@@ -4262,9 +4219,7 @@ class _EventStream:
 
     def _remember(self, event: Json) -> None:
         """What the upstream says of the answer as a whole."""
-        for name, value in _get(event, "response", dict).items():
-            if value is not None and name != "output":
-                self._upstream[name] = value
+        self._upstream |= _given(_without(_get(event, "response", dict), "output"))
 
     def _item_event(self, event: Json) -> None:
         value = _get(event, "item", dict)
@@ -4429,17 +4384,14 @@ class StopMatcher:
 
 
 # Why an answer is incomplete -> finish_reason; every other reason counts as a normal end.
-_FINISH_REASONS = {"content_filter": "content_filter"} | dict.fromkeys(
-    ("max_output_tokens", "max_tokens"), "length"
-)
+_FINISH_REASONS = dict.fromkeys(("max_output_tokens", "max_tokens"), "length")
+_FINISH_REASONS["content_filter"] = "content_filter"
 # Upstream request field (as a prefix of the error's param) -> the field of the chat client.
-_CHAT_PARAMS = (
-    ("input", "messages"),
-    ("instructions", "messages"),
-    ("reasoning.effort", "reasoning_effort"),
-    ("text.format", "response_format"),
-    ("text.verbosity", "verbosity"),
-)
+_CHAT_PARAMS = {
+    **dict.fromkeys(("input", "instructions"), "messages"),
+    **{"reasoning.effort": "reasoning_effort", "text.format": "response_format"},
+    "text.verbosity": "verbosity",
+}
 _SERVICE_TIERS = ("auto", "default", "flex", "priority", "scale")
 
 
@@ -4473,10 +4425,6 @@ class ChatStream(_EventStream):
     def _encode(self, chunk: Json) -> bytes:
         return encode_data(chunk) if chunk else b"data: [DONE]\n\n"
 
-    def _chunk(self, delta: Json, finish_reason: str | None = None) -> Json:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return {**self._envelope, "choices": [choice], "system_fingerprint": None}
-
     def _emit(self, delta: Json, finish_reason: str | None = None) -> None:
         if self.done:
             return
@@ -4488,11 +4436,12 @@ class ChatStream(_EventStream):
                 "created": self._created_at(),
                 "model": self._request.model,
             }
-            content = None if {"function_call", "refusal", "tool_calls"} & delta.keys() else ""
-            self._out.append(self._chunk({"role": "assistant", "content": content}))
-        self._out.append(self._chunk(delta, finish_reason))
+            has_text = not {"function_call", "refusal", "tool_calls"} & delta.keys()
+            self._emit({"role": "assistant", "content": "" if has_text else None})
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        self._out.append({**self._envelope, "choices": [choice], "system_fingerprint": None})
         for name in delta.keys() & self._said.keys():
-            self._said[name].append(delta[name])
+            self._said[name] += [delta[name]] if delta[name] else []
 
     def _finish(self, reason: str) -> None:
         if not self.done:
@@ -4509,7 +4458,7 @@ class ChatStream(_EventStream):
         if name == "content" and self._is_aside(item):
             name = "reasoning_content"
         if name == "tool_calls":
-            self._emit(self._call_delta(text))
+            self._emit_call(text)
         elif name == "reasoning_content" and not self._request.show_reasoning:
             return
         else:
@@ -4568,36 +4517,35 @@ class ChatStream(_EventStream):
             self._say_allowed(self._stops.flush())
             if not self.done:
                 self._calls.append(self._queue.pop(0))
-                self._emit(self._call_delta("", is_first=True))
+                self._emit_call("", is_first=True)
                 self._speak(self._calls[-1])
 
     def _closed(self, item: _Item, status: str) -> None:
         self._drain()
 
-    def _call_delta(self, text: str, *, is_first: bool = False) -> Json:
-        """A delta of the call that streams."""
+    def _call(self, call: _Item, text: str) -> Json:
+        # A flat custom tool is a function to its client, as no SDK reads custom chunks.
+        is_custom = call.value["type"] == "custom_tool_call"
+        is_custom = is_custom and call.name in self._request.custom_nested
+        kind, field = ("custom", "input") if is_custom else ("function", "arguments")
+        return {"id": call.call_id, "type": kind, kind: {"name": call.name, field: text}}
+
+    def _emit_call(self, text: str, *, is_first: bool = False) -> None:
+        """Emit a delta of the call that streams."""
         call = self._call(self._calls[-1], text)
         if not is_first:
             del call[call["type"]]["name"], call["type"], call["id"]
         if self._request.legacy_functions:
-            return {"function_call": call["function"]}
-        return {"tool_calls": [{"index": len(self._calls) - 1, **call}]}
-
-    def _call(self, call: _Item, text: str) -> Json:
-        # A flat custom tool is a function to its client, as no SDK reads custom chunks.
-        is_custom = call.value["type"] == "custom_tool_call"
-        if is_custom and call.name in self._request.custom_nested:
-            inner = {"type": "custom", "custom": {"name": call.name, "input": text}}
+            self._emit({"function_call": call["function"]})
         else:
-            inner = {"type": "function", "function": {"name": call.name, "arguments": text}}
-        return {"id": call.call_id, **inner}
+            self._emit({"tool_calls": [{"index": len(self._calls) - 1, **call}]})
 
     # The end
 
     def _conclude(self, status: str) -> None:
         if self.failure is not None:
             param = self.failure.param or ""
-            renamed = (ours for theirs, ours in _CHAT_PARAMS if param.startswith(theirs))
+            renamed = (ours for theirs, ours in _CHAT_PARAMS.items() if param.startswith(theirs))
             self.failure.param = next(renamed, self.failure.param)
             self._out.append(error_body(self.failure))
             return
@@ -4649,13 +4597,14 @@ class ChatStream(_EventStream):
             **{name: value for name, value in rest.items() if value},
         }
         tier = self._upstream.get("service_tier")
+        tier = tier if tier in _SERVICE_TIERS else None
         choice = {"index": 0, "logprobs": None, "finish_reason": self._finish_reason}
         return {
             **self._envelope,
             "object": "chat.completion",
             "choices": [{**choice, "message": message}],
             "system_fingerprint": None,
-            **({"service_tier": tier} if tier in _SERVICE_TIERS else {}),
+            **_given({"metadata": self._request.metadata, "service_tier": tier}),
             "usage": usage_from(self._counted()),
         }
 
@@ -4664,9 +4613,7 @@ class ChatStream(_EventStream):
 # 11b. Responses
 # --------------------------------------------------------------------------------------------------
 
-_RESPONSES_IGNORED = (
-    "temperature top_p top_logprobs truncation max_tool_calls max_output_tokens"
-).split()
+_RESPONSES_IGNORED = "temperature top_p top_logprobs truncation max_tool_calls max_output_tokens"
 _RESPONSES_REFUSED = {
     "background": "azt runs no background jobs: leave 'background' out and stream the answer.",
     "conversation": "azt keeps no conversations: use 'previous_response_id' or send all of it.",
@@ -4677,12 +4624,11 @@ _INCLUDES = (
     f" message.input_image.image_url web_search_call.action.sources {REASONING_INCLUDE}"
 ).split()
 # What a Response object repeats of its request, and what it says where the request said nothing.
-_ECHO_NULLS = (
-    "instructions max_output_tokens max_tool_calls previous_response_id prompt_cache_key"
-    " safety_identifier user"
-).split()
 _ECHO_DEFAULTS: Json = {
-    **dict.fromkeys(_ECHO_NULLS),
+    **dict.fromkeys(
+        ("instructions", "max_output_tokens", "max_tool_calls", "previous_response_id")
+    ),
+    **dict.fromkeys(("prompt_cache_key", "safety_identifier", "user")),
     **{"background": False, "metadata": {}, "parallel_tool_calls": True, "service_tier": "default"},
     **{"store": True, "temperature": 1.0, "tool_choice": "auto", "tools": [], "top_logprobs": 0},
     **{"top_p": 1.0, "truncation": "disabled"},
@@ -4722,17 +4668,13 @@ class ResponsesRequest:
     ignored: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class StoredResponse:
-    response: Json
-    """The Response object as the client got it."""
+class StoredResponse(NamedTuple):
+    response: Json  # as the client got it
     input_items: list[Json]
-    output_items: list[Json]
-    """With encrypted reasoning, also where the client did not see it."""
+    output_items: list[Json]  # with encrypted reasoning, also where the client did not see it
     size_bytes: int
     expires_at: float
-    session: str = ""
-    """The cache key of its conversation, which the next turn goes on with."""
+    session: str = ""  # the cache key of its conversation, which the next turn goes on with
 
 
 class ResponseStore:
@@ -4743,32 +4685,26 @@ class ResponseStore:
 
     def __init__(self) -> None:
         self._responses: dict[str, StoredResponse] = {}
-        self._items: dict[str, tuple[str, Json]] = {}
+        self._items: dict[str, tuple[str, Json]] = {}  # item id -> its newest response, the item
         self.size_bytes = 0
 
     def put(
-        self,
-        response: Json,
-        input_items: list[Json],
-        output_items: list[Json],
-        now: float,
-        session: str = "",
+        self, response: Json, inputs: list[Json], outputs: list[Json], now: float, session: str = ""
     ) -> None:
         """Remember a response under its id. One that exceeds the bound alone is not kept."""
         response_id = response["id"]
         self.delete(response_id)
         # Roughly the memory of its values, without encoding them.
-        values = _walk([response, input_items, output_items])
+        values = _walk([response, inputs, outputs])
         size = sum(100 + len(value) if isinstance(value, str) else 100 for value in values)
-        if size > STORED_RESPONSES_BYTES:
-            return
-        self.size_bytes += size
-        self._responses[response_id] = StoredResponse(
-            response, input_items, output_items, size, now + STORED_RESPONSES_TTL_S, session
-        )
-        for item in (*input_items, *output_items):
-            self._items[item["id"]] = (response_id, item)
-        self._make_room(now)
+        if size <= STORED_RESPONSES_BYTES:
+            self.size_bytes += size
+            self._responses[response_id] = StoredResponse(
+                response, inputs, outputs, size, now + STORED_RESPONSES_TTL_S, session
+            )
+            for item in (*inputs, *outputs):
+                self._items[item["id"]] = (response_id, item)
+            self._make_room(now)
 
     def get(self, response_id: str, now: float) -> StoredResponse | None:
         self._make_room(now)
@@ -4792,40 +4728,41 @@ class ResponseStore:
         return True
 
     def _make_room(self, now: float) -> None:
-        while self._responses:
-            oldest, stored = next(iter(self._responses.items()))
-            too_many = len(self._responses) > STORED_RESPONSES_MAX
-            too_large = self.size_bytes > STORED_RESPONSES_BYTES
-            if not too_many and not too_large and now < stored.expires_at:
+        for response_id, stored in list(self._responses.items()):
+            is_full = len(self._responses) > STORED_RESPONSES_MAX
+            if (
+                now < stored.expires_at
+                and not is_full
+                and self.size_bytes <= STORED_RESPONSES_BYTES
+            ):
                 return
-            self.delete(oldest)
+            self.delete(response_id)
 
 
 def input_items_page(stored: StoredResponse, query: Mapping[str, str]) -> Json:
     """One page of GET /v1/responses/{id}/input_items: limit (1..100), order, after, include."""
-    limit = query.get("limit", "20")
+    limit, after = query.get("limit", "20"), query.get("after")
     if not re.fullmatch(r"[1-9][0-9]?|100", limit):
         raise BadRequest("'limit' must be a number from 1 to 100.", "limit")
     order = _one_of(("asc", "desc"), query.get("order", "desc"), "order")
     items = stored.input_items[:: 1 if order == "asc" else -1]
-    if (after := query.get("after")) is not None:
-        ids = [item["id"] for item in items]
-        if after not in ids:
-            raise BadRequest(f"No input item has the id {after[:100]!r}.", "after")
-        items = items[ids.index(after) + 1 :]
-    page = items[: int(limit)]
-    shown = query.get("include", "") + query.get("include[]", "")
+    ids = [item["id"] for item in items]
+    if after is not None and after not in ids:
+        raise BadRequest(f"No input item has the id {after[:100]!r}.", "after")
+    rest = items[0 if after is None else ids.index(after) + 1 :]
+    page = rest[: int(limit)]
+    is_shown = REASONING_INCLUDE in query.get("include", "") + query.get("include[]", "")
     return {
         "object": "list",
-        "data": page if REASONING_INCLUDE in shown else [*map(_without_encrypted, page)],
+        "data": page if is_shown else [*map(_without_encrypted, page)],
         "first_id": page[0]["id"] if page else None,
         "last_id": page[-1]["id"] if page else None,
-        "has_more": len(items) > len(page),
+        "has_more": len(rest) > len(page),
     }
 
 
 def _without_encrypted(item: Json) -> Json:
-    return _without(item, ["encrypted_content"]) if item["type"] == "reasoning" else item
+    return _without(item, "encrypted_content") if item["type"] == "reasoning" else item
 
 
 def responses_to_upstream(
@@ -4847,15 +4784,23 @@ def responses_to_upstream(
     refused  `_RESPONSES_REFUSED`, `_REFUSED_TOOLS`, audio, unknown response, item and file ids
     source   platform.openai.com/docs/api-reference/responses
     """
-    named, model = _check_fields(body, default_model)
+    named, model, ignored = _checked(body, default_model, _RESPONSES_IGNORED)
     _expect(body.get("reasoning") or {}, dict, "reasoning")
     for name, reason in _RESPONSES_REFUSED.items():
         if body.get(name) not in (None, False):
             raise BadRequest(reason, name, "unsupported_parameter")
     said = _chain(body, store, now)
-    tools = _Tools(map(_strict_by_default, _flat_tools(body, "tools")))
+    flat = list(_flat_tools(body, "tools"))
+    for (
+        tool,
+        _,
+    ) in flat:  # functions are strict unless they say otherwise, where their schema can be
+        if tool["type"] == "function" and tool.get("strict") is None:
+            schema = _get(tool, "parameters", dict)
+            tool["strict"] = "properties" in schema and all(map(_is_closed, _walk(schema)))
+    tools = _Tools(flat)
     asked = {name: _first(body, places) for name, places in _ASKED.items()}
-    upstream = _upstream_body(body, model, efforts, said, tools, asked)
+    upstream = _upstream_body(body, model, efforts.get(model, ()), said, tools, asked)
     include = [known for known in _INCLUDES if known in (body.get("include") or [])]
     upstream["include"] = [*dict.fromkeys((*include, REASONING_INCLUDE))]
     previous = store.get(body.get("previous_response_id") or "", now)
@@ -4873,57 +4818,8 @@ def responses_to_upstream(
         tool_names=tools.renamed,
         input_items=[item for item, _ in said[1]],
         show_encrypted=REASONING_INCLUDE in include,
-        ignored=_ignored(body, _RESPONSES_IGNORED),
+        ignored=ignored,
     )
-
-
-def _chain(body: Json, store: ResponseStore, now: float) -> _Said:
-    """(instructions, the earlier and the new items in client shape, each with an id)."""
-    instructions, previous = body.get("instructions") or "", body.get("previous_response_id")
-    earlier: list[Json] = []
-    if previous is not None:
-        stored = store.get(previous, now)
-        if stored is None:
-            message = f"Previous response with id '{previous[:100]}' not found: azt keeps responses"
-            message += " for a day at most. Send the whole input instead."
-            raise BadRequest(message, "previous_response_id", "previous_response_not_found")
-        earlier = [*stored.input_items, *stored.output_items]
-    value = body.get("input")
-    if value is None and body.get("messages") is not None:
-        instructions, new = _chat_items(body)
-    else:
-        value = [] if value is None and previous is not None else value
-        new = list(_client_items(value, lambda item_id: store.item(item_id, now)))
-    chain = [(item, "previous_response_id") for item in earlier]
-    # A client may send the previous id and, all the same, references to its items.
-    known = {item["id"] for item in earlier}
-    placed = ((_with_id(item), path) for item, path in new)
-    return instructions, chain + [(item, path) for item, path in placed if item["id"] not in known]
-
-
-def _new_id(kind: str) -> str:
-    return f"{_ID_PREFIXES.get(kind, 'item')}_{secrets.token_hex(24)}"
-
-
-def _with_id(item: Json) -> Json:
-    """The item as `input_items` lists it: with an id, its content as parts."""
-    kind, item_id = item["type"], item.get("id")
-    if not isinstance(item_id, str) or not item_id:
-        item_id = _new_id(kind)
-    item = {**item, "id": item_id}
-    if kind == "message" and isinstance(item.get("content"), str):
-        said = "output_text" if item["role"] == "assistant" else "input_text"
-        item["content"] = [{"type": said, "text": item["content"]}]
-    return item
-
-
-def _strict_by_default(placed: _Placed) -> _Placed:
-    """Responses functions are strict unless they say otherwise, where their schema can be."""
-    tool, _ = placed
-    if tool["type"] == "function" and tool.get("strict") is None:
-        schema = _get(tool, "parameters", dict)
-        tool["strict"] = "properties" in schema and all(map(_is_closed, _walk(schema)))
-    return placed
 
 
 def _is_closed(value: Any) -> bool:
@@ -4935,6 +4831,43 @@ def _is_closed(value: Any) -> bool:
     if not isinstance(properties, dict) or not isinstance(required, list):
         return False
     return schema.get("additionalProperties") is False and {*properties} <= {*map(str, required)}
+
+
+def _chain(body: Json, store: ResponseStore, now: float) -> tuple[str, list[_Placed]]:
+    """(instructions, the earlier and the new items in client shape, each with an id)."""
+    instructions, previous = body.get("instructions") or "", body.get("previous_response_id")
+    chain: list[_Placed] = []
+    if previous is not None:
+        stored = store.get(previous, now)
+        if stored is None:
+            message = f"Previous response with id '{previous[:100]}' not found: azt keeps responses"
+            message += " for a day at most. Send the whole input instead."
+            raise BadRequest(message, "previous_response_id", "previous_response_not_found")
+        earlier = stored.input_items + stored.output_items
+        chain = [(item, "previous_response_id") for item in earlier]
+    value = body.get("input")
+    if value is None and body.get("messages") is not None:
+        instructions, new = _chat_items(body)
+    else:
+        value = [] if value is None and previous is not None else value
+        new = list(_client_items(value, lambda item_id: store.item(item_id, now)))
+    # A client may send the previous id and, all the same, references to its items.
+    known = {item["id"] for item, _ in chain}
+    placed = ((_with_id(item), path) for item, path in new)
+    return instructions, chain + [(item, path) for item, path in placed if item["id"] not in known]
+
+
+def _new_id(kind: str) -> str:
+    return f"{_ID_PREFIXES.get(kind, 'item')}_{secrets.token_hex(24)}"
+
+
+def _with_id(item: Json) -> Json:
+    """The item as `input_items` lists it: with an id, its content as parts."""
+    item = {**item, "id": _get(item, "id", str) or _new_id(item["type"])}
+    if item["type"] == "message" and isinstance(item.get("content"), str):
+        said = "output_text" if item["role"] == "assistant" else "input_text"
+        item["content"] = [{"type": said, "text": item["content"]}]
+    return item
 
 
 # What an item is when it is announced: its texts follow as deltas.
@@ -5099,7 +5032,7 @@ class ResponsesStream(_EventStream):
         super()._cite(event)
 
     def _pass_on(self, event: Json) -> None:
-        fields = _without(event, ("obfuscation", "sequence_number", "type"))
+        fields = _without(event, "obfuscation", "sequence_number", "type")
         kind = _HOSTED[event["type"]]
         if kind not in _NO_ITEMS:
             item = self._find(kind, event)

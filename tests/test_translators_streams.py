@@ -357,6 +357,12 @@ def test_known_service_tiers_are_echoed_and_unknown_ones_are_not() -> None:
     assert tiers == {"priority": "priority", "warp": None}
 
 
+def test_metadata_is_echoed_in_a_whole_chat_answer() -> None:
+    stream = azt.ChatStream(chat_request(metadata={"a": "b"}), NOW)
+    stream.absorb(event("response.completed", response={}))
+    assert stream.result()["metadata"] == {"a": "b"}
+
+
 def test_a_deeply_nested_annotation_does_not_break_the_stream() -> None:
     nested = b"[" * 900 + b"]" * 900
     data = (
