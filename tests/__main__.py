@@ -32,6 +32,7 @@ LITELLM_PACKAGE = "litellm[mcp]>=1.100,<2"
 NODE_PACKAGES = {
     "@ai-sdk/openai": "^4",
     "@ai-sdk/openai-compatible": "^3",
+    "@openai/codex": "^0.169",
     "ai": "^7",
     "openai": "^7",
     "zod": "^4",

@@ -562,7 +562,6 @@ _MESSAGE_KEYS = {
     "content",
     "phase",
     "status",
-    "internal_chat_message_metadata_passthrough",
 }
 ITEM_KEYS = {
     "message": _MESSAGE_KEYS,
@@ -613,7 +612,9 @@ def _invalid(message: str, param: str, code: str = "invalid_value") -> Refused:
 
 def _known_keys(value: Json, allowed: set[str] | None, path: str) -> None:
     for name in value if allowed is not None else ():
-        if name not in allowed:
+        # Codex adds this to any item where its provider is OpenAI.
+        is_codexs = name == "internal_chat_message_metadata_passthrough"
+        if name not in allowed and not (is_codexs and re.fullmatch(r"input\[\d+\]", path)):
             raise _invalid(
                 f"Unknown parameter: '{path}.{name}'.", f"{path}.{name}", "unknown_parameter"
             )

@@ -166,3 +166,69 @@ class Server:
             self.errors.append(error)
         finally:
             sock.close()
+
+
+class Tee:
+    """Stands in front of a server on loopback: passes each byte on, and keeps what clients sent."""
+
+    def __init__(self, url: str) -> None:
+        self._target = ("127.0.0.1", int(url.rpartition(":")[2]))
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._sent: list[bytearray] = []
+        self._socks: list[socket.socket] = []
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+
+    def posts(self, path: str) -> list[bytes]:
+        """The bodies of the POST requests to a path, connection by connection."""
+        found = []
+        for sent in self._sent:
+            rest = bytes(sent)
+            while rest:
+                head, _, rest = rest.partition(b"\r\n\r\n")
+                fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:])
+                length = int(fields.get(b"content-length", b"0"))
+                if head.startswith(f"POST {path} ".encode()):
+                    found.append(rest[:length])
+                rest = rest[length:]
+        return found
+
+    def __enter__(self) -> Tee:
+        self._threads[0].start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        socket.socket.shutdown(self._listener, socket.SHUT_RDWR)
+        self._threads[0].join()
+        self._listener.close()
+        for sock in self._socks:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads[1:]:
+            thread.join(10)
+        for sock in self._socks:
+            sock.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            server = socket.create_connection(self._target)
+            self._socks += [client, server]
+            self._sent.append(bytearray())
+            for pair in ((client, server, self._sent[-1]), (server, client, bytearray())):
+                for sock in pair[:2]:
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self._threads.append(threading.Thread(target=_copy, args=pair, daemon=True))
+                self._threads[-1].start()
+
+
+def _copy(source: socket.socket, target: socket.socket, kept: bytearray) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            kept += data
+            target.sendall(data)
+    with contextlib.suppress(OSError):
+        target.shutdown(socket.SHUT_WR)
