@@ -104,11 +104,11 @@ ANSWERS: dict[str, tuple[int, Any, tuple[int, str, str]]] = {
     "504": (504, HTML, (502, "upstream_error", "transient")),
     "524": (524, HTML, (502, "upstream_error", "transient")),
     "529": (529, typed("overloaded_error"), (503, "overloaded", "transient")),
-    "200 json": (200, {"ok": True}, (502, "upstream_error", "transient")),
-    "200 html": (200, HTML, (502, "upstream_error", "transient")),
-    "204": (204, b"", (502, "upstream_error", "transient")),
-    "302": (302, b"", (502, "upstream_error", "transient")),
-    "304": (304, b"", (502, "upstream_error", "transient")),
+    "200 json": (200, {"ok": True}, (502, "upstream_error", "request")),
+    "200 html": (200, HTML, (502, "upstream_error", "request")),
+    "204": (204, b"", (502, "upstream_error", "request")),
+    "302": (302, b"", (502, "upstream_error", "request")),
+    "304": (304, b"", (502, "upstream_error", "request")),
 }
 
 
@@ -758,7 +758,7 @@ def test_a_failure_before_anything_was_generated_is_raised(
 )
 def test_a_broken_transfer_before_anything_was_generated_is_raised(tail: bytes) -> None:
     got = refusal(once(STREAM_HEAD + chunk(CREATED) + tail))
-    assert (got.status, got.code, got.fault) == (502, "upstream_stream_truncated", "transient")
+    assert (got.status, got.code, got.fault) == (502, "upstream_stream_truncated", "network")
 
 
 def test_a_connection_whose_transfer_broke_is_not_kept() -> None:
