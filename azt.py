@@ -1119,7 +1119,8 @@ class Answer:
 # here is how requests are smuggled (RFC 9112 7.1, trust.md 1.5).
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
 _FIELD = _TOKEN + rb"++:[\t\x20-\x7e\x80-\xff]*+\r\n"
-_FIELD_LINE = re.compile(_FIELD)
+_TRAILER = re.compile(rb"(?:" + _FIELD + rb")|\r\n")
+_LINE_END = re.compile(rb"\r\n")
 _ANSWER_HEAD = re.compile(
     rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*+)?\r\n(?:" + _FIELD + rb")*+\r\n"
 )
@@ -1161,13 +1162,12 @@ class Framing:
     raises  ValueError for anything but the exact chunk syntax
     """
 
-    __slots__ = ("_chunked", "_in_chunk", "_partial", "_trailer_bytes", "ended", "left", "rest")
+    __slots__ = ("_chunked", "_line", "_longest", "_partial", "ended", "left", "rest")
 
     def __init__(self, chunked: bool, length: int | None) -> None:
         self._chunked = chunked
-        self._in_chunk = False
+        self._line, self._longest = _CHUNK_HEAD, MAX_CHUNK_EXTENSION_BYTES + 14  # what comes next
         self._partial = b""
-        self._trailer_bytes = -1
         self.left = 0 if chunked else -1 if length is None else length
         self.ended = length == 0 and not chunked
         self.rest = b""
@@ -1189,53 +1189,35 @@ class Framing:
         parts: list[bytes] = []
         at = 0
         while not self.ended:
-            if not (self.left or self._in_chunk) and self._trailer_bytes < 0:
-                found = _CHUNK_HEAD.match(data, at)
-                start = found.end() if found else 0
-                end = start + int(found[1], 16) if found else 0
-                if end > start and data.startswith(b"\r\n", end):  # a whole chunk: the usual case
-                    parts.append(data[start:end])
-                    at = end + 2
-                    continue
             if self.left:
                 parts.append(data[at : at + self.left])
                 at += len(parts[-1])
                 self.left -= len(parts[-1])
                 if self.left:
                     break
-            line, at = self._line(data, at)
-            if not line:
-                break
-            self._take_line(line)
+            found = self._line.match(data, at, at + self._longest)
+            if found is None and b"\n" not in data[at:] and len(data) - at < self._longest:
+                break  # incomplete
+            if found is None:
+                raise ValueError("a line of the chunked body is malformed or too long")
+            start = at = found.end()
+            if self._line is _CHUNK_HEAD:
+                at += int(found[1], 16)
+                if at > start and data.startswith(b"\r\n", at):  # a whole chunk: the usual case
+                    parts.append(data[start:at])
+                    at += 2
+                    continue
+                self.left, at = at - start, start
+                self._line, self._longest = (
+                    (_LINE_END, 2) if self.left else (_TRAILER, MAX_TRAILER_BYTES)
+                )
+            elif self._line is _LINE_END:
+                self._line, self._longest = _CHUNK_HEAD, MAX_CHUNK_EXTENSION_BYTES + 14
+            else:
+                self._longest -= len(found[0])
+                self.ended = found[0] == b"\r\n"
         self._partial, self.rest = (b"", data[at:]) if self.ended else (data[at:], b"")
         return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def _line(self, data: bytes, at: int) -> tuple[bytes, int]:
-        """The line at `at` and the position behind it; b"" while it is incomplete."""
-        longest = 2 if self._in_chunk else MAX_CHUNK_EXTENSION_BYTES + 14
-        longest = longest if self._trailer_bytes < 0 else MAX_TRAILER_BYTES - self._trailer_bytes
-        end = data.find(b"\n", at, at + longest) + 1
-        if not end and len(data) - at >= longest:
-            raise ValueError("a line of the chunked body is malformed or too long")
-        return (data[at:end], end) if end else (b"", at)
-
-    def _take_line(self, line: bytes) -> None:
-        if self._trailer_bytes >= 0:
-            self._trailer_bytes += len(line)
-            self.ended = line == b"\r\n"
-            if not self.ended and not _FIELD_LINE.fullmatch(line):
-                raise ValueError("a trailer of the chunked body is malformed")
-        elif self._in_chunk:
-            if line != b"\r\n":
-                raise ValueError("a chunk of the body is longer than it says")
-            self._in_chunk = False
-        else:
-            size = _CHUNK_HEAD.fullmatch(line)
-            if size is None:
-                raise ValueError("a chunk size of the body is malformed")
-            self.left = int(size[1], 16)
-            self._in_chunk = self.left > 0
-            self._trailer_bytes = -1 if self.left else 0
 
 
 class _Unanswered(ConnectionError):
@@ -1351,74 +1333,50 @@ def _receive(sock: socket.socket, reply: _Reply) -> Answer | None:
     return reply.feed(data)
 
 
-@blocking
-def open_response(pool: ConnectionPool, call: Call, wire: Wire) -> Answer:
+async def open_answer(
+    pool: ConnectionPool, workers: WorkerPool | None, call: Call, wire: Wire | None = None
+) -> Answer:
     """Send `call`, read the response head, and the body unless it is an event stream.
 
+    A worker connects, but none waits for the answer: two changes of threads cost half a ms.
+    Without workers the loop is this call's own, and may wait. Cancelled, it closes the connection.
     A kept connection that turns out to be dead is replaced silently once, a fresh one that is reset
     before any response byte once as well; nothing else is ever sent twice.
     raises  UpstreamError
     """
-    key = pool.key(call.url)
+    key, wire = pool.key(call.url), wire or Wire()
     for last_try in (True,) if call.once else (False, True):
         sock = None if last_try else pool.take(key)
         try:
-            sock = sock or _open_socket(pool, key, wire)
+            if sock is None:
+                way = (pool, key, wire)
+                sock = await in_thread(workers, _connect, *way) if workers else _connect(*way)
             wire.attach(sock)
-            answer = _exchange(sock, call)
-            answer.body = bytes(decoded(answer.body, answer.coding, MAX_REPLY_BYTES))
+            answer = await _exchange(sock, call)
+            if answer.body and answer.coding:
+                coded = (answer.body, answer.coding, MAX_REPLY_BYTES)
+                plain = await in_thread(workers, decoded, *coded) if workers else decoded(*coded)
+                answer.body = bytes(plain)
             wire.attach(None)
             return pool.settle(answer, key, sock)
-        except (OSError, ValueError) as error:
-            if sock is not None:
-                sock.close()
-            if last_try or not isinstance(error, _Unanswered):
-                raise _outbound_error(key[1], error) from None
-    raise AssertionError  # the last try has ended either way
-
-
-def _exchange(sock: socket.socket, call: Call) -> Answer:
-    sock.settimeout(call.head_timeout_s)
-    # Refused in mid-upload the answer may be there all the same, a 413 say: the reader finds out.
-    with contextlib.suppress(ConnectionError):
-        for piece in _request(call):
-            sock.sendall(piece)
-    reply, late_s = _Reply(), time.monotonic() + call.head_timeout_s
-    while (answer := _receive(sock, reply)) is None:
-        if reply.answer is None:  # a head that drips in gets no more time than a silent one
-            sock.settimeout(max(late_s - time.monotonic(), 0.001))
-    return answer
-
-
-async def open_answer(pool: ConnectionPool, workers: WorkerPool, call: Call) -> Answer:
-    """`open_response` from the loop: a thread connects, but none waits for the answer.
-
-    Over a kept connection that saves two changes of threads, half a millisecond. Cancelled, it
-    closes the connection at once.
-    """
-    key = pool.key(call.url)
-    for last_try in (True,) if call.once else (False, True):
-        wire, sock = Wire(), None if last_try else pool.take(key)
-        try:
-            if sock is None:
-                sock = await in_thread(workers, _open_socket, pool, key, wire)
-            answer = await _exchange_on_loop(sock, call)
-            if answer.coding:
-                unpack = (decoded, answer.body, answer.coding, MAX_REPLY_BYTES)
-                answer.body = bytes(await in_thread(workers, *unpack))
-            return pool.settle(answer, key, sock)
         except BaseException as error:
-            wire.end()
             if sock is not None:
                 sock.close()
             if not isinstance(error, (OSError, ValueError)):
+                wire.end()  # nobody waits any more
                 raise
             if last_try or not isinstance(error, _Unanswered):
                 raise _outbound_error(key[1], error) from None
     raise AssertionError  # the last try has ended either way
 
 
-async def _exchange_on_loop(sock: socket.socket, call: Call) -> Answer:
+@blocking
+def open_response(pool: ConnectionPool, call: Call, wire: Wire) -> Answer:
+    """`open_answer` for a thread; `wire` can end it."""
+    return asyncio.run(open_answer(pool, None, call, wire))
+
+
+async def _exchange(sock: socket.socket, call: Call) -> Answer:
     loop, number = asyncio.get_running_loop(), sock.fileno()
     over: asyncio.Future[Answer] = loop.create_future()
     reply, unsent = _Reply(), [memoryview(piece) for piece in _request(call)]
@@ -1521,8 +1479,7 @@ def _inflated(body: bytes | bytearray, engine: Any, bytes_max: int) -> bytearray
     return whole
 
 
-@blocking
-def _open_socket(pool: ConnectionPool, key: _Key, wire: Wire) -> socket.socket:
+def _connect(pool: ConnectionPool, key: _Key, wire: Wire) -> socket.socket:
     from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]  # no stub
 
     scheme, host, port = key
