@@ -1640,7 +1640,9 @@ def encode_json(value: Any) -> bytes:
 
 def encode_large_json(value: Any) -> bytes:
     """The same bytes, made in pieces: one call of the encoder would stop every stream."""
-    return b"".join(_pieces(value))
+    whole = io.BytesIO()  # unlike a list it keeps no piece, and its value is no copy
+    whole.writelines(_pieces(value))
+    return whole.getvalue()
 
 
 def _pieces(value: Any) -> Iterator[bytes]:
@@ -1678,13 +1680,16 @@ _DECODER = json.JSONDecoder(parse_constant=_no_constant)
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
-def parse_json(body: bytes | bytearray) -> Any:
+def parse_json(body: bytes | bytearray, clears: bool = False) -> Any:
     """Bytes from a client -> a JSON value.
 
+    clears  empty a bytearray as soon as it is a text: a large body is then not held three times
     raises  ValueError (also for NaN, numbers of more than 4,300 digits, not UTF-8, too deep)
     """
     try:
         text = str(body, "utf-8-sig")
+        if clears and isinstance(body, bytearray):
+            body.clear()
         # The C scanner holds the interpreter lock for as long as one call takes: a 128 MiB document
         # in one call stops every stream for a second. Between members other threads get their turn.
         value, end = _parse_value(text, _skip(text, 0), 2 if len(text) > MIB else 0)
@@ -7123,14 +7128,14 @@ async def read_object(gw: Gateway, request: Request) -> Json:
 
     A large document is parsed in a thread: on the loop it would stop every stream meanwhile.
     """
+    request.record.request_bytes = len(request.body)
     try:
         if len(request.body) > MIB:
-            value = await in_thread(gw.short, parse_json, request.body)
+            value = await in_thread(gw.short, parse_json, request.body, True)
         else:
             value = parse_json(request.body)
     except ValueError as error:
         raise BadRequest(f"The body is not valid JSON: {str(error)[:200]}.", None, None) from None
-    request.record.request_bytes = len(request.body)
     request.release()
     if not isinstance(value, dict):
         raise BadRequest("The body must be a JSON object.", None, "invalid_type")
