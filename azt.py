@@ -6029,7 +6029,7 @@ class Request:
 
     def release(self) -> None:
         """Free the body before the answer is complete: a stream may run for an hour."""
-        self.held(-len(self.body))
+        self.held(-self.record.request_bytes)
         self.body = b""
 
 

@@ -7,6 +7,7 @@ import math
 import threading
 import time
 import tracemalloc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -384,6 +385,36 @@ def test_depth_64_is_the_limit(opening: str, closing: str) -> None:
 def test_a_byte_order_mark_and_a_bytearray_are_taken() -> None:
     assert azt.parse_json(b'\xef\xbb\xbf{"a":1}') == {"a": 1}
     assert azt.parse_json(bytearray(b'{"a":1}')) == {"a": 1}
+
+
+def most_memory_of(function: Callable[[], object]) -> int:
+    """In bytes, beyond what was there before."""
+    tracemalloc.start()
+    try:
+        function()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_large_body_that_may_be_emptied_is_never_held_three_times() -> None:
+    size = 32 * azt.MIB
+    document = b'{"a":"' + b"x" * size + b'"}'
+    parse = azt.parse_json
+    assert most_memory_of(lambda: parse(bytearray(document), clears=True)) < 2.3 * size
+
+
+def test_a_body_is_left_as_it_is_unless_it_may_be_emptied() -> None:
+    body = bytearray(b"[1]")
+    assert azt.parse_json(body) == [1]
+    assert body == b"[1]"
+
+
+def test_encoding_a_large_document_takes_no_more_memory_than_its_bytes() -> None:
+    size = 32 * azt.MIB
+    value = {"a": ["x" * size, 1], "b": "y"}
+    assert most_memory_of(lambda: azt.encode_large_json(value)) < 1.3 * size
+    assert azt.encode_large_json(value) == azt.encode_json(value)
 
 
 def test_of_a_name_given_twice_the_last_value_counts() -> None:
