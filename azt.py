@@ -574,29 +574,26 @@ def write_bytes(path: Path, raw: bytes) -> None:
     raises  AztError 507 (disk full) or 500; the old content is then still there
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    with contextlib.ExitStack() as stack:
-        try:
-            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            stack.callback(_quietly, os.close, folder)
-            with open(temporary, "xb", opener=_open_own) as file:
-                file.write(raw)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError as error:
-            _quietly(os.unlink, temporary)
-            status = 507 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 500
-            text = f"{path} could not be written ({error.strerror}). Free space or mend its mode."
-            raise AztError(status, "state_not_saved", text) from None
+    try:
+        with open(temporary, "xb", opener=_open_own) as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        status = 507 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 500
+        text = f"{path} could not be written ({error.strerror}). Free some space or mend its mode."
+        raise AztError(status, "state_not_saved", text) from None
+    try:
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(folder)
-        except OSError as error:  # everyone reads the new content already: there is no way back
-            log.error("%s is saved, but a power cut could undo it (%s)", path, error.strerror)
-
-
-def _quietly(function: Callable[[Any], object], argument: Any) -> None:
-    with contextlib.suppress(OSError):
-        function(argument)
+        finally:
+            os.close(folder)
+    except OSError as error:  # everyone reads the new content already: there is no way back
+        log.error("%s is saved, but a power cut could undo it (%s)", path, error.strerror)
 
 
 @blocking
@@ -639,7 +636,7 @@ class HomeLock:
         self._handle = handle
         self.write(None)
         for leftover in self._path.parent.rglob(".*.????????????????.tmp"):
-            _quietly(os.unlink, leftover)  # of a writer that was killed: nobody else writes here
+            leftover.unlink()  # of a writer that was killed: nobody else writes here
         return None
 
     @blocking
@@ -5335,12 +5332,11 @@ class Renewals:
             account = self._store.accounts.get(line["account"])
             if account is None or _fingerprint(account.refresh_token) != line["used"]:
                 continue
-            if is_answer := "access_token" in line:
+            if "access_token" in line:
                 _take_tokens(account, Tokens(*map(line.get, Tokens.__slots__)), line["at"])
+                is_news = True
             else:
-                text = "azt was stopped while it renewed %s: the old token is tried once more"
-                log.warning(text, account.name)
-            is_news |= is_answer
+                log.warning("azt was killed while it renewed %s: tried once more", account.name)
         if is_news:
             write_json(paths.accounts, self._store.to_json())
         if self._journal:
@@ -5354,9 +5350,8 @@ class Renewals:
         ours, theirs = (token_claims(one.access_token).get("iat") for one in (of, found))
         if _as_seconds(theirs) < _as_seconds(ours) + (not even_as_old):
             return False
-        for name in ("access_token", "refresh_token", "id_token", "expires_at", "plan"):
-            setattr(of, name, getattr(found, name) or getattr(of, name))
-        of.rejected = ""
+        tokens = Tokens(found.access_token, found.refresh_token, found.id_token, None)
+        _take_tokens(of, tokens, of.refreshed_at)
         log.info("the sign-in of %s was taken over from Codex, which had renewed it", of.name)
         return True
 
@@ -5397,14 +5392,9 @@ class Renewals:
 
 def _take_tokens(account: Account, tokens: Tokens, now: int) -> None:
     """An answer of the token endpoint, or of the journal, into the account."""
-    new = account_from_tokens(
-        tokens.access_token or account.access_token,
-        tokens.refresh_token or account.refresh_token,
-        tokens.id_token or account.id_token,
-        now,
-    )
     for name in ("access_token", "refresh_token", "id_token"):
-        setattr(account, name, getattr(new, name))
+        setattr(account, name, getattr(tokens, name) or getattr(account, name))
+    new = account_from_tokens(account.access_token, account.refresh_token, account.id_token, now)
     account.expires_at = new.expires_at or (now + tokens.expires_in_s if tokens.expires_in_s else 0)
     account.plan = new.plan if new.plan != "unknown" else account.plan
     account.refreshed_at, account.rejected = now, ""

@@ -212,7 +212,7 @@ def test_after_a_kill_in_the_call_the_old_token_is_tried_once(
     place.restart()
     assert place.renew().refresh_token != old
     assert place.sent == [old]
-    assert "tried once" in caplog.text
+    assert "tried once more" in caplog.text
 
 
 def test_a_token_that_the_killed_call_had_used_up_ends_in_a_sign_in_and_no_loop(
