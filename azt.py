@@ -51,6 +51,7 @@ import http
 import importlib.util
 import io
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -159,6 +160,7 @@ CONNECT_TIMEOUT_S, RESOLVE_TIMEOUT_S = 10.0, 5.0
 UPSTREAM_HEAD_TIMEOUT_S, UPSTREAM_IDLE_TIMEOUT_S = 180.0, 300.0
 POOL_IDLE_S, HOLD_BACK_S, HEARTBEAT_S, REFRESH_AHEAD_S = 90.0, 15.0, 15.0, 300.0
 
+IMPORT_MAX_FILES, PREVIEW_TTL_S, UNDO_TTL_S, SHELF_MAX = 50, 900.0, 600.0, 16
 STORED_RESPONSES_MAX, STORED_RESPONSES_BYTES = 1000, 64 * MIB
 STORED_RESPONSES_TTL_S = 24 * 3600.0
 
@@ -426,12 +428,14 @@ class Paths:
         self.state = home / ".state"
         self.accounts = self.state / "accounts.json"
         self.admin_token = self.state / "admin-token"
+        self.before = self.state / "before-azt"
         self.keys = self.state / "keys.json"
         self.lock = self.state / "lock"
         self.models = self.state / "models.json"
         self.renewals = self.state / "renewals.json"
         self.settings = self.state / "settings.json"
         self.codex_auth = codex_home / "auth.json"
+        self.store = self.state / "store.json"
         self.codex_models = codex_home / "models_cache.json"
 
 
@@ -547,8 +551,8 @@ def _read_own_file(path: Path) -> bytes:
 
 
 @blocking
-def read_foreign(path: Path, bytes_max: int) -> bytes:
-    """A file of the user or of another program, bounded. Raises OSError."""
+def read_foreign(path: Path | int, bytes_max: int) -> bytes:
+    """A file of the user or of another program, or a descriptor; bounded. Raises OSError."""
     with open(path, "rb") as file:
         raw = file.read(bytes_max + 1)
     if len(raw) > bytes_max:
@@ -594,6 +598,37 @@ def write_bytes(path: Path, raw: bytes) -> None:
             os.close(folder)
     except OSError as error:  # everyone reads the new content already: there is no way back
         log.error("%s is saved, but a power cut could undo it (%s)", path, error.strerror)
+
+
+@blocking
+@disk_errors()
+def adopt_home(paths: Paths, convert: Callable[[bytes | None, Json], tuple[Json, Json]]) -> None:
+    """Take over, once, what the Node program of the same name left in this home (design.md 3).
+
+    convert  its `store.json` and `settings.json` -> ours; nothing is touched before it is content
+    Each step may be repeated, and `accounts.json` comes last: a crash changes nothing in the end.
+    """
+    settings, usage, raw = _read_object(paths.settings, 1, bool)[0], paths.state / "usage", None
+    is_left = settings is not None and "values" not in settings  # ours has them
+    moved = [paths.settings] * is_left + [usage] * usage.is_dir()
+    is_ours = paths.accounts.exists() or paths.admin_token.exists()
+    if is_ours or not (moved or paths.store.exists() or paths.before.exists()):
+        return
+    if not is_left:
+        settings = _read_object(paths.before / paths.settings.name, 1, bool)[0]
+    for store in (paths.before / paths.store.name, paths.store):
+        with contextlib.suppress(FileNotFoundError):
+            raw = _read_own_file(store)
+    accounts, values = convert(raw, settings or {})
+    paths.before.mkdir(mode=0o700, exist_ok=True)
+    for path in moved:
+        os.replace(path, paths.before / path.name)
+    if raw is not None:
+        write_bytes(paths.before / paths.store.name, raw)
+    if values["values"]:
+        write_json(paths.settings, values)
+    write_json(paths.accounts, accounts)
+    log.info("took over what the Node program left; its files are in %s", paths.before)
 
 
 @blocking
@@ -1831,7 +1866,7 @@ def parse_event(data: bytes | bytearray) -> Json | None:
 
 # ==================================================================================================
 # 8. Accounts
-#    Who is signed in, and the reading of account files. Pure: room 14 loads and saves them.
+#    Who is signed in; reading and writing of account files. Pure: room 14 loads and saves them.
 # ==================================================================================================
 
 ACCOUNTS_VERSION = 1
@@ -1861,7 +1896,7 @@ class Account:
     cooldown_until: int = 0  # unix seconds; the account rests until then
     cooldown_reason: str = ""
     quota: Json = field(default_factory=dict)  # the last reading; {} before the first
-    exports: Json = field(default_factory=dict)  # {"count", "last_at", "last_kind"}
+    exports: Json = field(default_factory=dict)  # {"count", "lastAt", "lastKind"}
 
     @property
     def name(self) -> str:
@@ -2003,18 +2038,28 @@ class AccountStore:
     def active(self) -> Account | None:
         return self.accounts.get(self.active_id or "")
 
-    def add(self, account: Account) -> Literal["new", "update", "same"]:
-        """Add or renew. What the user set stays, and so does the serving one, if there is one."""
+    def add(
+        self, account: Account, unless_newer: bool = False
+    ) -> Literal["new", "update", "same", "older"]:
+        """Add or renew. What the user set stays, and so does the serving one, if there is one.
+
+        unless_newer  a sign-in that is here already and expires later is left as it is
+        """
         old = self.accounts.get(account.id)
         if old is None:
-            self.accounts[account.id] = account
+            is_taken = self.named(account.label)
+            self.accounts[account.id] = replace(account, label="") if is_taken else account
             self.active_id = self.active_id or account.id
             return "new"
         if (old.access_token, old.refresh_token) == (account.access_token, account.refresh_token):
             return "same"
-        names = ("label", "email", "id_token")
-        kept = {name: getattr(account, name) or getattr(old, name) for name in names}
-        self.accounts[account.id] = replace(account, created_at=old.created_at, **kept)
+        # A dead sign-in loses nothing by another one, however old that is.
+        if unless_newer and not old.rejected and 0 < account.expires_at < old.expires_at:
+            return "older"
+        names = "access_token refresh_token id_token expires_at refreshed_at email plan".split()
+        values = {name: getattr(account, name) for name in names}
+        known = {name: value for name, value in values.items() if value not in ("", "unknown")}
+        self.accounts[account.id] = replace(old, rejected="", **known)
         return "update"
 
     def remove(self, account: Account) -> None:
@@ -2022,12 +2067,18 @@ class AccountStore:
         if self.active_id == account.id:
             self.active_id = next(iter(self.accounts), None)
 
+    def named(self, name: str) -> list[Account]:
+        """Whose label, e-mail or id this is."""
+        if not name or name in self.accounts:
+            return [self.accounts[name]] if name else []
+        wanted, everyone = name.casefold(), self.accounts.values()
+        return [a for a in everyone if wanted in (a.label.casefold(), a.email.casefold())]
+
     def find(self, name: str) -> Account:
         """An account by label, e-mail or the beginning of its id. Raises AztError."""
-        wanted = name.casefold()
-        start = wanted.removeprefix("acc_")
+        start = name.casefold().removeprefix("acc_")
         everyone = list(self.accounts.values()) if start else []
-        found = [a for a in everyone if wanted in (a.label.casefold(), a.email.casefold(), a.id)]
+        found = self.named(name)
         found = found or [a for a in everyone if a.id.removeprefix("acc_").startswith(start)]
         if len(found) == 1:
             return found[0]
@@ -2073,35 +2124,59 @@ def _bad_file(code: str, message: str) -> BadRequest:
 _ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError, OSError)
 
+Found = tuple[str, Any]
+"""The name of a file, and what is in it: in the end an `Account`, or why there is none."""
 
-def read_entries(raw: bytes) -> list[Json]:
-    """An account file in any known shape -> its entries, unchecked.
 
-    in      one object; an array; {"profiles": [...]}; Codex's auth.json; a ZIP of such files
-    raises  BadRequest
+def read_accounts(files: Iterable[Found], now: float) -> list[Found]:
+    """Account files, as bytes or parsed JSON -> (file, Account or BadRequest) for every entry.
+
+    in      one object; an array; {"profiles": [...]}, also as an object (the Node program's
+            `store.json`); Codex's `auth.json`; a ZIP of such files
+    raises  BadRequest when there are too many of them
     """
+    unpacked = functools.partial(_unpacked, deadline=time.monotonic() + IMPORT_BUDGET_S)
+    found: Iterable[Found] = files
+    for step in (unpacked, _entries, functools.partial(_account, now=now)):
+        found = _each(found, step)
+    accounts = list(itertools.islice(found, IMPORT_MAX_ENTRIES + 1))
+    if len(accounts) > IMPORT_MAX_ENTRIES:
+        raise _bad_file("too_large", f"There are more than {IMPORT_MAX_ENTRIES} accounts.")
+    return accounts
+
+
+def _each(found: Iterable[Found], step: Callable[[str, Any], list[Found]]) -> Iterator[Found]:
+    """Take every file one step further; what is unreadable stays in its place as the reason."""
+    for file, content in found:
+        try:
+            is_bad = isinstance(content, BadRequest)
+            done = [(file, content)] if is_bad else step(file, content)
+        except BadRequest as error:
+            # A fresh one: its traceback would hold the whole file.
+            done = [(file, _bad_file(str(error.code), error.message))]
+        yield from done
+        done.clear()  # or the next file is unpacked while this one is still held
+
+
+def _unpacked(file: str, raw: Any, deadline: float) -> list[Found]:
+    """The members of a ZIP, for anything else itself. Nothing is ever written to disk."""
+    if not isinstance(raw, (bytes, memoryview)):
+        return [(file, raw)]
     if len(raw) > IMPORT_MAX_BYTES:
         raise _bad_file("too_large", "The file is larger than 16 MiB.")
-    files = [("", raw)]
-    if raw.startswith(b"PK"):
-        try:
-            with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-                files = list(_zip_members(archive))
-        except _ZIP_ERRORS as error:
-            text = f"The ZIP file cannot be read ({mask(str(error))[:120]})."
-            raise _bad_file("unreadable_zip", text) from None
-    entries = [entry for name, text in files for entry in import_entries(text, name)]
-    if len(entries) > IMPORT_MAX_ENTRIES:
-        raise _bad_file("too_large", f"More than {IMPORT_MAX_ENTRIES} accounts in one file.")
-    return entries
+    raw = bytes(raw)
+    if not raw.startswith(b"PK"):
+        return [(file, raw)]
+    try:
+        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+            return list(_zip_members(file, archive, deadline))
+    except _ZIP_ERRORS as error:
+        text = f"The ZIP file cannot be read ({mask(str(error))[:120]})."
+        raise _bad_file("unknown_format", text) from None
 
 
-def _zip_members(archive: zipfile.ZipFile) -> Iterator[tuple[str, bytes]]:
-    """(its name for messages, bytes) of each JSON document; nothing is ever written to disk."""
+def _zip_members(file: str, archive: zipfile.ZipFile, deadline: float) -> Iterator[Found]:
     members = sorted(archive.infolist(), key=lambda member: member.header_offset)
-    if len(members) > IMPORT_MAX_ENTRIES:
-        raise ValueError("too many members")
-    deadline = time.monotonic() + IMPORT_BUDGET_S
     total = end = 0
     for member in members:
         if member.header_offset < end:
@@ -2116,29 +2191,25 @@ def _zip_members(archive: zipfile.ZipFile) -> Iterator[tuple[str, bytes]]:
         kind = stat.S_IFMT(member.external_attr >> 16)
         if kind not in (0, stat.S_IFREG) or not base.endswith(".json"):
             raise ValueError("members other than .json files")
-        with archive.open(member) as file:
-            text = file.read(IMPORT_MEMBER_MAX_BYTES + 1)
+        with archive.open(member) as opened:
+            text = opened.read(IMPORT_MEMBER_MAX_BYTES + 1)
         total += len(text)
         is_large = len(text) > IMPORT_MEMBER_MAX_BYTES or total > IMPORT_MAX_BYTES
-        if is_large or time.monotonic() > deadline:
-            raise ValueError("too large once unpacked")
-        yield f"{mask(name)[:80]}: ", text
+        if is_large or len(members) > IMPORT_MAX_ENTRIES or time.monotonic() > deadline:
+            raise _bad_file("too_large", "The ZIP file has too much in it once unpacked.")
+        yield f"{file}/{name}" if file else name, text
 
 
-def import_entries(document: Any, name: str = "") -> list[Json]:
-    """The entries of one document, as bytes or already parsed. Raises BadRequest."""
-    if isinstance(document, bytes):
-        try:
-            document = parse_json(document)
-        except ValueError as error:
-            raise _bad_file("not_json", f"{name}this is not valid JSON ({error}).") from None
-    if isinstance(document, dict) and isinstance(document.get("profiles"), list):
-        document = document["profiles"]
-    entries: list[Any] = document if isinstance(document, list) else [document]
-    for at, entry in enumerate(entries):
-        if not isinstance(entry, dict):
-            raise _bad_file("unknown_format", f"{name}entry {at + 1} is no object.")
-    return entries
+def _entries(file: str, document: Any) -> list[Found]:
+    try:
+        document = parse_json(document) if isinstance(document, bytes) else document
+    except ValueError as error:
+        raise _bad_file("not_json", f"This is no valid JSON ({error}).") from None
+    profiles = document.get("profiles") if isinstance(document, dict) else None
+    if isinstance(profiles, (dict, list)):
+        document = list(profiles.values()) if isinstance(profiles, dict) else profiles
+    entries = document if isinstance(document, list) else [document]
+    return [(file, entry) for entry in entries[: IMPORT_MAX_ENTRIES + 1]]
 
 
 # Our field -> the spellings in use (Codex, other gateways, the Node program).
@@ -2149,7 +2220,16 @@ _IMPORT_NAMES = {
     "expires": ("expires_at", "expiresAt", "expired", "expires"),
     "id_token": ("id_token", "idToken"),
     "label": ("label",),
+    "plan": ("plan", "plan_type", "planType"),
+    "priority": ("priority",),
     "refresh_token": ("refresh_token", "refreshToken", "refresh"),
+    "user_id": ("user_id", "chatgpt_user_id"),
+}
+_LABEL = r"(?!\s|\.\.?$)[^/\\]{0,64}(?<!\s)|"  # fits into a header, a log line and a path
+# What a person may set on an account -> what is allowed, as a test and in words; and empty.
+USER_FIELDS: dict[str, tuple[Callable[[Any], bool], str, Any]] = {
+    "label": (*_text("a name of up to 64 characters without slashes", _LABEL), ""),
+    "priority": (*_number(0, 1000), 0),
 }
 _SECRET_TEXT = re.compile(r"[\x21-\x7e]{1,16384}")
 _ACCOUNT_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
@@ -2157,14 +2237,14 @@ _YEAR_2200_S = 7_258_118_400
 
 
 def to_accounts(entries: list[Json], now: float) -> list[Account]:
-    """Entries of an account file -> accounts: all, or BadRequest that names the first bad one."""
-    if not entries:
-        raise _bad_file("nothing_to_import", "There is no account in this file.")
-    return [_to_account(f"Entry {at + 1}", entry, now) for at, entry in enumerate(entries)]
+    """Entries of an account file -> accounts: all, or BadRequest for the first bad one."""
+    return [_account("", entry, now)[0][1] for entry in entries]
 
 
-def _to_account(where: str, entry: Json, now: float) -> Account:
+def _account(file: str, entry: Any, now: float) -> list[Found]:
     """One import entry, typed and sized field by field: tokens become header values."""
+    if not isinstance(entry, dict):
+        raise _bad_file("unknown_format", "It is no object.")
     source = entry | _as_object(entry.get("tokens"))
     fields: Json = {
         ours: next((source[name] for name in names if source.get(name) is not None), None)
@@ -2173,21 +2253,97 @@ def _to_account(where: str, entry: Json, now: float) -> Account:
     for secret in ("access_token", "refresh_token", "id_token"):
         value = fields[secret] = fields[secret] or ""
         if not value and secret != "id_token":
-            raise _bad_file(f"no_{secret}", f"{where} has no {secret}.")
+            raise _bad_file(f"no_{secret}", f"It has no {secret}.")
         if value and not (isinstance(value, str) and _SECRET_TEXT.fullmatch(value)):
-            raise _bad_file("unknown_format", f"{where}: {secret} is no token.")
+            raise _bad_file("unknown_format", f"Its {secret} is no token.")
     tokens = (fields["access_token"], fields["refresh_token"], fields["id_token"])
     account = account_from_tokens(*tokens, now)
-    if isinstance(fields["account_id"], str) and not account.account_id:
-        account.account_id = fields["account_id"]
-        account.id = account_id_of(account.account_id, account.user_id)
+    for name in ("account_id", "user_id", "email", "plan"):
+        if isinstance(fields[name], str) and getattr(account, name) in ("", "unknown"):
+            shown = fields[name] if name == "account_id" else _shown(fields[name], 256)
+            setattr(account, name, shown)
+    account.id = account_id_of(account.account_id, account.user_id)
     if not _ACCOUNT_ID.fullmatch(account.account_id):
-        raise _bad_file("no_account_id", f"{where} names no account id.")
-    account.expires_at = account.expires_at or _expiry(where, fields["expires"])
-    for text in ("email", "label"):
-        if isinstance(fields[text], str) and not getattr(account, text):
-            setattr(account, text, _shown(fields[text], 256))
-    return account
+        raise _bad_file("no_account_id", "It names no account id.")
+    account.expires_at = account.expires_at or _expiry(fields["expires"])
+    fields["label"] = _shown(fields["label"] or "", 64).strip()
+    for name, (is_good, _, empty) in USER_FIELDS.items():
+        setattr(account, name, fields[name] if is_good(fields[name]) else empty)
+    return [(file, account)]
+
+
+def import_accounts(store: AccountStore, found: Mapping[int, Found], now: float) -> list[Json]:
+    """Add what was found, and say of each entry what came of it (console.md 6.3).
+
+    result  "new", "update", "expired" (one of these, but its access token is over), "same" (left
+            as it is; with a `code` where its tokens are others), "unreadable" (`code`, `message`)
+    """
+    items = []
+    for index, (file, one) in found.items():
+        item: Json = {"index": index, "file": mask(file)[-80:] or None, "result": "unreadable"}
+        if isinstance(one, Account):
+            result: str = store.add(one, unless_newer=True)
+            if result == "older":
+                item |= {"code": result, "message": "azt has a newer sign-in of this account."}
+            is_over = result in ("new", "update") and 0 < one.expires_at < now
+            item["result"] = "expired" if is_over else result.replace("older", "same")
+            items.append(item | {"id": one.id, "email": one.email, "plan": one.plan})
+        else:
+            items.append(item | {"code": one.code, "message": one.message})
+    return items
+
+
+_EXPORTED = (
+    *("access_token", "refresh_token", "id_token", "account_id", "user_id", "expires_at"),
+    *("email", "label", "plan", "priority"),
+)
+
+
+def export_accounts(accounts: Sequence[Account], as_zip: bool = False) -> bytes:
+    """A file that `read_accounts` takes: one account, a bundle, or a ZIP with a file for each."""
+    entries = [{name: getattr(account, name) for name in _EXPORTED} for account in accounts]
+    if not as_zip:
+        bundle = entries[0] if len(entries) == 1 else {"profiles": entries}
+        return json.dumps(bundle, indent=1).encode() + b"\n"
+    raw = io.BytesIO()
+    with zipfile.ZipFile(raw, "w", zipfile.ZIP_DEFLATED) as archive:
+        for account, entry in zip(accounts, entries, strict=True):
+            archive.writestr(f"{account.id}.json", json.dumps(entry, indent=1))
+    return raw.getvalue()
+
+
+# Settings of the Node program that have another name here.
+_NODE_SETTINGS = {
+    "autoSwitch.excludedProfileIds": "autoSwitch.excludedIds",
+    "runtime.quotaSyncConcurrency": "quota.concurrency",
+}
+
+
+def from_node(raw: bytes | None, settings: Json, now: float) -> tuple[Json, Json]:
+    """The Node program's `store.json` and `settings.json` -> our `accounts.json`, `settings.json`.
+
+    in      {"activeProfileId": str, "profiles": {id: {"access", "refresh", ...}}}
+    raises  StateError: what cannot be read is never taken for empty
+    """
+    store, ids = AccountStore(), {}
+    try:
+        left = {"profiles": {}} if raw is None else parse_json(raw)
+        found = zip([*left["profiles"].keys()], read_accounts([("", left)], now), strict=True)
+    except (AttributeError, BadRequest, LookupError, TypeError, ValueError):
+        text = "store.json, left by the Node program, is damaged. Mend it or move it away."
+        raise StateError(text) from None
+    for profile_id, (_, one) in found:
+        if isinstance(one, Account):
+            store.add(one)
+            ids[profile_id] = one.id
+        else:
+            log.warning("store.json: an account is left out. %s", one.message)
+    store.active_id = ids.get(left.get("activeProfileId"), store.active_id)
+    values = {_NODE_SETTINGS.get(key, key): value for key, value in flattened(settings).items()}
+    if isinstance(excluded := values.get("autoSwitch.excludedIds"), list):
+        values["autoSwitch.excludedIds"] = [ids[one] for one in excluded if one in ids]
+    values = {key: value for key, value in values.items() if key in SETTINGS}
+    return store.to_json(), {"version": 1, "revision": 1, "values": values}
 
 
 def account_from_tokens(
@@ -2240,7 +2396,7 @@ def _as_seconds(value: Any) -> int:
     return int(value) if type(value) in (int, float) and 0 <= value < _YEAR_2200_S else 0
 
 
-def _expiry(where: str, value: Any) -> int:
+def _expiry(value: Any) -> int:
     """Unix seconds out of seconds, milliseconds or an ISO date; 0 where nothing is said."""
     if value is None or isinstance(value, bool):
         return 0
@@ -2253,7 +2409,7 @@ def _expiry(where: str, value: Any) -> int:
         except (ValueError, OverflowError):
             seconds = -1.0
     if not 0 <= seconds < _YEAR_2200_S:
-        raise _bad_file("bad_expiry", f"{where}: the expiry is no time between 1970 and 2200.")
+        raise _bad_file("bad_expiry", "Its expiry is no time between 1970 and 2200.")
     return int(seconds)
 
 
@@ -5170,10 +5326,11 @@ def read_codex_sign_in(path: Path) -> Account | None:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid():
             return None
-        entries = import_entries(read_foreign(path, IMPORT_MEMBER_MAX_BYTES))
-        return to_accounts(entries, time.time())[0]
-    except (OSError, BadRequest):
+        raw = read_foreign(path, IMPORT_MEMBER_MAX_BYTES)
+        found = [one for _, one in read_accounts([("", raw)], time.time())]
+    except OSError:
         return None
+    return found[0] if found and isinstance(found[0], Account) else None
 
 
 def _fingerprint(secret: str) -> str:
@@ -5747,6 +5904,8 @@ class Gateway:
         self.pages: dict[str, Page] = {}
         self.responses = ResponseStore()
         self.codex_lists: dict[tuple[str, str], Answer] = {}  # by account id and query
+        self.previews: dict[str, Any] = {}  # name -> what an import would bring, by index
+        self.removed: dict[str, Any] = {}  # name -> what was removed, and who served
         self.pool = ConnectionPool(_egress(environment, self.settings))
         self.calls = WorkerPool("call", MAX_CALL_THREADS, waiting_max=0)
         self.short = WorkerPool("short", 16)
@@ -5772,6 +5931,7 @@ class Gateway:
         """Read every state file once. Raises StateError rather than start with less."""
         paths = self.paths
         prepare_home(paths)
+        adopt_home(paths, functools.partial(from_node, now=time.time()))
         try:
             saved = read_json(paths.settings, 1)
         except StateError as error:  # unlike accounts they can be typed again
@@ -6049,6 +6209,7 @@ class Route:
     access: Access
     body_max_bytes: int = 0  # 0: the limit of the policy
     raw_body: bool = False  # a compressed body is handed on as it came
+    takes_form: bool = False  # of the administration: multipart/form-data as well as JSON
 
 
 # -- every refusal: code -> status, sentence. Those of malformed bytes stand with the gate.
@@ -6195,6 +6356,64 @@ def content_codings(header: str) -> list[str]:
         return names
     listed = ", ".join(known)
     raise _refusal("unsupported_content_encoding", {"accept-encoding": listed}, known=listed)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part of a form; a file where it has a file name. `body` is a view, not a copy."""
+
+    name: str
+    filename: str | None
+    content_type: str
+    body: memoryview
+
+
+def _bad_form(message: str) -> BadRequest:
+    return BadRequest(f"The multipart/form-data body is damaged: {message}.", None, "invalid_body")
+
+
+def parse_form(body: bytes | bytearray, content_type: str, parts_max: int) -> list[Part]:
+    """A `multipart/form-data` body (RFC 7578): whole, without anything before or behind it.
+
+    raises  BadRequest
+    """
+    named = re.search(
+        r"""(?i);\s*boundary=("?)([\w'()+,./:=? -]{1,70})\1\s*(?:;|$)""", content_type
+    )
+    if not named or not content_type.lower().startswith("multipart/form-data"):
+        raise _bad_form("its content type names no boundary")
+    mark = f"\r\n--{named[2]}".encode()
+    if not body.startswith(mark[2:]):
+        raise _bad_form("it does not begin with its boundary")
+    parts: list[Part] = []
+    at, view = len(mark) - 2, memoryview(body)
+    while body.startswith(b"\r\n", at):
+        head_end = body.find(b"\r\n\r\n", at, at + MAX_TRAILER_BYTES)
+        end = body.find(mark, head_end + 4)
+        if head_end < 0 or end < 0:
+            raise _bad_form("a part is incomplete, or its head too large")
+        if len(parts) == parts_max:
+            raise _bad_form(f"it has more than {parts_max} parts")
+        parts.append(_form_part(bytes(view[at + 2 : head_end]), view[head_end + 4 : end]))
+        at = end + len(mark)
+    if bytes(view[at:][:5]) not in (b"--", b"--\r\n"):
+        raise _bad_form("it does not end with its boundary")
+    return parts
+
+
+def _form_part(raw: bytes, body: memoryview) -> Part:
+    head = raw.decode("utf-8", "replace")
+    fields = email.message_from_string(head)
+    coding = fields.get("content-transfer-encoding", "binary").lower()
+    # As many fields as lines: none of them is folded, without a name, or anything else.
+    is_whole = len(fields) == head.count("\r\n") + 1 and head.replace("\r\n", "").isprintable()
+    with contextlib.suppress(LookupError, TypeError, ValueError):  # odd parameters (RFC 2231)
+        name = fields.get_param("name", header="content-disposition")
+        part = Part(str(name), fields.get_filename(), fields.get_content_type(), body)
+        is_form = fields.get_content_disposition() == "form-data" and isinstance(name, str)
+        if is_form and is_whole and coding in ("7bit", "8bit", "binary"):
+            return part
+    raise _bad_form("a part has a head that azt does not read")
 
 
 # -- who may call: the decision table of trust.md 2
@@ -6965,7 +7184,7 @@ class HttpServer:
         headers = exchange.request.headers
         if route.access.startswith("admin") and route.method not in ("GET", "DELETE"):
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-            if kind != "application/json":
+            if kind not in ["application/json", *["multipart/form-data"] * route.takes_form]:
                 raise _refusal("unsupported_media_type")
         if not route.raw_body and "content-encoding" in headers:
             exchange.codings = content_codings(headers["content-encoding"])
@@ -7510,8 +7729,10 @@ def _account_view(gw: Gateway, account: Account) -> Json:
         "auth": {"state": status if status in _AUTH else "ok", "code": account.rejected or None},
         "quota": _quota_view(account.quota, now) if account.quota else None,
         "active": gw.store.active_id == account.id,
+        "priority": account.priority or None,
         "createdAt": _ms(account.created_at),
         "tokenExpiresAt": _ms(account.expires_at),
+        "exports": account.exports or {"count": 0},
     }
 
 
@@ -7521,17 +7742,96 @@ def admin_get_accounts(gw: Gateway, request: Request) -> Json:
     return {"items": items, "next": None, "total": len(items)}
 
 
+_SAMPLE = Account("", "optional", "", "eyJ...", "rt_...", "eyJ...", "you@example.com", "plus")
+get_template = _view(lambda gw, request: parse_json(export_accounts([_SAMPLE])))
+
+
+def _shelve(shelf: dict[str, Any], value: Any, ttl_s: float) -> Json:
+    """Keep a value in memory for a while, under a name that cannot be guessed."""
+    if len(shelf) >= SHELF_MAX:
+        del shelf[next(iter(shelf))]
+    name = secrets.token_urlsafe(12)
+    shelf[name] = value
+    asyncio.get_running_loop().call_later(ttl_s, shelf.pop, name, None)
+    return {"token": name, "expiresAt": _ms(time.time() + ttl_s)}
+
+
+async def _sent_accounts(gw: Gateway, request: Request) -> tuple[dict[int, Found], Json]:
+    """What a request brings to import, or brought before as a preview; and its other fields."""
+    kind, body = request.headers["content-type"], Json()
+    if kind.lower().startswith("multipart"):
+        parts = parse_form(request.body, kind, IMPORT_MAX_FILES)
+        files: list[Found] = [(part.filename or "", part.body) for part in parts]
+    else:
+        body = await read_object(gw, request)
+        files = [("", body.get("payload"))]
+    if "previewId" not in body:
+        return dict(enumerate(await in_thread(gw.short, read_accounts, files, time.time()))), body
+    if (preview := gw.previews.get(str(body["previewId"]))) is None:
+        raise AztError(404, "preview_expired", "This preview is gone: send the files again.")
+    return preview, body
+
+
 async def admin_post_import(gw: Gateway, request: Request) -> Reply:
-    """All or nothing: every entry is checked before the first one is added."""
-    payload = (await read_object(gw, request)).get("payload")
-    accounts = to_accounts(import_entries(payload), time.time())
-    results = await gw.change_accounts(lambda store: [store.add(one) for one in accounts])
-    items = [
-        {"index": at, "id": one.id, "email": one.email, "plan": one.plan, "result": result}
-        for at, (one, result) in enumerate(zip(accounts, results, strict=True))
-    ]
-    summary = {word: results.count(word) for word in ("new", "update", "same")}
-    return _private_reply({"summary": summary, "items": items})
+    """With `dryRun=1` what an import would do, else the import: all of it or nothing."""
+    is_dry = request.query.get("dryRun") == "1"
+    found, body = await _sent_accounts(gw, request)
+    try:
+        chosen = {at: found[at] for at in body.get("indexes", found)}
+    except (KeyError, TypeError):
+        raise BadRequest("`indexes` lists entries of the file.", "indexes", "bad_field") from None
+    if not chosen:
+        raise _bad_file("nothing_to_import", "There is no account in this file.")
+
+    def add(store: AccountStore) -> list[Json]:
+        items = import_accounts(store, chosen, time.time())
+        bad = next((one for one in items if one["result"] == "unreadable"), None)
+        if bad and not is_dry:
+            where = f"Entry {bad['index'] + 1} {bad['file'] or ''}".strip()
+            raise _bad_file(bad["code"], f"{where}: {bad['message']} Nothing was imported.")
+        return items
+
+    copy = AccountStore.from_json(gw.store.to_json())
+    items = add(copy) if is_dry else await gw.change_accounts(add)
+    counts = dict.fromkeys(("new", "update", "same", "expired", "unreadable"), 0)
+    counts |= collections.Counter(item["result"] for item in items)
+    reply: Json = {"dryRun": is_dry, "summary": counts, "items": items}
+    if is_dry:
+        kept = _shelve(gw.previews, found, PREVIEW_TTL_S)
+        reply |= {"previewId": kept["token"], "expiresAt": kept["expiresAt"]}
+    return _private_reply(reply)
+
+
+def _chosen(store: AccountStore, names: Any) -> list[Account]:
+    """The accounts that a request names, each once."""
+    # An empty name would fit any account: what a script sends whose variable is empty.
+    if not isinstance(names, list) or not names or not all(names):
+        raise BadRequest("Name the accounts that you mean.", "ids", "bad_field")
+    return list({account.id: account for account in map(store.find, map(str, names))}.values())
+
+
+async def admin_post_export(gw: Gateway, request: Request) -> Reply:
+    """The only answer with tokens in it. Each account remembers how often it was exported."""
+    body = await read_object(gw, request)
+    kind = body.get("format", "json")
+    if kind not in ("json", "zip"):
+        raise BadRequest("The format is json or zip.", "format", "bad_field")
+
+    def count(store: AccountStore) -> list[Account]:
+        chosen = _chosen(store, [*store.accounts] if body.get("all") is True else body.get("ids"))
+        latest = {"lastAt": _ms(time.time()), "lastKind": "batch" if chosen[1:] else "single"}
+        for one in chosen:
+            exports = {"count": one.exports.get("count", 0) + 1, **latest}
+            store.accounts[one.id] = replace(one, exports=exports)
+        return chosen
+
+    chosen = await gw.change_accounts(count)
+    log.info("audit: exported as %s: %s", kind, ", ".join(one.name for one in chosen))
+    raw = await in_thread(gw.short, export_accounts, chosen, kind == "zip")
+    name = time.strftime(f"azt-accounts-%Y-%m-%d.{kind}")
+    headers = {"content-type": f"application/{kind}", "cache-control": "no-store"}
+    headers["content-disposition"] = f'attachment; filename="{name}"'
+    return Reply(200, raw, [*headers.items()])
 
 
 async def _exclude(gw: Gateway, account: Account, changes: Json) -> None:
@@ -7550,9 +7850,25 @@ async def _exclude(gw: Gateway, account: Account, changes: Json) -> None:
 
 
 async def admin_patch_account(gw: Gateway, request: Request) -> Reply:
-    changes = await read_object(gw, request)
-    account = gw.store.find(request.params["id"])
-    await _exclude(gw, account, changes)
+    asked = await read_object(gw, request)
+    changes = {name: asked.pop(name) for name in USER_FIELDS if name in asked}
+    for name in asked.keys() - {"excluded", "excludedUntil"}:
+        raise BadRequest(f"An account has no {name[:64]!r} to set.", name, "bad_field")
+    for name, value in changes.items():
+        is_good, words, empty = USER_FIELDS[name]
+        changes[name] = empty if value is None else value
+        if not is_good(changes[name]):
+            raise BadRequest(f"{name!r} accepts {words}.", name, "bad_field")
+
+    def change(store: AccountStore) -> Account:
+        account = store.find(request.params["id"])
+        if any(other is not account for other in store.named(changes.get("label", ""))):
+            raise BadRequest("Another account has this name already.", "label", "bad_field")
+        store.accounts[account.id] = changed = replace(account, **changes)
+        return changed
+
+    account = await gw.change_accounts(change)
+    await _exclude(gw, account, asked)
     return _private_reply(_account_view(gw, account))
 
 
@@ -7593,18 +7909,37 @@ async def admin_delete_job(gw: Gateway, request: Request) -> Reply:
 
 async def admin_post_remove(gw: Gateway, request: Request) -> Reply:
     names = (await read_object(gw, request)).get("ids")
-    # An empty name would fit any account: what a script sends whose variable is empty.
-    if not isinstance(names, list) or not names or not all(names):
-        raise BadRequest("Name the accounts to remove.", "ids", "bad_field")
 
-    def remove(store: AccountStore) -> int:
-        chosen = {account.id: account for account in map(store.find, map(str, names))}
-        for account in chosen.values():
+    def remove(store: AccountStore) -> tuple[list[Account], str | None, str | None]:
+        chosen, serving = _chosen(store, names), store.active_id
+        for account in chosen:
             store.remove(account)
-        return len(chosen)
+        return chosen, serving, store.active_id
 
-    removed = await gw.change_accounts(remove)
-    return _private_reply({"removed": removed, "activeId": gw.store.active_id})
+    done = await gw.change_accounts(remove)
+    undo = _shelve(gw.removed, done, UNDO_TTL_S)
+    gw.removed[undo["token"]] = (*done, undo)
+    return _private_reply({"removed": len(done[0]), "activeId": gw.store.active_id, "undo": undo})
+
+
+async def admin_post_restore(gw: Gateway, request: Request) -> Reply:
+    """Undo a removal, also who served, unless that was changed since."""
+    name = str((await read_object(gw, request)).get("token"))
+    if name not in gw.removed:
+        raise AztError(404, "undo_expired", "It is too late to undo this: import them again.")
+    accounts, serving, then, _ = gw.removed[name]
+
+    def restore(store: AccountStore) -> list[Account]:
+        back = [account for account in accounts if account.id not in store.accounts]
+        is_unchanged = store.active_id == then
+        for account in back:
+            store.add(account)
+        store.active_id = serving if is_unchanged else store.active_id
+        return back
+
+    views = [_account_view(gw, account) for account in await gw.change_accounts(restore)]
+    gw.removed.pop(name, None)
+    return _private_reply({"restored": len(views), "accounts": views})
 
 
 def _models_view(gw: Gateway) -> Json:
@@ -7691,6 +8026,10 @@ def admin_get_state(gw: Gateway, request: Request) -> Json:
         "accounts": [_account_view(gw, account) for account in gw.store.accounts.values()],
         "models": {**models, "source": catalogue.source},
         "notices": gw.notices,
+        "removed": [
+            {"label": (gone[0].label or gone[0].email), "count": len(gone), **undo}
+            for gone, _, _, undo in gw.removed.values()
+        ],
     }
 
 
@@ -7779,6 +8118,7 @@ ROUTES: list[Route] = sorted(
         Route("GET", "/v1/responses/{id}/input_items", get_response_input_items, "api"),
         Route("GET", f"{ADMIN}/accounts", admin_get_accounts, "admin_read"),
         Route("GET", f"{ADMIN}/jobs/{{id}}", admin_get_job, "admin_read"),
+        Route("GET", f"{ADMIN}/accounts/import/template", get_template, "admin_read"),
         Route("GET", f"{ADMIN}/keys", admin_get_keys, "admin_read"),
         Route("GET", f"{ADMIN}/models", admin_get_models, "admin_read"),
         Route("GET", f"{ADMIN}/settings", admin_get_settings, "admin_read"),
@@ -7789,9 +8129,15 @@ ROUTES: list[Route] = sorted(
         Route("POST", "/v1/responses", post_responses, "api"),
         Route("POST", "/v1/responses/input_tokens", post_input_tokens, "api"),
         Route("POST", "/v1/responses/{id}/cancel", post_response_cancel, "api"),
-        Route("POST", f"{ADMIN}/accounts/import", admin_post_import, "admin_write", 32 * MIB),
+        Route("POST", f"{ADMIN}/accounts/export", admin_post_export, "admin_proof"),
+        Route(
+            *("POST", f"{ADMIN}/accounts/import", admin_post_import, "admin_write"),
+            body_max_bytes=32 * MIB,
+            takes_form=True,
+        ),
         Route("POST", f"{ADMIN}/accounts/refresh-quotas", admin_post_refresh_quotas, "admin_write"),
         Route("POST", f"{ADMIN}/accounts/remove", admin_post_remove, "admin_write"),
+        Route("POST", f"{ADMIN}/accounts/restore", admin_post_restore, "admin_write"),
         Route("POST", f"{ADMIN}/accounts/{{id}}/activate", admin_post_activate, "admin_write"),
         Route(
             "POST",
@@ -8227,7 +8573,7 @@ async def _run_demo(environment: Environment, flags: Json, opens_browser: bool) 
             auth_base_url=base,
         )
         seed = AccountStore()
-        seed.add(*to_accounts([demo_account(time.time())], time.time()))
+        seed.add(to_accounts([demo_account(time.time())], time.time())[0])
         await in_thread(files, prepare_home, environment.paths)
         await in_thread(files, write_json, environment.paths.accounts, seed.to_json())
         try:
@@ -8252,20 +8598,30 @@ def _start(args: argparse.Namespace) -> int:
 _Call = Callable[..., Answer]
 """`_open_call` with its gateway: method, path and body to send -> the answer."""
 
+_Body = Json | list[Found] | None
+"""JSON, or files (name, bytes) for a form."""
+
 
 @blocking
-def _open_call(
-    url: str, admin_token: str, method: str, path: str, body: Json | None = None
-) -> Answer:
+def _open_call(url: str, admin_token: str, method: str, path: str, body: _Body = None) -> Answer:
     """HTTP to a gateway of this home, with proof. Raises AztError in the gateway's words."""
+    kind, raw = "application/json", b""
+    if isinstance(body, list):
+        mark = secrets.token_hex(16)
+        kind = f"multipart/form-data; boundary={mark}"
+        field = f'--{mark}\r\nContent-Disposition: form-data; name="file"; filename='
+        for name, content in body:
+            raw += f"{field}{_json(mask(name))}\r\n\r\n".encode() + content + b"\r\n"
+        raw += f"--{mark}--\r\n".encode()
+    elif body is not None:
+        raw = encode_json(body)
     headers = {
         "authorization": f"Bearer {admin_token}",
-        "content-type": "application/json",
+        "content-type": kind,
         "user-agent": f"azt-cli/{VERSION}",
         "x-azt-admin": "1",
     }
     pool = ConnectionPool(Egress(own_hosts=frozenset({urllib.parse.urlsplit(url).hostname or ""})))
-    raw = b"" if body is None else encode_json(body)
     answer = open_response(pool, Call(method, url + path, headers, raw), Wire())
     pool.close()
     if answer.status >= 400:
@@ -8316,7 +8672,7 @@ def _on_gateway(function: Callable[[_Call], T], must_run: bool = False) -> T:
         lock.release()
 
 
-def _admin_call(method: str, path: str, body: Json | None = None, must_run: bool = False) -> Json:
+def _admin_call(method: str, path: str, body: _Body = None, must_run: bool = False) -> Json:
     """One call of the administration and its JSON answer."""
 
     def fetch(call: _Call) -> Json:
@@ -8380,7 +8736,7 @@ def _admin(
     method: str,
     path: str,
     lines: Callable[[Json], Iterable[str]],
-    body: Callable[[argparse.Namespace], Json] | None = None,
+    body: Callable[[argparse.Namespace], _Body] | None = None,
 ) -> _Run:
     """A command that is one admin call; {name} in `path` is an argument of the command line."""
 
@@ -8441,15 +8797,34 @@ def _ask(args: argparse.Namespace) -> int:
     return _show(args, {"text": "".join(parts)}, [""])
 
 
-def _import_body(args: argparse.Namespace) -> Json:
-    entries: list[Json] = []
+def _import(args: argparse.Namespace) -> int:
+    files: list[Found] = []
     for name in args.file:
+        path = 0 if name == "-" else Path(os.path.expanduser(name))
         try:
-            entries += read_entries(read_foreign(Path(os.path.expanduser(name)), IMPORT_MAX_BYTES))
+            files.append((os.path.basename(name), read_foreign(path, IMPORT_MAX_BYTES)))
         except OSError as error:
             message = f"{name} cannot be read ({error.strerror or error})."
             raise BadRequest(message, "file") from None
-    return {"payload": entries}
+    query = "?dryRun=1" if args.dry_run else ""
+    return _admin("POST", f"/accounts/import{query}", _import_lines, lambda _: files)(args)
+
+
+def _export(args: argparse.Namespace) -> int:
+    kind = "zip" if args.zip else "json"
+    if args.all == bool(args.account) or (args.zip and args.output == "-"):
+        raise BadRequest("Name the accounts to export, or `--all`; and a file for a ZIP.")
+    path = Path(os.path.expanduser(args.output or time.strftime(f"azt-accounts-%Y-%m-%d.{kind}")))
+    if args.output != "-" and os.path.lexists(path) and not args.force:
+        raise BadRequest(f"{path} exists. Name another file with `-o`, or add `--force`.")
+    body = {"ids": args.account, "all": args.all, "format": kind}
+    raw = _on_gateway(lambda call: call("POST", f"{ADMIN}/accounts/export", body).body)
+    if args.output == "-":
+        say(raw.decode(), end="")
+        return EXIT_OK
+    write_bytes(path, raw)
+    told = f"Written to {path}, which only you can read. Whoever has it can use the accounts."
+    return _show(args, {"file": str(path), "format": kind}, [told])
 
 
 def _settings_get(args: argparse.Namespace) -> int:
@@ -8512,8 +8887,11 @@ _account_lines = _listing(
 
 _import_lines = _listing(
     "Nothing was imported.",
-    ("RESULT", "ID", "ACCOUNT", "PLAN"),
-    lambda one: (one["result"], one["id"], one["email"], one["plan"]),
+    ("RESULT", "ID", "ACCOUNT", "PLAN", ""),
+    lambda one: (
+        *(one["result"], one.get("id", ""), one.get("email") or one["file"] or ""),
+        *(one.get("plan", ""), one.get("message", "")),
+    ),
 )
 _key_lines = _listing(
     "No keys: the API asks for none. `azt keys add NAME` adds one.",
@@ -8559,7 +8937,10 @@ def _models(args: argparse.Namespace) -> int:
 
 # Every argument of every command, in argparse's terms.
 _ARGUMENTS: dict[str, Json] = {
+    "--all": {"action": "store_true", "help": "all accounts"},
     "--demo": {"action": "store_true", "help": "play the upstream too: no account, no network"},
+    "--dry-run": {"action": "store_true", "help": "only say what an import would do"},
+    "--force": {"action": "store_true", "help": "replace a file that exists"},
     "--host": {"help": "address to listen on (default 0.0.0.0)"},
     "--json": {"action": "store_true", "help": "print JSON instead of text"},
     "--log-level": {
@@ -8570,12 +8951,18 @@ _ARGUMENTS: dict[str, Json] = {
     "--no-open": {"action": "store_true", "help": "do not open azt's page in a browser"},
     "--port": {"type": int, "help": "port to listen on (default 8787; 0 picks a free one)"},
     "--refresh": {"action": "store_true", "help": "ask the upstream for the current list"},
+    "--zip": {"action": "store_true", "help": "a ZIP with one file for each account"},
+    "-o": {"dest": "output", "metavar": "FILE", "help": "where to; - is standard output"},
     "ACCOUNT": {"help": "label, e-mail or the beginning of an id"},
     "ACCOUNT*": {"nargs": "*", "help": "label, e-mail or the beginning of an id; none: all"},
     "ACCOUNT...": {"nargs": "+", "help": "label, e-mail or the beginning of an id"},
-    "FILE...": {"nargs": "+", "help": "JSON such as Codex's auth.json, or a ZIP of such files"},
+    "FILE...": {
+        "nargs": "+",
+        "help": "JSON such as Codex's auth.json, or a ZIP of such; - is input",
+    },
     "KEY": {"help": "a setting such as defaultModel"},
     "KEY?": {"nargs": "?", "help": "a setting such as defaultModel, or a group such as server"},
+    "LABEL": {"help": "a short name; empty quotes take it away"},
     "NAME": {"help": "what the key is for; `revoke` takes its id too"},
     "TEXT*": {"nargs": "*", "help": "the question; read from standard input when left out"},
     "VALUE": {"help": "a JSON value; bare words need no quotes"},
@@ -8589,9 +8976,16 @@ _COMMANDS: dict[str, tuple[str, _Run]] = {
     "ask TEXT* --model --json": ("ask a model; the answer streams to the terminal", _ask),
     "models --refresh --json": ("list the models", _models),
     "accounts list --json": ("list the accounts", _admin("GET", "/accounts", _account_lines)),
-    "accounts import FILE... --json": (
-        "add accounts from files",
-        _admin("POST", "/accounts/import", _import_lines, _import_body),
+    "accounts import FILE... --dry-run --json": ("add accounts from files", _import),
+    "accounts export ACCOUNT* --all -o --zip --force --json": ("write accounts to a file", _export),
+    "accounts label ACCOUNT LABEL --json": (
+        "give an account a name of your own",
+        _admin(
+            "PATCH",
+            "/accounts/{account}",
+            lambda one: [f"{one['email'] or one['id']} is called {one['label'] or one['id']} now."],
+            lambda args: {"label": args.label},
+        ),
     ),
     "accounts use ACCOUNT --json": (
         "serve the API with this account",
@@ -8652,7 +9046,7 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         for word in words:
             plain = word.rstrip(".?*")
-            shown = {} if word.startswith("--") else {"metavar": plain}
+            shown = {} if word.startswith("-") else {"metavar": plain}
             command.add_argument(plain.lower(), **shown, **_ARGUMENTS[word])
     return parser
 

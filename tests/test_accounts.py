@@ -35,15 +35,26 @@ def opaque(**fields: Any) -> Json:
     return {**plain, **fields}
 
 
-def read(document: Any) -> list[azt.Account]:
+def found(document: Any) -> list[Any]:
+    """An account, or why there is none, for each entry of a file."""
     raw = document if isinstance(document, bytes) else json.dumps(document).encode()
-    return azt.to_accounts(azt.read_entries(raw), NOW)
+    return [one for _, one in azt.read_accounts([("", raw)], NOW)]
+
+
+def read(document: Any) -> list[azt.Account]:
+    accounts = found(document)
+    assert all(isinstance(one, azt.Account) for one in accounts), accounts
+    return accounts
 
 
 def refused(document: Any) -> azt.BadRequest:
-    with pytest.raises(azt.BadRequest) as caught:
-        read(document)
-    return caught.value
+    """Why the one entry, or the whole file, is unreadable."""
+    try:
+        [error] = found(document)
+    except azt.BadRequest as whole:
+        return whole
+    assert isinstance(error, azt.BadRequest), error
+    return error
 
 
 def zipped(files: dict[str, Any], method: int = zipfile.ZIP_DEFLATED) -> bytes:
@@ -223,9 +234,7 @@ def test_the_expiry_of_the_token_wins() -> None:
     ],
 )
 def test_an_expiry_outside_of_1970_to_2200_is_refused(value: Any) -> None:
-    error = refused(opaque(expires_at=value))
-    assert error.code == "bad_expiry"
-    assert "Entry 1" in error.message
+    assert refused(opaque(expires_at=value)).code == "bad_expiry"
 
 
 @pytest.mark.parametrize(
@@ -274,7 +283,7 @@ def test_what_is_shown_holds_no_controls_and_is_short(field: str) -> None:
     [account] = read(opaque(**{field: "\x1b[31mada\r\n\u2028" + "x" * 1000}))
     assert getattr(account, field).startswith("[31mada")
     assert getattr(account, field).isprintable()
-    assert len(getattr(account, field)) == 256
+    assert len(getattr(account, field)) == {"email": 256, "label": 64}[field]
 
 
 def test_what_the_tokens_say_holds_no_controls_either() -> None:
@@ -288,8 +297,6 @@ def test_what_the_tokens_say_holds_no_controls_either() -> None:
 # -- Refused entries ------------------------------------------------------------------------------
 
 BAD_ENTRIES: dict[str, tuple[Any, str]] = {
-    "an empty array": ([], "nothing_to_import"),
-    "no profiles": ({"profiles": []}, "nothing_to_import"),
     "an empty object": ({}, "no_access_token"),
     "no refresh token": ({"access_token": "a"}, "no_refresh_token"),
     "an empty refresh token": (opaque(refresh_token=""), "no_refresh_token"),
@@ -322,13 +329,17 @@ def test_a_bad_entry_is_refused_with_its_reason(document: Any, code: str) -> Non
     assert (error.status, error.code, error.param) == (400, code, "file")
 
 
-def test_the_bad_entry_is_named_and_none_is_taken() -> None:
-    assert "Entry 3" in refused([opaque(), opaque(), opaque(access_token="a b")]).message
+def test_a_bad_entry_stands_in_its_place_among_good_ones() -> None:
+    first, second, third = found([opaque(), opaque(access_token="a b"), opaque()])
+    assert (first.account_id, second.code, third.account_id) == (
+        "acct-9",
+        "unknown_format",
+        "acct-9",
+    )
 
 
 def test_no_token_stands_in_an_error() -> None:
-    told = refused([opaque(access_token="s3cr3t\n"), opaque()]).message
-    assert "s3cr3t" not in told
+    assert "s3cr3t" not in refused([opaque(access_token="s3cr3t\n")]).message
 
 
 def test_a_thousand_accounts_fit() -> None:
@@ -469,10 +480,9 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
 def test_a_hostile_archive_is_refused_at_once(make: Callable[[], bytes]) -> None:
     raw = make()
     started = time.monotonic()
-    error = refused(raw)
+    accounts = found(raw)
     assert time.monotonic() - started < 2
-    assert error.status == 400
-    assert error.param == "file"
+    assert all(isinstance(one, azt.BadRequest) and one.status == 400 for one in accounts)
 
 
 SLIPS = [
@@ -527,10 +537,8 @@ def test_a_damaged_archive_gives_accounts_or_a_refusal(seed: int) -> None:
         raw[chance.randrange(2, len(raw))] = chance.randrange(256)
     if chance.random() < 0.3:
         del raw[chance.randrange(2, len(raw)) :]
-    try:
-        assert read(bytes(raw))
-    except azt.BadRequest as error:
-        assert error.param == "file"
+    kinds = {type(one) for one in found(bytes(raw))}
+    assert kinds <= {azt.Account, azt.BadRequest}
 
 
 # -- The store ------------------------------------------------------------------------------------
@@ -550,9 +558,11 @@ def test_the_first_account_serves_and_stays_when_others_come() -> None:
 
 def test_adding_says_what_came_of_it() -> None:
     store = azt.AccountStore()
-    assert store.add(read(opaque())[0]) == "new"
-    assert store.add(read(opaque())[0]) == "same"
-    assert store.add(read(opaque(refresh_token="newer"))[0]) == "update"
+    words = []
+    for tokens in ("opaque-r", "opaque-r", "newer"):
+        [account] = read(opaque(refresh_token=tokens))
+        words.append(store.add(account))
+    assert words == ["new", "same", "update"]
     assert len(store.accounts) == 1
 
 

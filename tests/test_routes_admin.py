@@ -7,6 +7,7 @@ import http.client
 import json
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -162,7 +163,7 @@ def test_an_expired_account_says_so(admin: Admin) -> None:
 def test_every_shape_of_an_import_is_taken(admin: Admin, payload: Any) -> None:
     done = admin.call("POST", "/accounts/import", {"payload": payload})
 
-    assert done.json["summary"] == {"new": 1, "update": 0, "same": 0}
+    assert +Counter(done.json["summary"]) == {"new": 1}
     assert done.headers["cache-control"] == "no-store"
     assert admin.read("/accounts")["items"][0]["email"] == "ada@example.com"
 
@@ -173,7 +174,7 @@ def test_importing_again_renews_and_keeps_the_serving_account(admin: Admin) -> N
 
     done = admin.call("POST", "/accounts/import", {"payload": [renewed, BO, CY]})
 
-    assert done.json["summary"] == {"new": 1, "update": 1, "same": 1}
+    assert +Counter(done.json["summary"]) == {"new": 1, "update": 1, "same": 1}
     assert [one["result"] for one in done.json["items"]] == ["update", "same", "new"]
     shown = admin.read("/accounts")["items"]
     assert [(one["id"], one["label"], one["active"]) for one in shown][:2] == [
@@ -253,7 +254,7 @@ def test_removing_the_serving_account_hands_over_to_the_next(admin: Admin) -> No
 
     done = admin.call("POST", "/accounts/remove", {"ids": [ada, "cy@example.com", cy]})
 
-    assert done.json == {"removed": 2, "activeId": bo}
+    assert (done.json["removed"], done.json["activeId"]) == (2, bo)
     assert [one["id"] for one in admin.read("/accounts")["items"]] == [bo]
     assert ADA["refresh_token"] not in (admin.state / "accounts.json").read_text()
 
