@@ -304,6 +304,18 @@ def test_a_document_read_in_pieces_equals_json_loads(document: str) -> None:
         assert azt.parse_json(body) == json.loads(document)
 
 
+def test_pieces_of_a_large_document_are_not_gathered_before_they_are_joined() -> None:
+    value = {"input": [{"role": "user", "content": "x"} for _ in range(20_000)]}
+    tracemalloc.start()
+    try:
+        body = azt.encode_large_json(value)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert json.loads(body) == value
+    assert peak < 4 * len(body)
+
+
 TOKENS = st.sampled_from(
     ["{", "}", "[", "]", ",", ":", '"a"', '"b"', "1", "-", "0.5", "e3", "null", "tru", " ", "\n"]
 )
