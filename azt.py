@@ -3496,17 +3496,16 @@ def _image_part(part: Json, path: str) -> Json:
 
 def _file_part(part: Json, path: str) -> Json:
     """Chat `file` (nested) or `input_file` (flat). A text file goes as text."""
-    data, param = _first(part, "file.file_data file_data", path)
-    link, name = (_first(part, f"file.{member} {member}")[0] for member in ("file_url", "filename"))
-    if data is None and isinstance(link, str):
-        return {"type": "input_file", "file_url": link}
-    data = _expect(data or None, str, param)
+    part, path = _flat(part, path[:-1])
+    if part.get("file_data") is None and isinstance(part.get("file_url"), str):
+        return {"type": "input_file", "file_url": part["file_url"]}
+    data = _named(part, "file_data", f"{path}.")
     data = data if data[:5].lower() == "data:" else f"data:application/pdf;base64,{data}"
-    data = _data_url(data, param, "invalid_value")
+    data = _data_url(data, f"{path}.file_data", "invalid_value")
     if text := re.match(r"data:text/[^,]{0,80};base64,", data):
         with contextlib.suppress(ValueError):
             return {"type": "input_text", "text": base64.b64decode(data[text.end() :]).decode()}
-    name = name if isinstance(name, str) and name else "file.pdf"
+    name = _get(part, "filename", str) or "file.pdf"
     return {"type": "input_file", "filename": name, "file_data": data}
 
 
@@ -3581,28 +3580,38 @@ class _Tools:
 
     Upstream wants names of `_SAFE_NAME`, tool hubs send longer and dotted ones. They are shortened
     the same way in every request with the same tools, so that prompts stay cacheable.
-
-    kinds    client's name -> "custom" or "function"
-    renamed  upstream name -> client's name, where they differ
     """
 
     def __init__(self, tools: Iterable[_Placed]) -> None:
         tools = list(tools)
         named = [(tool, path) for tool, path in tools if tool["type"] in _NAMED_TOOLS]
+        # Client's name -> "custom" or "function".
         self.kinds = {_named(tool, "name", f"{path}."): tool["type"] for tool, path in named}
         # Names that are fine keep themselves, whatever another one is shortened to.
         self._short = {name: name for name in self.kinds if _SAFE_NAME.fullmatch(name)}
-        self.renamed: dict[str, str] = {}
+        self.renamed: dict[str, str] = {}  # upstream name -> client's name, where they differ
         sent: dict[tuple[str, str], Json] = {}
         for tool, path in tools:  # upstream refuses duplicates: the last wins
-            kind, name = tool["type"], str(tool.get("name"))
-            if kind in _NAMED_TOOLS:
-                sent["", name] = self._upstream_tool(tool, path)
-            else:
-                if place := _get(tool, "user_location", dict):
-                    tool["user_location"], _ = _flat({"type": "approximate", **place})
-                sent[kind, name] = _without(tool, *_NOT_FOR_UPSTREAM)
+            kind = "" if tool["type"] in _NAMED_TOOLS else tool["type"]
+            sent[kind, str(tool.get("name"))] = self._upstream_tool(tool, path)
         self.upstream = list(sent.values())
+
+    def _upstream_tool(self, tool: Json, path: str) -> Json:
+        kind, about = tool["type"], tool.get("description")
+        if kind not in _NAMED_TOOLS:
+            if place := _get(tool, "user_location", dict):
+                tool["user_location"], _ = _flat({"type": "approximate", **place})
+            return _without(tool, *_NOT_FOR_UPSTREAM)
+        sent = {"type": kind, "name": self.short(tool["name"])}
+        sent |= {"description": about} if isinstance(about, str) else {}
+        if kind == "function":
+            schema = _expect(tool.get("parameters") or {}, dict, f"{path}.parameters")
+            if schema.get("type") in (None, "object"):
+                schema = {**schema, "type": "object", "properties": schema.get("properties") or {}}
+            sent |= {"parameters": schema, "strict": tool.get("strict") is True}
+        elif tool.get("format") is not None:
+            sent["format"], _ = _flat(_expect(tool["format"], dict, f"{path}.format"))
+        return sent
 
     def short(self, name: str) -> str:
         """The upstream name of a tool, also of one that only the history knows."""
@@ -3614,22 +3623,8 @@ class _Tools:
             if short in self._short or short in self.renamed:
                 short = f"{short[:51]}_{_digest(name)[:12]}"
             self._short[name] = short
-            if short != name:
-                self.renamed[short] = name
+            self.renamed |= {short: name} if short != name else {}
         return self._short[name]
-
-    def _upstream_tool(self, tool: Json, path: str) -> Json:
-        sent = {"type": tool["type"], "name": self.short(tool["name"])}
-        if isinstance(tool.get("description"), str):
-            sent["description"] = tool["description"]
-        if tool["type"] == "function":
-            schema = _expect(tool.get("parameters") or {}, dict, f"{path}.parameters")
-            if schema.get("type") in (None, "object"):
-                schema = {**schema, "type": "object", "properties": schema.get("properties") or {}}
-            sent |= {"parameters": schema, "strict": tool.get("strict") is True}
-        elif tool.get("format") is not None:
-            sent["format"], _ = _flat(_expect(tool["format"], dict, f"{path}.format"))
-        return sent
 
     def choice(self, choice: Any, param: str) -> str | Json | None:
         """`tool_choice`, or one of its allowed tools, for upstream; None where there is none."""
@@ -3874,10 +3869,6 @@ def _session_key(body: Json, instructions: str, items: list[Json]) -> str:
 
 # ---- Tokens --------------------------------------------------------------------------------------
 
-_OUTPUT_COUNTS = (
-    "reasoning_tokens audio_tokens accepted_prediction_tokens rejected_prediction_tokens"
-).split()
-
 
 def usage_from(usage: Json | None) -> Json:
     """Upstream `usage` -> chat `usage`. Missing and odd counts are 0, never null or negative."""
@@ -3890,12 +3881,15 @@ def usage_from(usage: Json | None) -> Json:
     inputs, outputs = (_get(usage, f"{side}_tokens_details", dict) for side in ("input", "output"))
     prompt, completion = count(usage, "input_tokens"), count(usage, "output_tokens")
     input_counts = ("cached_tokens", "audio_tokens", *({"cache_write_tokens"} & inputs.keys()))
+    output_counts = (
+        "reasoning_tokens audio_tokens accepted_prediction_tokens rejected_prediction_tokens"
+    )
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": count(usage, "total_tokens") or prompt + completion,
         "prompt_tokens_details": {name: count(inputs, name) for name in input_counts},
-        "completion_tokens_details": {name: count(outputs, name) for name in _OUTPUT_COUNTS},
+        "completion_tokens_details": {name: count(outputs, name) for name in output_counts.split()},
     }
 
 
@@ -3924,29 +3918,20 @@ _SWITCHES = ("reasoning.enabled", "enable_thinking", "chat_template_kwargs.enabl
 
 @dataclass(slots=True)
 class ChatRequest:
-    """A translated chat request: the upstream body, and all that the answer side must know.
+    """A translated chat request: the upstream body, and all that the answer side must know."""
 
-    model          as the client named it; every chunk repeats it
-    stop           stop strings, emulated here
-    tool_names     upstream tool name -> client's name, only where they differ
-    custom_nested  client's names of tools declared `{"type": "custom", "custom": {...}}`; those
-                   declared flat are Cursor's, which wants their calls as functions
-    json_format    the content must be JSON only: commentary stays out of it
-    ignored        parameters that have no effect upstream, for `x-azt-ignored-params`
-    """
-
-    model: str
+    model: str  # as the client named it; every chunk repeats it
     upstream: Json
     stream: bool
     include_usage: bool
-    stop: list[str]
-    tool_names: dict[str, str]
-    custom_nested: set[str]
-    legacy_functions: bool
-    json_format: bool
+    stop: list[str]  # emulated here
+    tool_names: dict[str, str]  # upstream tool name -> client's name, only where they differ
+    custom_nested: set[str]  # the tools declared `{"type": "custom", "custom": {...}}`
+    legacy_functions: bool  # the answer has the shape of before tools: `function_call`, one call
+    json_format: bool  # the content must be JSON only: commentary stays out of it
     show_reasoning: bool
     metadata: Json | None
-    ignored: tuple[str, ...]
+    ignored: tuple[str, ...]  # parameters without effect upstream, for `x-azt-ignored-params`
 
 
 def chat_to_responses(body: Json, efforts: _Efforts, default_model: str) -> ChatRequest:
@@ -3986,7 +3971,6 @@ def chat_to_responses(body: Json, efforts: _Efforts, default_model: str) -> Chat
         known = {name: options.get(name) for name in ("search_context_size", "user_location")}
         flat.append(({"type": "web_search", **_given(known)}, "web_search_options"))
     tools = _Tools(flat)
-    # Only then the answer has the shape of before tools: `function_call`, one call.
     is_legacy = bool(body.get("functions")) and not body.get("tools")
     is_hidden = _first(body, "reasoning.exclude")[0] is True
     show_reasoning = body.get("include_reasoning") is not False and not is_hidden
@@ -4260,8 +4244,8 @@ class _EventStream:
         if event is not None:
             # A bare `{"error": {...}}` is an error event too.
             kind = _get(event, "type", str) or ("error" if "error" in event else "")
-            if handler := self._handlers.get(kind):
-                handler(self, event)
+            if kind in self._handlers:
+                getattr(self, self._handlers[kind])(event)
         return b""
 
     def fail(self, error: AztError) -> bytes:
@@ -4389,15 +4373,15 @@ class _EventStream:
         self._conclude("failed")
         self.done = True
 
-    _handlers: Mapping[str, Callable[[Any, Json], None]] = {
-        **dict.fromkeys(("error", "response.failed"), _failed),
-        "codex.rate_limits": _limits,
-        **dict.fromkeys(("response.completed", "response.incomplete"), _end),
-        **dict.fromkeys(_LIFECYCLE, _remember),
-        **dict.fromkeys(("response.output_item.added", "response.output_item.done"), _item_event),
-        "response.output_text.annotation.added": _cite,
-        **dict.fromkeys(_DELTAS, _delta),
-        **dict.fromkeys((*_WHOLES, *_PART_DONE), _whole),
+    _handlers = {  # event type -> method
+        **dict.fromkeys(("error", "response.failed"), "_failed"),
+        **dict.fromkeys(("response.completed", "response.incomplete"), "_end"),
+        **dict.fromkeys(_LIFECYCLE, "_remember"),
+        **dict.fromkeys(("response.output_item.added", "response.output_item.done"), "_item_event"),
+        "response.output_text.annotation.added": "_cite",
+        "codex.rate_limits": "_limits",
+        **dict.fromkeys(_DELTAS, "_delta"),
+        **dict.fromkeys((*_WHOLES, *_PART_DONE), "_whole"),
     }
 
     # Items and their texts
@@ -4762,25 +4746,17 @@ _ASKED = {
 
 @dataclass(slots=True)
 class ResponsesRequest:
-    """A translated Responses request: the upstream body, and all that the answer side must know.
+    """A translated Responses request: the upstream body, and all that the answer side must know."""
 
-    store           the client's view (absent means True); upstream never stores
-    echo            the fields of the Response object that repeat the client's request
-    tool_names      upstream tool name -> client's name, only where they differ
-    input_items     the whole input in client shape, earlier turns included, each item with an id
-    show_encrypted  the client asked to see encrypted reasoning
-    ignored         parameters that have no effect upstream, for `x-azt-ignored-params`
-    """
-
-    model: str
+    model: str  # as the client named it
     upstream: Json
     stream: bool
-    store: bool
-    echo: Json
-    tool_names: dict[str, str]
-    input_items: list[Json]
-    show_encrypted: bool
-    ignored: tuple[str, ...]
+    store: bool  # the client's view (absent means True); upstream never stores
+    echo: Json  # the fields of the Response object that repeat the client's request
+    tool_names: dict[str, str]  # upstream tool name -> client's name, only where they differ
+    input_items: list[Json]  # in client shape, earlier turns included, each item with an id
+    show_encrypted: bool  # the client asked to see encrypted reasoning
+    ignored: tuple[str, ...]  # parameters without effect upstream, for `x-azt-ignored-params`
 
 
 class StoredResponse(NamedTuple):
@@ -4843,15 +4819,18 @@ class ResponseStore:
         return True
 
     def _make_room(self, now: float) -> None:
-        for response_id, stored in list(self._responses.items()):
+        while self._responses:
+            oldest, stored = next(iter(self._responses.items()))
             is_full = len(self._responses) > STORED_RESPONSES_MAX
-            if (
-                now < stored.expires_at
-                and not is_full
-                and self.size_bytes <= STORED_RESPONSES_BYTES
-            ):
+            is_full = is_full or self.size_bytes > STORED_RESPONSES_BYTES
+            if now < stored.expires_at and not is_full:
                 return
-            self.delete(response_id)
+            self.delete(oldest)
+
+
+def _visible(item: Json, show_encrypted: bool) -> Json:
+    is_whole = show_encrypted or item["type"] != "reasoning"
+    return item if is_whole else _without(item, "encrypted_content")
 
 
 def input_items_page(stored: StoredResponse, query: Mapping[str, str]) -> Json:
@@ -4869,15 +4848,11 @@ def input_items_page(stored: StoredResponse, query: Mapping[str, str]) -> Json:
     is_shown = REASONING_INCLUDE in query.get("include", "") + query.get("include[]", "")
     return {
         "object": "list",
-        "data": page if is_shown else [*map(_without_encrypted, page)],
+        "data": [_visible(item, is_shown) for item in page],
         "first_id": page[0]["id"] if page else None,
         "last_id": page[-1]["id"] if page else None,
         "has_more": len(rest) > len(page),
     }
-
-
-def _without_encrypted(item: Json) -> Json:
-    return _without(item, "encrypted_content") if item["type"] == "reasoning" else item
 
 
 def responses_to_upstream(
@@ -4994,27 +4969,18 @@ _BLANK_ITEMS: dict[str, Json] = {
 }
 _LOGPROBS: dict[str, Json] = {"output_text": {"logprobs": []}}
 _PART_EVENTS = {"content": "content_part", "summary": "reasoning_summary_part"}
-# Official events that are passed on: the type of their item, and what may follow it.
+# Official events that are passed on -> the type of their item.
 _HOSTED = {
     f"response.{kind}{ending}": kind
-    for kind, *endings in map(
-        str.split,
-        (
-            "audio .delta .done .transcript.delta .transcript.done",
-            "code_interpreter_call .in_progress .interpreting .completed _code.delta _code.done",
-            "compaction .compacting",
-            "file_search_call .in_progress .searching .completed",
-            "image_generation_call .in_progress .generating .partial_image .completed",
-            "mcp_call .in_progress .completed .failed _arguments.delta _arguments.done",
-            "mcp_list_tools .in_progress .completed .failed",
-            "shell_call _command.added _command.delta _command.done",
-            "shell_call_output _content.delta _content.done",
-            "web_search_call .in_progress .searching .completed",
-        ),
-    )
-    for ending in endings
+    for kind, endings in {
+        "compaction": ".compacting",
+        "image_generation_call": ".in_progress .generating .partial_image .completed",
+        "shell_call": "_command.added _command.delta _command.done",
+        "shell_call_output": "_content.delta _content.done",
+        "web_search_call": ".in_progress .searching .completed",
+    }.items()
+    for ending in endings.split()
 }
-_NO_ITEMS = ("audio", "compaction")
 # Our error code -> the one in the SDKs' type, where that says the same.
 _SDK_CODES = {None: "server_error", "upstream_error": "server_error"}
 # Fields of the upstream's response object that the client's request does not decide.
@@ -5029,7 +4995,8 @@ class ResponsesStream(_EventStream):
 
     mapped   every official event, renumbered, missing ones made up; items with the client's tool
              names, made up ids, and an `output_index` in the order in which they appear
-    dropped  vendor events and obfuscation; encrypted reasoning, unless the client asked for it
+    dropped  vendor events and obfuscation; encrypted reasoning, unless the client asked for it;
+             progress of `_REFUSED_TOOLS` and audio, which cannot come
     """
 
     _request: ResponsesRequest
@@ -5049,7 +5016,7 @@ class ResponsesStream(_EventStream):
         self._sequence += 1
 
     def _send_item(self, ending: str, item: _Item, value: Json) -> None:
-        shown = self._visible(value)
+        shown = _visible(value, self._request.show_encrypted)
         self._send(f"response.output_item.{ending}", output_index=item.index, item=shown)
 
     def _tell(self, item: _Item, part: _Part, kind: str, /, **fields: Any) -> None:
@@ -5057,9 +5024,6 @@ class ResponsesStream(_EventStream):
         place = part.channel.place
         index = {f"{place}_index": part.index} if place else {}
         self._send(kind, item_id=item.id, output_index=item.index, **index, **fields)
-
-    def _visible(self, value: Json) -> Json:
-        return value if self._request.show_encrypted else _without_encrypted(value)
 
     def _response(self, status: str, output: list[Json]) -> Json:
         """The Response object: the client's own request back, and what became of it."""
@@ -5133,9 +5097,10 @@ class ResponsesStream(_EventStream):
 
     # Events
 
-    def _lifecycle(self, event: Json) -> None:
-        self._remember(event)
-        if not self._sequence or event["type"] != "response.created":
+    def _remember(self, event: Json) -> None:
+        super()._remember(event)
+        # The first event is always `created`, and there is only one.
+        if event["type"] in _LIFECYCLE[bool(self._sequence) :]:
             self._send(event["type"], response=self._response("in_progress", []))
 
     def _cite(self, event: Json) -> None:
@@ -5149,24 +5114,20 @@ class ResponsesStream(_EventStream):
     def _pass_on(self, event: Json) -> None:
         fields = _without(event, "obfuscation", "sequence_number", "type")
         kind = _HOSTED[event["type"]]
-        if kind not in _NO_ITEMS:
+        if kind != "compaction":
             item = self._find(kind, event)
             self._open(item)
             fields |= {"item_id": item.id, "output_index": item.index}
         self._send(event["type"], **fields)
 
-    _handlers = {
-        **_EventStream._handlers,
-        **dict.fromkeys(_LIFECYCLE, _lifecycle),
-        "response.output_text.annotation.added": _cite,
-        **dict.fromkeys(_HOSTED, _pass_on),
-    }
+    _handlers = {**_EventStream._handlers, **dict.fromkeys(_HOSTED, "_pass_on")}
 
     # The end
 
     def _conclude(self, status: str) -> None:
         self.output_items = [self._complete(item, "incomplete") for item in self._opened]
-        response = self._response(status, list(map(self._visible, self.output_items)))
+        is_shown = self._request.show_encrypted
+        response = self._response(status, [_visible(item, is_shown) for item in self.output_items])
         self.response = response
         if self.failure is not None:
             code = _SDK_CODES.get(self.failure.code, self.failure.code)

@@ -586,7 +586,7 @@ EVENTS = st.fixed_dictionaries(
         "annotation": st.sampled_from([None, {}, {"type": "url_citation", "end_index": 3}]),
     },
 )
-WITHOUT_ITEM = ("response.audio.", "response.compaction.")
+WITHOUT_ITEM = ("response.compaction.",)
 DELTA_KINDS = [f"response.{known.event}.delta" for known in azt._CHANNELS.values()]
 
 
