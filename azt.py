@@ -6,7 +6,7 @@
 """azt (AI Zero Token): your own ChatGPT/Codex sign-in as an OpenAI-compatible API on your machine.
 
 What it does: `azt start` listens on one port and answers `/v1/models`, `/v1/chat/completions` and
-`/v1/responses` by calling the Codex backend with the account that you imported; it translates the
+`/v1/responses` by calling the Codex backend with the account that you signed in; it translates the
 requests and streams every delta on as soon as it has arrived.
 
 What it does not do: no telemetry, no update check, no prompt or answer on disk, no call to any host
@@ -22,7 +22,7 @@ The file reads from top to bottom in rooms. A room uses only names from rooms ab
      6  Outbound HTTP        TLS trust, proxy, connection pool; the only sockets out
      7  Event streams        JSON and SSE bytes <-> dicts, pure
      8  Accounts             who is signed in, import
-     9  OAuth                refresh of the tokens
+     9  OAuth                sign in and refresh
     10  Upstream             speak to the Codex backend for one given account
     11  Translators          dict to dict, pure: 11a chat, 11b responses
     12  Rotation             choose an account, try it, move to the next
@@ -47,6 +47,7 @@ import fcntl
 import functools
 import hashlib
 import hmac
+import html
 import http
 import importlib.util
 import io
@@ -82,6 +83,7 @@ from collections.abc import (
     Awaitable,
     Callable,
     Collection,
+    Coroutine,
     Iterable,
     Iterator,
     Mapping,
@@ -111,7 +113,7 @@ Json = dict[str, Any]
 """A JSON object from outside: checked once where it enters, trusted inside."""
 
 OUTBOUND = {
-    "auth.openai.com": "refresh of the tokens",
+    "auth.openai.com": "sign-in and sign-out, refresh of the tokens",
     "chatgpt.com": "model calls and the model list",
 }
 """Every host that azt calls, and what for. `open_response` refuses any other, unless the user named
@@ -161,6 +163,12 @@ UPSTREAM_HEAD_TIMEOUT_S, UPSTREAM_IDLE_TIMEOUT_S = 180.0, 300.0
 POOL_IDLE_S, HOLD_BACK_S, HEARTBEAT_S, REFRESH_AHEAD_S = 90.0, 15.0, 15.0, 300.0
 
 IMPORT_MAX_FILES, PREVIEW_TTL_S, UNDO_TTL_S, SHELF_MAX = 50, 900.0, 600.0, 16
+
+# Both ports are registered with the issuer; it redirects to no other one.
+CALLBACK_PORTS = (1455, 1457)
+LOGIN_LIFE_S, DEVICE_LIFE_S, DEVICE_INTERVAL_S = 600.0, 900.0, 5.0
+LOGINS_MAX, LOGIN_POLL_S = 20, 1.0
+
 STORED_RESPONSES_MAX, STORED_RESPONSES_BYTES = 1000, 64 * MIB
 STORED_RESPONSES_TTL_S = 24 * 3600.0
 
@@ -2415,7 +2423,7 @@ def _expiry(value: Any) -> int:
 
 # ==================================================================================================
 # 9. OAuth
-#    The token endpoint. Knows no store: tokens in, tokens out.
+#    Signing in and the token endpoint. Knows no store: whoever signed in is handed to a callback.
 # ==================================================================================================
 
 # What the token endpoint says when a refresh token is dead for good (codex-upstream.md 1.5).
@@ -2446,6 +2454,22 @@ class SignInRejected(AztError):
 
 
 @blocking
+def ask_issuer(
+    pool: ConnectionPool, url: str, body: Json, wire: Wire, as_form: bool = False
+) -> tuple[int, Json]:
+    """One POST to the issuer, never sent twice: (status, the JSON answer or {}).
+
+    raises  UpstreamError when nobody answered
+    """
+    kind = "application/x-www-form-urlencoded" if as_form else "application/json"
+    raw = urllib.parse.urlencode(body).encode() if as_form else encode_json(body)
+    headers = {"content-type": kind, "accept": "application/json"} | OWN_HEADERS
+    call = Call("POST", url, headers, raw, 30.0, once=True)
+    answer = open_response(pool, call, wire)
+    return answer.status, parse_event(answer.body) or {}
+
+
+@blocking
 def refresh_tokens(
     pool: ConnectionPool, auth_base_url: str, refresh_token: str, wire: Wire
 ) -> Tokens:
@@ -2454,21 +2478,24 @@ def refresh_tokens(
     raises  SignInRejected when it is dead, UpstreamError for everything that may pass
     """
     secret = {"grant_type": "refresh_token", "refresh_token": refresh_token}
-    body = encode_json({"client_id": OAUTH_CLIENT_ID, **secret})
-    headers = {"content-type": "application/json", "accept": "application/json"} | OWN_HEADERS
-    call = Call("POST", f"{auth_base_url}/oauth/token", headers, body, 30.0, once=True)
-    answer = open_response(pool, call, wire)
-    value = parse_event(answer.body) or {}
+    body = {"client_id": OAUTH_CLIENT_ID, **secret}
+    status, value = ask_issuer(pool, f"{auth_base_url}/oauth/token", body, wire)
     tokens = _tokens(value)
-    if answer.status == 200 and (tokens.access_token or tokens.refresh_token):
+    if status == 200 and (tokens.access_token or tokens.refresh_token):
         return tokens
-    error = value.get("error")
-    code = error.get("code") if isinstance(error, dict) else error
-    code = _shown(code or value.get("code") or "", 64).lower()
-    if code in REFRESH_DEAD or (answer.status == 401 and code):
+    code, _ = _complaint(value)
+    if code in REFRESH_DEAD or (status == 401 and code):
         raise SignInRejected(code)
-    text = f"The sign-in could not be renewed: the provider answered {answer.status}. Try again."
+    text = f"The sign-in could not be renewed: the provider answered {status}. Try again."
     raise UpstreamError(502, "upstream_error", text, fault="transient")
+
+
+def _complaint(value: Json) -> tuple[str, str]:
+    """(code in lower case, sentence) of an error of the issuer, in both of its shapes."""
+    error = value.get("error")
+    inner = error if isinstance(error, dict) else {"code": error or value.get("code")}
+    text = value.get("error_description") or inner.get("message") or ""
+    return _shown(inner.get("code") or "", 64).lower(), _shown(text, 300)
 
 
 def _tokens(value: Json) -> Tokens:
@@ -2477,6 +2504,227 @@ def _tokens(value: Json) -> Tokens:
         one = value.get(name)
         secrets_found[name] = one if isinstance(one, str) and _SECRET_TEXT.fullmatch(one) else None
     return Tokens(**secrets_found, expires_in_s=_as_seconds(value.get("expires_in")) or None)
+
+
+# -- Signing in: codex-upstream.md 1.2 to 1.4 and 1.8, trust.md 1.8 --------------------------------
+
+_AUTHORIZE = (
+    "response_type=code&code_challenge_method=S256&scope=openid+profile+email+offline_access"
+    "&id_token_add_organizations=true&codex_cli_simplified_flow=true&originator=azt"
+)
+
+
+@dataclass(eq=False, repr=False, slots=True)
+class Login:
+    """One sign-in. What comes with a wrong state changes nothing; a code needs our verifier.
+
+    waiting --code--> exchanging --tokens--> done
+       +-- refused --> failed <--+-- refused, unreachable, somebody else
+       +-- too late --> expired, given up --> cancelled
+    """
+
+    wanted_id: str | None  # the account that is to sign in again
+    code: asyncio.Future[str]  # brought by the callback, or pasted
+    id: str = field(default_factory=lambda: "lgn_" + secrets.token_hex(6))
+    state: str = field(default_factory=lambda: secrets.token_urlsafe(32))
+    verifier: str = field(default_factory=lambda: secrets.token_urlsafe(64))
+    redirect_uri: str = ""
+    port: int = 0  # where its browser comes back to; 0 for a device
+    opened: bool = False  # its link was followed: the port is needed
+    shown: Json = field(default_factory=dict)  # what the person needs, as the API says it
+    status: Literal["waiting", "exchanging", "done", "failed", "expired", "cancelled"] = "waiting"
+    error: AztError | None = None
+    account: Account | None = None  # who came
+    created: bool = False
+    task: asyncio.Task[None] | None = None
+
+
+def authorize_url(auth_base_url: str, login: Login) -> str:
+    challenge = base64.urlsafe_b64encode(hashlib.sha256(login.verifier.encode()).digest())
+    own = {"client_id": OAUTH_CLIENT_ID, "redirect_uri": login.redirect_uri, "state": login.state}
+    query = urllib.parse.urlencode(own | {"code_challenge": challenge.rstrip(b"=")})
+    return f"{auth_base_url}/oauth/authorize?{_AUTHORIZE}&{query}"
+
+
+def read_callback(text: str) -> dict[str, str]:
+    """The callback's address, `code=..&state=..`, `code#state` or a bare code -> parameters."""
+    text = "".join(text.split()).strip("\"'<>")  # terminals and mails break long lines
+    if re.search(r"(?:^|[?&#])(?:code|error|state)=", text):
+        return dict(urllib.parse.parse_qsl(text.rpartition("?")[2].partition("#")[0]))
+    code, mark, state = text.partition("#")
+    return {"code": code} | ({"state": state} if mark else {})
+
+
+def finish_login(logins: Iterable[Login], said: Mapping[str, str], pasted: bool = False) -> Login:
+    """Give what a callback said, or a person pasted, to the one of `logins` that waits for it.
+
+    raises  AztError 400, and then everything is as before
+    """
+    is_bare = pasted and set(said) == {"code"}  # the verifier alone decides whether the code fits
+    state = said.get("state", "").encode()
+    waiting = [one for one in logins if one.port and not one.code.done()]
+    found = [one for one in waiting if is_bare or hmac.compare_digest(one.state.encode(), state)]
+    if not found:
+        text = "This does not belong to a sign-in that is waiting. Start again from its link."
+        raise AztError(400, "state_mismatch", text)
+    error, told = _complaint({**said, "code": ""})
+    if "missing_codex_entitlement" in told.lower():
+        told = "This workspace has no access to Codex: ask its administrator."
+    if error:
+        found[0].code.set_exception(AztError(403, "denied", told or f"It was refused: {error}."))
+    elif _SECRET_TEXT.fullmatch(said.get("code", "")):
+        found[0].code.set_result(said["code"])
+    else:
+        text = "There is no code in it. Paste the whole address that the browser shows."
+        raise AztError(400, "bad_callback_url", text)
+    return found[0]
+
+
+def _is_free(port: int) -> bool:
+    """Whether no program listens there, at either loopback address."""
+    for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+        try:
+            with socket.socket(family) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((address, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:  # any other: this machine lacks that family
+                return False
+    return True
+
+
+@dataclass(eq=False, slots=True)
+class Logins:
+    """The sign-ins under way and those that ended lately, the oldest first. Lives on the loop."""
+
+    _pool: ConnectionPool
+    _calls: WorkerPool
+    _base_url: str
+    _add: Callable[[Account], Awaitable[bool]]  # True when the account is a new one
+    flows: dict[str, Login] = field(default_factory=dict)
+    # Callback port -> what closes it; room 16 listens there once a link is followed.
+    ports: dict[int, Callable[[float], Coroutine[Any, Any, None]]] = field(default_factory=dict)
+    _closing: set[asyncio.Task[None]] = field(default_factory=set)
+
+    async def _ask(self, path: str, body: Json, as_form: bool = False) -> tuple[int, Json]:
+        call = (self._pool, self._base_url + path, body, Wire(), as_form)
+        return await in_thread(self._calls, ask_issuer, *call)
+
+    async def start(self, on_device: bool, wanted_id: str | None) -> Login:
+        """A sign-in that waits. Binds nothing. Raises AztError when the issuer gives no code."""
+        login = Login(wanted_id, asyncio.get_running_loop().create_future())
+        code: Awaitable[str] = login.code
+        life_s, interval_s = LOGIN_LIFE_S, DEVICE_INTERVAL_S
+        if on_device:
+            client = {"client_id": OAUTH_CLIENT_ID}
+            status, value = await self._ask("/api/accounts/deviceauth/usercode", client)
+            user_code = _shown(value.get("user_code") or value.get("usercode") or "", 64)
+            if status != 200 or not user_code:
+                text = f"The provider gave no code for a device ({status}). Use `azt login`, or "
+                text += "allow device codes in the security settings of ChatGPT."
+                raise AztError(502, "device_not_enabled", text)
+            life_s = DEVICE_LIFE_S
+            with contextlib.suppress(TypeError, ValueError):  # foreign numbers, written as text
+                interval_s = min(60.0, max(1.0, float(value.get("interval") or interval_s)))
+                life_s = min(life_s, max(1.0, float(value.get("expires_in") or life_s)))
+            login.redirect_uri = f"{self._base_url}/deviceauth/callback"
+            asked = {"device_auth_id": value.get("device_auth_id"), "user_code": user_code}
+            code = self._poll(login, asked, interval_s)
+            page = {"verificationUrl": f"{self._base_url}/codex/device", "userCode": user_code}
+            login.shown = {**page, "intervalMs": round(interval_s * 1000)}
+        else:
+            free = [port for port in CALLBACK_PORTS if port in self.ports or _is_free(port)]
+            login.port = (free or CALLBACK_PORTS)[0]
+            login.redirect_uri = f"http://localhost:{login.port}/auth/callback"
+            uri = {"redirectUri": login.redirect_uri, "portFree": bool(free)}
+            login.shown = {"authorizeUrl": authorize_url(self._base_url, login), **uri}
+        login.shown["expiresAt"] = round((time.time() + life_s) * 1000)
+        login.task = asyncio.create_task(self._run(login, code, life_s))
+        self.flows[login.id] = login
+        if len(self.flows) > LOGINS_MAX:
+            await self.give_up(self.flows.pop(next(iter(self.flows))))
+        return login
+
+    async def _poll(self, login: Login, asked: Json, interval_s: float) -> str:
+        """Ask whether the person has entered the code, as often as the issuer wants it."""
+        while True:
+            await asyncio.sleep(interval_s)
+            try:
+                status, value = await self._ask("/api/accounts/deviceauth/token", asked)
+            except AztError:
+                continue  # the network may be back before the time is over
+            reason, told = _complaint(value)
+            if status == 200:
+                login.verifier = str(value.get("code_verifier"))
+                return str(value.get("authorization_code"))
+            if status == 429 or reason == "slow_down":
+                interval_s += 5.0  # RFC 8628 3.5
+            elif reason == "expired_token":
+                raise TimeoutError
+            # 403 and 404 are this issuer's "not yet"; what is broken at its side may pass.
+            elif reason == "access_denied" or (status not in (403, 404) and status < 500):
+                raise AztError(403, "denied", told or f"The code was refused ({status}).")
+
+    async def _run(self, login: Login, code: Awaitable[str], life_s: float) -> None:
+        """In a task of its own: a browser that leaves must not take a single-use code with it."""
+        try:
+            async with asyncio.timeout(life_s):
+                found = await code
+            login.status = "exchanging"
+            login.account = account = await self._exchange(login, found)
+            if login.wanted_id not in (None, account.id):
+                text = f"{account.email or account.id} signed in: another account was asked for."
+                raise AztError(409, "account_mismatch", text)
+            login.created, login.status = await self._add(account), "done"
+        except (TimeoutError, asyncio.CancelledError) as error:
+            login.status = "expired" if isinstance(error, TimeoutError) else "cancelled"
+        except AztError as error:
+            code_word = "network" if isinstance(error, UpstreamError) else error.code
+            login.status, login.error = "failed", AztError(502, code_word, error.message)
+        except Exception:  # the one catch-all around sign-ins
+            log.exception("the sign-in %s failed", login.id)
+            text = "azt failed on this sign-in. Its log says why."
+            login.status, login.error = "failed", AztError(500, "internal_error", text)
+        login.state = login.verifier = ""
+        self.close_unneeded()
+        log.info("sign-in %s: %s", login.id, login.error.code if login.error else login.status)
+
+    async def _exchange(self, login: Login, code: str) -> Account:
+        form = {"grant_type": "authorization_code", "client_id": OAUTH_CLIENT_ID, "code": code}
+        form |= {"redirect_uri": login.redirect_uri, "code_verifier": login.verifier}
+        status, value = await self._ask("/oauth/token", form, as_form=True)
+        found, now = _tokens(value), int(time.time())
+        texts = (found.access_token or "", found.refresh_token or "", found.id_token or "")
+        account = account_from_tokens(*texts, now)
+        if status != 200 or not all(texts[:2]) or not _ACCOUNT_ID.fullmatch(account.account_id):
+            reason, told = _complaint(value)
+            text = f"The provider did not accept the sign-in ({told or reason or status})."
+            raise AztError(502, "exchange_failed", f"{text} Try again.")
+        account.expires_at = account.expires_at or now + (found.expires_in_s or -now)  # 0: unknown
+        account.refreshed_at = now
+        return account
+
+    async def give_up(self, login: Login) -> None:
+        """End it unless its code has come: that is single use, so good use is made of it."""
+        if login.task is not None and login.status == "waiting":
+            login.task.cancel()
+            await asyncio.wait({login.task})
+
+    def close_unneeded(self) -> None:
+        """Stop listening where no sign-in waits for its browser."""
+        under_way = [one for one in self.flows.values() if one.status in ("waiting", "exchanging")]
+        for port in self.ports.keys() - {one.port for one in under_way if one.opened}:
+            task = asyncio.create_task(self.ports.pop(port)(LINGER_S))
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    async def revoke(self, refresh_token: str) -> bool:
+        """Tell the issuer that a sign-in is over: best effort; False when it did not take it."""
+        body = {"token": refresh_token, "token_type_hint": "refresh_token"}
+        with contextlib.suppress(AztError):
+            status, _ = await self._ask("/oauth/revoke", body | {"client_id": OAUTH_CLIENT_ID})
+            return status == 200
+        return False
 
 
 # ==================================================================================================
@@ -5875,6 +6123,7 @@ class Gateway:
         # In turn: a change by a person that is taken back must not take new tokens with it.
         self.renewals = Renewals(*use, functools.partial(self._in_turn, self.save_accounts))
         self.rotation = Rotation(*use, self.renewals, self.save_soon)
+        self.logins = Logins(self.pool, self.calls, environment.auth_base_url, self.add_account)
         self.started_at = time.time()
         self.listening: list[tuple[str, int]] = []
         self.damaged: list[str] = []  # state files that were kept for the person to look at
@@ -6025,6 +6274,12 @@ class Gateway:
             return result
 
         return await self._in_turn(save)
+
+    async def add_account(self, account: Account) -> bool:
+        """Add who signed in, or renew it. Whether it is a new one."""
+        is_new = account.id not in self.store.accounts
+        await self.change_accounts(lambda store: store.add(account))
+        return is_new
 
     async def change_settings(self, changes: Json, revision: Any = None) -> None:
         """Merge checked values into the file and put them in force.
@@ -7903,6 +8158,89 @@ async def admin_post_restore(gw: Gateway, request: Request) -> Reply:
     return _private_reply({"restored": len(views), "accounts": views})
 
 
+async def admin_post_logout(gw: Gateway, request: Request) -> Reply:
+    """Forget an account and end its sign-in at the provider, if that can be reached."""
+    account = gw.store.find(str((await read_object(gw, request)).get("id") or ""))
+    await gw.change_accounts(lambda store: store.remove(account))
+    revoked = await gw.logins.revoke(account.refresh_token)
+    view = {"account": _account_view(gw, account), "activeId": gw.store.active_id}
+    return _private_reply({**view, "revoked": revoked})
+
+
+def _login_view(gw: Gateway, login: Login) -> Json:
+    shown: Json = {"flowId": login.id, "method": "browser" if login.port else "device"}
+    shown["status"] = login.status
+    if login.status == "waiting":
+        shown |= {**login.shown, "listening": login.opened and login.port in gw.logins.ports}
+        if login.opened and not shown["listening"]:
+            shown["listenError"] = "port_in_use"
+    if login.account is not None:
+        account = gw.store.accounts.get(login.account.id, login.account)
+        shown |= {"account": _account_view(gw, account), "created": login.created}
+    if login.error is not None:
+        shown["error"] = {"code": login.error.code, "message": mask(login.error.message)}
+    return shown
+
+
+async def admin_post_login(gw: Gateway, request: Request) -> Reply:
+    body = await read_object(gw, request)
+    method, wanted = body.get("method", "browser"), body.get("accountId")
+    if method not in ("browser", "device"):
+        raise BadRequest("The method is `browser` or `device`.", "method", "bad_field")
+    wanted_id = gw.store.find(str(wanted)).id if wanted else None
+    login = await gw.logins.start(method == "device", wanted_id)
+    return _private_reply(_login_view(gw, login), 201)
+
+
+async def admin_login(gw: Gateway, request: Request) -> Reply:
+    """Look at a sign-in, or go on with it: open, callback (what was pasted, or keep), DELETE."""
+    body = await read_object(gw, request) if request.method == "POST" else {}
+    login, last = gw.logins.flows.get(request.params["id"]), request.path.rpartition("/")[2]
+    if login is None:
+        raise AztError(404, "flow_not_found", "There is no such sign-in any more: start anew.")
+    if request.method == "DELETE":
+        await gw.logins.give_up(login)
+        return Reply(204)
+    if last == "open":
+        login.opened = True  # the link was followed: listen where its browser comes back to
+        if login.port and login.port not in gw.logins.ports:
+            server = HttpServer(CALLBACK_ROUTES, gw, policy_source(gw))
+            with contextlib.suppress(OSError):  # taken meanwhile: the view says so
+                await server.listen("127.0.0.1", login.port)
+                gw.logins.ports[login.port] = server.drain
+            gw.logins.close_unneeded()  # it may have ended while this waited
+    elif last == "callback" and body.get("keep") is True and login.account and login.error:
+        login.created = await gw.add_account(login.account)  # another than asked for, but wanted
+        login.status, login.error = "done", None
+    elif last == "callback":
+        url = body.get("url")
+        said = read_callback(url if isinstance(url, str) else "")
+        await asyncio.wait({cast(Any, finish_login([login], said, pasted=True).task)})
+    return _private_reply(_login_view(gw, login))
+
+
+async def get_login_callback(gw: Gateway, request: Request) -> Reply:
+    """The one page at the callback port: plain text for a person, whatever has happened."""
+    host, _, port = request.headers.get("host", "").partition(":")
+    if host not in ("localhost", "127.0.0.1") or port not in map(str, gw.logins.ports):
+        raise AztError(403, "host_not_allowed", "This address is not that of the sign-in.")
+    if (request.method, request.path) != ("GET", "/auth/callback"):
+        raise AztError(404, "unknown_url", "Here is nothing but the end of a sign-in.")
+    status, title = 200, "Not signed in"
+    try:
+        login = finish_login(gw.logins.flows.values(), request.query)
+        await asyncio.wait({cast(Any, login.task)})
+        text = login.error.message if login.error else "It was given up."
+        if login.status == "done" and login.account is not None:
+            title, text = "Signed in", f"{login.account.email or login.account.id} is in azt now."
+    except AztError as error:
+        status, text = 400, error.message
+    page = f"<!doctype html><meta charset=utf-8><title>azt</title><h1>{title}</h1>"
+    page += f"<p>{html.escape(mask(text))}</p><p>You can close this tab.</p>"
+    own = {"cache-control": "no-store", "content-type": "text/html; charset=utf-8"}
+    return Reply(status, page.encode(), [*(_PAGE_HEADERS | own).items()])
+
+
 def _models_view(gw: Gateway) -> Json:
     items = [
         {
@@ -8068,6 +8406,7 @@ ROUTES: list[Route] = sorted(
         Route("DELETE", "/v1/responses/{id}", delete_response, "api"),
         Route("DELETE", f"{ADMIN}/keys/{{id}}", admin_delete_key, "admin_proof"),
         Route("DELETE", f"{ADMIN}/jobs/{{id}}", admin_delete_job, "admin_write"),
+        Route("DELETE", f"{ADMIN}/login/{{id}}", admin_login, "admin_write"),
         Route("GET", "/", get_page, "page"),
         Route("GET", "/_gateway/health", get_health, "health"),
         Route("GET", "/health", get_health, "health"),
@@ -8081,6 +8420,7 @@ ROUTES: list[Route] = sorted(
         Route("GET", f"{ADMIN}/jobs/{{id}}", admin_get_job, "admin_read"),
         Route("GET", f"{ADMIN}/accounts/import/template", get_template, "admin_read"),
         Route("GET", f"{ADMIN}/keys", admin_get_keys, "admin_read"),
+        Route("GET", f"{ADMIN}/login/{{id}}", admin_login, "admin_read"),
         Route("GET", f"{ADMIN}/models", admin_get_models, "admin_read"),
         Route("GET", f"{ADMIN}/settings", admin_get_settings, "admin_read"),
         Route("GET", f"{ADMIN}/state", admin_get_state, "admin_read"),
@@ -8096,6 +8436,7 @@ ROUTES: list[Route] = sorted(
             body_max_bytes=32 * MIB,
             takes_form=True,
         ),
+        Route("POST", f"{ADMIN}/accounts/logout", admin_post_logout, "admin_write"),
         Route("POST", f"{ADMIN}/accounts/refresh-quotas", admin_post_refresh_quotas, "admin_write"),
         Route("POST", f"{ADMIN}/accounts/remove", admin_post_remove, "admin_write"),
         Route("POST", f"{ADMIN}/accounts/restore", admin_post_restore, "admin_write"),
@@ -8107,6 +8448,9 @@ ROUTES: list[Route] = sorted(
             "admin_write",
         ),
         Route("POST", f"{ADMIN}/keys", admin_post_keys, "admin_proof"),
+        Route("POST", f"{ADMIN}/login", admin_post_login, "admin_write"),
+        Route("POST", f"{ADMIN}/login/{{id}}/callback", admin_login, "admin_write"),
+        Route("POST", f"{ADMIN}/login/{{id}}/open", admin_login, "admin_write"),
         Route("POST", f"{ADMIN}/models/refresh", admin_post_refresh, "admin_write"),
         Route("POST", "/codex/v1/responses/compact", codex_call, "codex", 256 * MIB, True),
         *(
@@ -8121,6 +8465,10 @@ ROUTES: list[Route] = sorted(
     ],
     key=lambda route: (route.path, route.method),
 )
+
+
+CALLBACK_ROUTES = [Route("GET", "/auth/callback", get_login_callback, "page")]
+"""All that the callback port answers (trust.md 1.8), while a sign-in needs it."""
 
 
 def routes_of(gw: Gateway) -> list[Route]:
@@ -8481,7 +8829,7 @@ async def _serve(gw: Gateway, lock: HomeLock, opens_browser: bool) -> None:
         say(f"azt is ready: {url}")
         log.info("base URL for clients: %s/v1", url)
         if gw.store.active is None:
-            log.info("no account yet: `azt accounts import ~/.codex/auth.json` takes Codex's over")
+            log.info("no account yet: `azt login` signs in")
         if gw.listening[0][0] not in ("127.0.0.1", "::1"):
             who = "open to this network" if settings.flag("server.lanApi") else "for this machine"
             key = "with a key" if gw.keys else "without a key (`azt keys add NAME` sets one)"
@@ -8758,6 +9106,74 @@ def _ask(args: argparse.Namespace) -> int:
     return _show(args, {"text": "".join(parts)}, [""])
 
 
+# Inside a terminal, which they would take over; the provider's page needs a real one.
+_TEXT_BROWSERS = {"elinks", "links", "lynx", "w3m", "www-browser"}
+
+
+def _open_link(url: str) -> None:
+    """In a browser, where there is one. In a thread: some commands last as long as theirs."""
+    with contextlib.suppress(webbrowser.Error):
+        if getattr(webbrowser.get(), "name", "") not in _TEXT_BROWSERS:
+            threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
+
+
+def _sign_in(args: argparse.Namespace) -> int:
+    tell = functools.partial(say, to_stderr=args.json)
+
+    def run(call: _Call) -> Json:
+        def ask(method: str, path: str, body: Json | None = None) -> Json:
+            return parse_event(call(method, f"{ADMIN}/login{path}", body).body) or {}
+
+        flow = ask("POST", "", {"method": "device" if args.device else "browser"})
+        path = f"/{flow['flowId']}"
+        reads = not args.device and sys.stdin is not None and sys.stdin.isatty()
+        try:
+            if args.device:
+                tell(f"Open {flow['verificationUrl']} and enter this code: {flow['userCode']}")
+            else:
+                flow = ask("POST", f"{path}/open", {})
+                tell(f"Open this page to sign in:\n\n{flow['authorizeUrl']}\n")
+            if reads:
+                tell("If the browser cannot show the page after that, paste its address here.")
+            elif flow.get("listenError"):
+                text = f"Ports {CALLBACK_PORTS} are taken: use `azt login --device`, or a terminal."
+                raise AztError(500, "port_in_use", text)
+            if not (args.device or args.no_browser):
+                _open_link(flow["authorizeUrl"])
+            while flow["status"] in ("waiting", "exchanging"):
+                typed = select.select([sys.stdin] if reads else [], [], [], LOGIN_POLL_S)[0]
+                line = sys.stdin.readline() if typed else " "
+                reads = reads and line != ""  # the end of the terminal
+                try:
+                    if line.strip():
+                        ask("POST", f"{path}/callback", {"url": line})
+                    flow = ask("GET", path)
+                except AztError as error:
+                    if error.status != 400:
+                        raise
+                    tell(mask(error.message))
+            return flow
+        finally:  # Ctrl-C: its port is free again at once
+            with contextlib.suppress(AztError):
+                ask("DELETE", path)
+
+    flow = _on_gateway(run)
+    if flow["status"] != "done":
+        text = f"The sign-in is {flow['status']}. Start it again with `azt login`."
+        error = flow.get("error", {"code": flow["status"], "message": text})
+        raise AztError(500, error["code"], error["message"])
+    account = flow["account"]
+    told = [f"{account['email'] or account['id']} is signed in ({account['plan']})."]
+    if not account["active"]:
+        told.append(f"`azt accounts use {account['id']}` serves the API with it.")
+    return _show(args, flow, told)
+
+
+def _signed_out(result: Json) -> list[str]:
+    told = "" if result["revoked"] else " The provider did not hear it: end it in its settings too."
+    return [f"{result['account']['email'] or result['account']['id']} is signed out.{told}"]
+
+
 def _import(args: argparse.Namespace) -> int:
     files: list[Found] = []
     for name in args.file:
@@ -8838,7 +9254,7 @@ def _left_cell(account: Json) -> str:
 
 
 _account_lines = _listing(
-    "No account yet. `azt accounts import ~/.codex/auth.json` takes over the sign-in of Codex.",
+    "No account yet: `azt login` signs in.",
     ("", "ID", "ACCOUNT", "PLAN", "STATE", "LEFT (RESETS)"),
     lambda one: (
         *("*" if one["active"] else "", one["id"], one["label"] or one["email"]),
@@ -8900,6 +9316,7 @@ def _models(args: argparse.Namespace) -> int:
 _ARGUMENTS: dict[str, Json] = {
     "--all": {"action": "store_true", "help": "all accounts"},
     "--demo": {"action": "store_true", "help": "play the upstream too: no account, no network"},
+    "--device": {"action": "store_true", "help": "sign in with a code, on any device"},
     "--dry-run": {"action": "store_true", "help": "only say what an import would do"},
     "--force": {"action": "store_true", "help": "replace a file that exists"},
     "--host": {"help": "address to listen on (default 0.0.0.0)"},
@@ -8909,6 +9326,7 @@ _ARGUMENTS: dict[str, Json] = {
         "help": "how much to log (default info)",
     },
     "--model": {"help": "the model to ask (default: the setting defaultModel)"},
+    "--no-browser": {"action": "store_true", "help": "print the link, open no browser"},
     "--no-open": {"action": "store_true", "help": "do not open azt's page in a browser"},
     "--port": {"type": int, "help": "port to listen on (default 8787; 0 picks a free one)"},
     "--refresh": {"action": "store_true", "help": "ask the upstream for the current list"},
@@ -8933,6 +9351,11 @@ _ARGUMENTS: dict[str, Json] = {
 _COMMANDS: dict[str, tuple[str, _Run]] = {
     "start --host --port --demo --log-level --no-open": ("start the gateway", _start),
     "serve --host --port --demo --log-level": ("start the gateway without a browser", _start),
+    "login --device --no-browser --json": ("sign in with an account", _sign_in),
+    "logout ACCOUNT --json": (
+        "end the sign-in of an account and forget it",
+        _admin("POST", "/accounts/logout", _signed_out, lambda args: {"id": args.account}),
+    ),
     "status --json": ("show what runs and which account serves", _status),
     "ask TEXT* --model --json": ("ask a model; the answer streams to the terminal", _ask),
     "models --refresh --json": ("list the models", _models),

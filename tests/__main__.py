@@ -97,6 +97,7 @@ def fingerprint() -> str:
 def install_debian_packages() -> None:
     """In a fresh container: what the tests need and is not there."""
     needed = {
+        "chromium": shutil.which("chromium") is not None,
         "curl": shutil.which("curl") is not None,
         "python3-venv": importlib.util.find_spec("ensurepip") is not None,
         "strace": shutil.which("strace") is not None,

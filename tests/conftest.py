@@ -8,12 +8,15 @@ client        HTTP calls to `gateway`
 openai_client the official library, pointed at `gateway`
 claim         counts what a claim of the table in `python3 tests --trust` was tried with
 many          how often a test tries: a sample, or the full count with `--trust`
+ports         the two callback ports of a sign-in are this test's, and free
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -169,3 +172,11 @@ def openai_client(gateway: Gateway) -> Iterator[Any]:
 
     with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="any key") as library:
         yield library
+
+
+@pytest.fixture
+def ports() -> Iterator[None]:
+    """They are fixed, for the issuer knows no others: tests of all workers take turns."""
+    with open(os.path.join(tempfile.gettempdir(), "azt-test-callback-ports"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

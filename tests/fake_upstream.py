@@ -21,6 +21,8 @@ import asyncio
 import base64
 import contextlib
 import gzip
+import hashlib
+import html
 import itertools
 import json as jsonlib
 import re
@@ -42,6 +44,8 @@ Event = Json | bytes
 CODEX = "/backend-api/codex"
 CHATGPT = "/backend-api"
 TOKEN_LIFE_S = 864_000
+CLIENT_ID = "app_EMoamEEZ73f0CkXaXp7hrann"
+DEVICE = "/api/accounts/deviceauth"
 
 _serial = itertools.count(1)
 
@@ -67,7 +71,7 @@ def make_token(
         "iss": "https://auth.openai.com",
         "aud": ["https://api.openai.com/v1"],
         "sub": f"auth0|{user_id}",
-        "client_id": "app_EMoamEEZ73f0CkXaXp7hrann",
+        "client_id": CLIENT_ID,
         "scp": ["openid", "profile", "email", "offline_access"],
         "jti": _new_id("jti"),
         "iat": int(now if iat is None else iat),
@@ -1081,6 +1085,10 @@ class FakeUpstream:
     instructions_required  behave as until spring 2026
     lite_required          refuse Lite models in the classic shape
     rotations              (refresh token, the one given for it), in order
+    person                 (account id, user id, e-mail, plan) of whoever signs in at the issuer
+    device_answer          what the issuer adds to the code for a device (`interval`, `expires_in`)
+    codes                  code -> what it was given out for; a used one is None
+    devices                user code -> "pending", "approved" or "used"
     """
 
     def __init__(self, port: int = 0) -> None:
@@ -1103,6 +1111,10 @@ class FakeUpstream:
         self.etag = 'W/"models-1"'
         self.instructions_required = False
         self.lite_required = False
+        self.person = ("acct-1", "user-1", "ada@example.com", "plus")
+        self.device_answer: Json = {"interval": "1"}
+        self.codes: dict[str, Json | None] = {}
+        self.devices: dict[str, str] = {}
         self.revoked: set[str] = set()
         self.turn_states: dict[str, str | None] = {}
         self._used: set[str] = set()
@@ -1220,7 +1232,7 @@ class FakeUpstream:
     def reply_to(self, seen: Seen) -> Reply:
         """The checks of the backend, then the script, then the default answer."""
         try:
-            if seen.path != "/oauth/token":
+            if not seen.path.startswith(("/oauth/", "/codex/", DEVICE)):
                 self._check_token(seen)
                 seen.turn_state = seen.headers.get("x-codex-turn-state", "")
                 check_origin(seen, self)
@@ -1239,7 +1251,10 @@ class FakeUpstream:
                 self._script.remove(reply)
                 return reply
         builtin = self._builtins().get((seen.method, seen.path))
-        return builtin(seen) if builtin else Reply(status=404, json={"detail": "Not Found"})
+        try:
+            return builtin(seen) if builtin else Reply(status=404, json={"detail": "Not Found"})
+        except Refused as refused:
+            return Reply(status=refused.status, json=refused.json)
 
     def _builtins(self) -> dict[tuple[str, str], Callable[[Seen], Reply]]:
         return {
@@ -1252,8 +1267,15 @@ class FakeUpstream:
             ("POST", f"{CODEX}/images/generations"): _picture,
             ("POST", f"{CODEX}/memories/trace_summarize"): _memories,
             ("POST", f"{CODEX}/responses/compact"): self._compact,
-            ("POST", "/oauth/token"): lambda seen: Reply(json=self.rotate),
+            ("GET", "/codex/device"): self._device_page,
+            ("GET", "/oauth/authorize"): self._authorize_page,
+            ("POST", "/codex/device"): self._enter_device_code,
+            ("POST", "/oauth/authorize"): self._redirect,
+            ("POST", "/oauth/revoke"): self._revoke,
+            ("POST", "/oauth/token"): lambda seen: Reply(json=self._token),
             ("POST", f"{CODEX}/responses"): self.default,
+            ("POST", f"{DEVICE}/token"): self._device_token,
+            ("POST", f"{DEVICE}/usercode"): self._user_code,
         }
 
     def _check_token(self, seen: Seen) -> None:
@@ -1269,6 +1291,122 @@ class FakeUpstream:
             raise Refused(401, {**error_json(told, code="token_invalidated"), "status": 401})
         if seen.headers.get("chatgpt-account-id") != seen.account:
             raise Refused(401, {"detail": "Unauthorized"})
+
+    # Signing in: strict where the real issuer is (codex-upstream.md 1 and 13)
+
+    def sign_in(self, authorize_url: str) -> str:
+        """Press the button of the page at this link without a browser: where it redirects to."""
+        query = urllib.parse.urlsplit(authorize_url).query
+        seen = Seen("POST", "/oauth/authorize", _one_of_each(query), {}, b"", None, 0, 0.0)
+        return self._redirect(seen).headers["location"]
+
+    def enter(self, user_code: str, state: str = "approved") -> None:
+        """Enter a device code without a browser."""
+        assert self.devices[user_code] == "pending"
+        self.devices[user_code] = state
+
+    def _authorize_page(self, seen: Seen) -> Reply:
+        _check_authorize(seen.query)
+        return _page(f"<h1>Sign in as {self.person[2]}</h1><button>Continue</button>", seen)
+
+    def _redirect(self, seen: Seen) -> Reply:
+        _check_authorize(seen.query)
+        code = _new_id("ac_code")
+        self.codes[code] = {
+            "challenge": seen.query["code_challenge"],
+            "redirect_uri": seen.query["redirect_uri"],
+            "person": self.person,
+        }
+        answer = urllib.parse.urlencode(
+            {"code": code, "scope": seen.query["scope"], "state": seen.query["state"]}
+        )
+        location = f"{seen.query['redirect_uri']}?{answer}"
+        return Reply(status=302, body=b"", headers={"location": location})
+
+    def _token(self, seen: Seen) -> Json:
+        form = seen.body if isinstance(seen.body, dict) else {}
+        if form.get("grant_type") == "refresh_token":
+            return self.rotate(seen)
+        if not seen.headers.get("content-type", "").startswith("application/x-www-form-urlencoded"):
+            raise Refused(415, {"error": "invalid_request", "error_description": "not a form"})
+        wanted = {"grant_type", "code", "redirect_uri", "client_id", "code_verifier"}
+        if set(form) != wanted or (form["grant_type"], form["client_id"]) != (
+            "authorization_code",
+            CLIENT_ID,
+        ):
+            raise Refused(400, {"error": "invalid_request", "error_description": "wrong fields"})
+        given = self.codes.get(form["code"])
+        if given is None:
+            told = "authorization code is unknown, expired or used"
+            raise Refused(400, {"error": "invalid_grant", "error_description": told})
+        self.codes[form["code"]] = None  # whatever comes of it: a code is single use
+        if given["redirect_uri"] != form["redirect_uri"]:
+            raise Refused(400, error_json("redirect_uri differs", code="token_exchange_user_error"))
+        if given["challenge"] != challenge_of(form["code_verifier"]):
+            raise Refused(400, error_json("code_verifier is wrong", code="invalid_grant"))
+        return self._new_tokens(given["person"])
+
+    def _new_tokens(self, account: Iterable[str]) -> Json:
+        return {
+            "access_token": make_token(*account),
+            "id_token": make_token(*account),
+            "refresh_token": _refresh_token(*account),
+            "token_type": "Bearer",
+            "expires_in": TOKEN_LIFE_S,
+        }
+
+    def _user_code(self, seen: Seen) -> Reply:
+        if seen.body != {"client_id": CLIENT_ID}:
+            raise Refused(400, {"error": "invalid_request"})
+        code = f"ABCD-{next(_serial):05d}"
+        self.devices[code] = "pending"
+        return Reply(
+            json={"device_auth_id": f"dev_{code}", "user_code": code, **self.device_answer}
+        )
+
+    def _device_page(self, seen: Seen) -> Reply:
+        return _page('<label>Code <input name="code"></label><button>Continue</button>', seen)
+
+    def _enter_device_code(self, seen: Seen) -> Reply:
+        code = seen.body["code"].strip().upper()
+        if self.devices.get(code) != "pending":
+            return _page("<p>This code is not known.</p>", seen)
+        self.devices[code] = "approved"
+        return _page("<p>Device connected</p>", seen)
+
+    def _device_token(self, seen: Seen) -> Reply:
+        code = seen.body.get("user_code")
+        known = {"device_auth_id": f"dev_{code}", "user_code": code}
+        state = self.devices.get(code, "unknown")
+        if seen.body != known or state in ("unknown", "used"):
+            raise Refused(400, {"error": "invalid_request"})
+        if state != "approved":
+            refused = {"denied": "access_denied", "expired": "expired_token"}
+            code = refused.get(state, "deviceauth_authorization_unknown")
+            raise Refused(403, error_json("Device authorization is unknown.", code=code))
+        self.devices[code] = "used"
+        verifier, grant = _new_id("device_verifier_" + "v" * 40), _new_id("ac_device")
+        self.codes[grant] = {
+            "challenge": challenge_of(verifier),
+            "redirect_uri": f"{self.url}/deviceauth/callback",
+            "person": self.person,
+        }
+        return Reply(
+            json={
+                "authorization_code": grant,
+                "code_challenge": challenge_of(verifier),
+                "code_verifier": verifier,
+            }
+        )
+
+    def _revoke(self, seen: Seen) -> Reply:
+        form = seen.body if isinstance(seen.body, dict) else {}
+        given = str(form.get("token"))
+        known = {"token": given, "token_type_hint": "refresh_token", "client_id": CLIENT_ID}
+        if form != known or not given.startswith("rt_"):
+            raise Refused(400, {"error": "invalid_request"})
+        self.revoke(jsonlib.loads(base64.urlsafe_b64decode(given[3:] + "=="))[0])
+        return Reply(json={})
 
     def rotate(self, seen: Seen) -> Json:
         """The refresh: new tokens for a refresh token that was not used before, or `Refused`."""
@@ -1286,14 +1424,9 @@ class FakeUpstream:
         if account[0] in self.revoked:
             raise Refused(401, refresh_refused("refresh_token_invalidated"))
         self._used.add(given)
-        self.rotations.append((given, _refresh_token(*account)))
-        return {
-            "access_token": make_token(*account),
-            "id_token": make_token(*account),
-            "refresh_token": self.rotations[-1][1],
-            "token_type": "Bearer",
-            "expires_in": TOKEN_LIFE_S,
-        }
+        tokens = self._new_tokens(account)
+        self.rotations.append((given, tokens["refresh_token"]))
+        return tokens
 
     def _models(self, seen: Seen) -> Reply:
         asked = seen.query.get("client_version")
@@ -1355,6 +1488,49 @@ class FakeUpstream:
             "default_account_id": seen.account,
         }
         return Reply(json=listed)
+
+
+def challenge_of(verifier: str) -> str:
+    """PKCE S256."""
+    digest = hashlib.sha256(verifier.encode()).digest()
+    return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
+
+
+_REDIRECT = re.compile(r"http://(?:localhost|127\.0\.0\.1):(?:1455|1457)/auth/callback")
+
+
+def _check_authorize(query: dict[str, str]) -> None:
+    """Raises `Refused` where the issuer would show an error page instead of a sign-in."""
+    checks = {
+        "client_id": lambda value: value == CLIENT_ID,
+        "code_challenge": re.compile(r"[\w-]{43}").fullmatch,
+        "code_challenge_method": lambda value: value == "S256",
+        "codex_cli_simplified_flow": lambda value: value == "true",
+        "id_token_add_organizations": lambda value: value == "true",
+        "originator": str.isprintable,
+        "redirect_uri": _REDIRECT.fullmatch,
+        "response_type": lambda value: value == "code",
+        "scope": lambda value: {"openid", "offline_access"} <= set(value.split()),
+        "state": re.compile(r"[\w-]{43,}").fullmatch,
+    }
+    wrong = [name for name, is_good in checks.items() if not is_good(query.get(name, ""))]
+    if wrong or set(query) - set(checks):
+        raise Refused(400, {"error": "invalid_request", "error_description": f"bad {wrong}"})
+
+
+def _one_of_each(query: str) -> dict[str, str]:
+    """The parameters; a repeated one is refused, as a strict server does."""
+    pairs = urllib.parse.parse_qsl(query, keep_blank_values=True)
+    assert len(pairs) == len(dict(pairs)), query
+    return dict(pairs)
+
+
+def _page(inner: str, seen: Seen) -> Reply:
+    """A page of the issuer whose one form comes back to the same address."""
+    again = html.escape(f"{seen.path}?{urllib.parse.urlencode(seen.query)}")
+    form = f'<form method="post" action="{again}">{inner}</form>'
+    page = f"<!doctype html><title>Issuer</title>{form}"
+    return Reply(body=page.encode(), headers={"content-type": "text/html; charset=utf-8"})
 
 
 def default_reply(seen: Seen) -> Reply:

@@ -191,7 +191,7 @@ def test_start_prints_exactly_one_line_and_says_where_it_is(idle: Gateway) -> No
     assert lock == {"pid": idle.process.pid, "url": idle.url}
     assert ended(idle) == (0, b"")
     assert all(LOG_LINE.fullmatch(line) for line in idle.log().splitlines()), idle.log()
-    assert "azt accounts import" in idle.log()
+    assert "azt login" in idle.log()
 
 
 def test_a_taken_port_is_explained_and_not_replaced(idle: Gateway) -> None:
