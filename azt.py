@@ -3438,8 +3438,7 @@ def relayed_headers(headers: Mapping[str, str], credentials: Credentials) -> dic
 
 def returned_headers(headers: Mapping[str, str]) -> list[tuple[str, str]]:
     """The answer's headers that Codex looks at (codex-upstream.md 4.11, 5.1); never a cookie."""
-    kept = ((name, value) for name, value in headers.items() if _RETURNED.fullmatch(name))
-    return [(name, value) for name, value in kept if value.isascii()]
+    return [one for one in headers.items() if _RETURNED.fullmatch(one[0]) and one[1].isascii()]
 
 
 _SCANNED_TYPE = (
@@ -6112,7 +6111,7 @@ class Gateway:
         self.admin_token = ""
         self.pages: dict[str, Page] = {}
         self.responses = ResponseStore()
-        self.codex_lists: dict[tuple[str, str], Answer] = {}  # by account id and query
+        self.codex_lists: dict[str, tuple[str, Answer]] = {}  # account id -> query, model list
         self.previews: dict[str, Any] = {}  # name -> what an import would bring, by index
         self.removed: dict[str, Any] = {}  # name -> what was removed, and who served
         self.pool = ConnectionPool(_egress(environment, self.settings))
@@ -7811,17 +7810,18 @@ async def _codex_attempt(
     headers = relayed_headers(request.headers, credentials)
     if gw.rotation.sticky.find([f"turn {headers.get('x-codex-turn-state')}"]) != account.id:
         headers.pop("x-codex-turn-state", None)  # another account's
-    listed = gw.codex_lists.get((account.id, path))
-    if listed is not None:
-        headers["if-none-match"] = listed.headers["etag"]
+    listed = gw.codex_lists.get(account.id) if name == "models" else None
+    if listed and listed[0] == path:
+        headers["if-none-match"] = listed[1].headers["etag"]
     wait_s = UPSTREAM_HEAD_TIMEOUT_S if name == "responses" else _SLOW_CALL_S
     url = f"{gw.environment.codex_base_url}/{path}"
-    call = Call(request.method, url, headers, request.body, wait_s)
+    method = "GET" if request.method == "HEAD" else request.method
+    call = Call(method, url, headers, request.body, wait_s)
     answer = await open_answer(gw.pool, gw.calls, call)
-    if listed is not None and answer.status == 304:
-        answer = listed
-    elif name == "models" and answer.status == 200 and "etag" in answer.headers:
-        gw.codex_lists[account.id, path] = answer
+    if listed and answer.status == 304:
+        answer = replace(listed[1], headers=listed[1].headers | answer.headers)
+    if name == "models" and answer.status == 200 and "etag" in answer.headers:
+        gw.codex_lists[account.id] = path, answer
     relay, is_page = Passthrough(gw.pool, answer), "html" in answer.headers.get("content-type", "")
     try:
         if answer.status >= 300 or is_page:

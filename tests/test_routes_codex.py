@@ -204,6 +204,26 @@ def _line(gateway: Gateway, act: Callable[[], object]) -> str:
     raise AssertionError(gateway.log())
 
 
+def test_the_quota_is_learned_from_headers_and_from_the_event(
+    new_gateway: NewGateway, upstream: FakeUpstream
+) -> None:
+    gateway = new_gateway()
+    client, proof = Client(gateway.url), gateway.proof()
+
+    def windows() -> list[float]:
+        (item,) = client.get("/_gateway/admin/accounts", headers=proof).json["items"]
+        return [one["usedPercent"] for one in item["quota"]["windows"]]
+
+    windows_event = {"primary": {"used_percent": 42, "window_minutes": 300, "reset_at": 2e9}}
+    post(client)
+    assert windows() == [10]
+    time.sleep(1.1)  # a second reading within one second is left out
+    told = {"type": "codex.rate_limits", "plan_type": "plus", "rate_limits": windows_event}
+    upstream.script(events(told, text("a")), vendor=False)
+    post(client)
+    assert windows() == [42]
+
+
 def test_events_arrive_while_the_answer_runs(client: Client, upstream: FakeUpstream) -> None:
     upstream.script(text("first", "second"), stall=True, after=5)
 
@@ -680,6 +700,15 @@ def test_every_method_goes_through(client: Client, upstream: FakeUpstream, metho
 
     assert answer.json == {"made": True}
     assert (upstream.requests[-1].method, upstream.requests[-1].raw) == (method, body or b"")
+
+
+def test_head_is_asked_as_get_and_answered_without_a_body(
+    client: Client, upstream: FakeUpstream
+) -> None:
+    answer = client.request("HEAD", f"/codex/v1/models?{VERSION}")
+
+    assert (answer.status, answer.body) == (200, b"")
+    assert upstream.requests[-1].method == "GET"
 
 
 @pytest.mark.parametrize(

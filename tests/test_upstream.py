@@ -418,6 +418,7 @@ class Wall:
 
     def cut(self) -> None:
         self.was_cut = True
+        self.news.set()
 
     async def until(self, condition: Callable[[Wall], object]) -> None:
         async with asyncio.timeout(5):
@@ -1463,3 +1464,223 @@ def test_an_unknown_model_is_404_and_names_what_there_is(name: str) -> None:
     assert caught.value.param == "model"
     assert "gpt-5.4" in caught.value.message
     assert len(caught.value.message) < 400
+
+
+# -- The scanner beside a passthrough -------------------------------------------------------------
+
+
+def scanned(raw: bytes, sizes: list[int]) -> azt.Scanner:
+    """The scanner after these bytes, in pieces of these sizes, over and over."""
+    scanner, at, number = azt.Scanner(NOW), 0, 0
+    while at < len(raw):
+        size = sizes[number % len(sizes)]
+        piece = raw[at : at + size]
+        assert scanner.feed(piece) == piece
+        at, number = at + size, number + 1
+    return scanner
+
+
+def noted(scanner: azt.Scanner) -> Json:
+    names = "response_id model state turn_state usage limits".split()
+    failure = scanner.failure
+    found = {name: getattr(scanner, name) for name in names}
+    return {**found, "failure": (failure.status, failure.code) if failure else None}
+
+
+SPENT = {"input_tokens": 7, "input_tokens_details": {"cached_tokens": 2}, "output_tokens": 1}
+LIMITS = sse("codex.rate_limits", rate_limits={"primary": {"used_percent": 3}}, promo=None)
+META = sse("response.metadata", headers={"x-codex-turn-state": "ts-1"})
+OPENED = sse("response.created", response={"id": "resp_1", "model": "asked", "usage": None})
+
+
+def ended(kind: str, **fields: Any) -> bytes:
+    response = {"id": "resp_1", "model": "served", "tools": [{"a": [1]}] * 9, "usage": SPENT}
+    return sse(f"response.{kind}", response={**response, **fields})
+
+
+SCANS: dict[str, tuple[bytes, Json]] = {
+    "a whole answer": (
+        LIMITS + OPENED + META + delta("response.failed \\n\\nevent: error") + ended("completed"),
+        {
+            "response_id": "resp_1",
+            "model": "served",
+            "state": "completed",
+            "turn_state": "ts-1",
+            "usage": SPENT,
+            "limits": json.loads(LIMITS.partition(b"data: ")[2]),
+        },
+    ),
+    "incomplete": (ended("incomplete"), {"state": "incomplete", "usage": SPENT}),
+    "failed": (
+        OPENED + ended("failed", error={"code": "server_is_overloaded"}, usage=None),
+        {"state": "failed", "usage": None, "failure": (503, "overloaded")},
+    ),
+    "an error event": (sse("error", code="slow_down"), {"failure": (503, "overloaded")}),
+    "an error that Codex does not heed": (
+        sse("error", code="slow_down") + ended("completed"),
+        {"state": "completed", "failure": None},
+    ),
+    "without names": (
+        ended("completed").partition(b"\n")[2],
+        {"state": "completed", "model": "served", "usage": SPENT},
+    ),
+    "CRLF": (ended("completed").replace(b"\n", b"\r\n"), {"state": "completed", "usage": SPENT}),
+    "CR": (ended("completed").replace(b"\n", b"\r"), {"state": "completed", "usage": SPENT}),
+    "no space": (ended("completed").replace(b": ", b":", 2), {"state": "completed"}),
+    "broken, then whole": (
+        b'event: response.completed\ndata: {"type":"response.comp\n\n' + ended("incomplete"),
+        {"state": "incomplete"},
+    ),
+    "cut": (OPENED + ended("completed")[:-20], {"response_id": "resp_1", "state": ""}),
+    "nothing of interest": (delta("x") * 50 + b"data: [DONE]\n\n", {"state": "", "usage": None}),
+}
+
+
+@pytest.mark.parametrize("raw, expected", SCANS.values(), ids=SCANS)
+def test_a_scanner_notes_the_same_in_any_split(raw: bytes, expected: Json) -> None:
+    whole = noted(scanned(raw, [len(raw)]))
+    assert expected.items() <= whole.items()
+    for size in (*range(1, 40), 64, 100, 1000):
+        assert noted(scanned(raw, [size])) == whole
+
+
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=20))
+def test_a_scanner_notes_the_same_in_random_splits(sizes: list[int]) -> None:
+    for raw, _ in SCANS.values():
+        assert noted(scanned(raw, sizes)) == noted(scanned(raw, [len(raw)]))
+
+
+@given(st.binary(max_size=300), st.integers(1, 30))
+def test_no_bytes_crash_a_scanner(raw: bytes, size: int) -> None:
+    scanned(b"event: response.completed\ndata: {" + raw + b"\n\n" + raw, [size])
+
+
+LARGE_EVENTS: dict[str, Json] = {
+    "a picture": {"output": [{"type": "image_generation_call", "result": "A" * 8_000_000}]},
+    "escapes": {"instructions": '\\"{[}]\u00e9\n' * 400_000},
+    "many words": {"output": [{"text": "word " * 60} for _ in range(20_000)]},
+}
+
+
+@pytest.mark.parametrize("fields", LARGE_EVENTS.values(), ids=LARGE_EVENTS)
+@pytest.mark.parametrize("size", [777, 65_536])
+def test_a_scanner_reads_an_event_of_any_size_in_bounded_memory(fields: Json, size: int) -> None:
+    head = OPENED + b'event: response.completed\ndata: {"type":"response.completed","response":'
+    response = {"id": "resp_1", **fields, "model": "served", "usage": SPENT}
+    raw = head + json.dumps(response, ensure_ascii=False).encode() + b"}\n\n"
+    scanner, most = azt.Scanner(NOW), 0
+    for at in range(0, len(raw), size):
+        scanner.feed(raw[at : at + size])
+        most = max(most, len(scanner._event or b""))
+
+    assert len(raw) > 3_000_000
+    assert (scanner.state, scanner.model, scanner.usage) == ("completed", "served", SPENT)
+    assert most <= azt.MIB
+
+
+# -- The passthrough of one stream ----------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def passing(*scripts: Script) -> Any:
+    """A passthrough of what the scripts send, and the wall it writes to."""
+    with Server(*scripts) as server:
+        pool = azt.ConnectionPool(azt.Egress(own_hosts=frozenset({"127.0.0.1"})))
+        threads = azt.WorkerPool("call", 4)
+        answer = await azt.open_answer(pool, threads, azt.Call("POST", server.url, {}, b"{}"))
+        try:
+            yield azt.Passthrough(pool, answer), Wall()
+        finally:
+            answer.close()
+            pool.close()
+
+
+@pytest.mark.parametrize("size", [1, 10, 4096])
+def test_a_passthrough_changes_no_byte_in_any_pieces(size: int) -> None:
+    raw = (
+        b"\xef\xbb\xbf: hi\r\n\r\n"
+        + HANDSHAKE
+        + delta("a\u00e9")
+        + b"\xff\x00\r"
+        + COMPLETED
+        + b"x"
+    )
+
+    async def main() -> bytes:
+        async with passing(in_pieces(raw, size)) as (relay, wall):
+            await relay.ready(5.0)
+            relay.start(wall)
+            await wall.until(lambda wall: wall.finished)
+            return bytes(wall.written)
+
+    assert run(main) == raw
+
+
+def test_a_passthrough_holds_what_it_does_not_know_only_up_to_a_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(azt, "MAX_HELD_BYTES", 1000)
+    script = Chunks(chunk(b": " + b"x" * 2000), chunk(b"\n\n" + COMPLETED) + END)
+    script.go(0)
+
+    async def main() -> bytes:
+        async with passing(script) as (relay, wall):
+            await relay.ready(5.0)
+            relay.start(wall)
+            before = bytes(wall.written)
+            script.go(1)
+            await wall.until(lambda wall: wall.finished)
+            return before
+
+    assert run(main) == b": " + b"x" * 2000
+
+
+def test_a_passthrough_opens_late_without_a_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(azt, "HEARTBEAT_S", 0.05)
+    script = Chunks(chunk(CREATED), chunk(COMPLETED) + END)
+    script.go(0)
+
+    async def main() -> bytes:
+        async with passing(script) as (relay, wall):
+            await relay.ready(0.1)
+            relay.start(wall)
+            await asyncio.sleep(0.2)  # four heartbeats long
+            script.go(1)
+            await wall.until(lambda wall: wall.finished)
+            return bytes(wall.written)
+
+    assert run(main) == CREATED + COMPLETED
+
+
+def test_silence_in_an_open_passthrough_is_a_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(azt, "UPSTREAM_IDLE_TIMEOUT_S", 0.2)
+    script = Chunks(chunk(delta("a")), END)
+    script.go(0)
+
+    async def main() -> tuple[bytes, str | None]:
+        async with passing(script) as (relay, wall):
+            await relay.ready(5.0)
+            relay.start(wall)
+            await wall.until(lambda wall: wall.was_cut)
+            script.go(1)
+            return bytes(wall.written), relay.translator.failure.code
+
+    assert run(main) == (delta("a"), "upstream_timeout")
+
+
+def test_the_connection_of_a_passthrough_is_kept_after_its_body() -> None:
+    async def main() -> int:
+        with Server(answer(stream(delta("a") + COMPLETED))) as server:
+            pool = azt.ConnectionPool(azt.Egress(own_hosts=frozenset({"127.0.0.1"})))
+            threads = azt.WorkerPool("call", 4)
+            for _ in range(3):
+                call = azt.Call("POST", server.url, {}, b"{}")
+                relay = azt.Passthrough(pool, await azt.open_answer(pool, threads, call))
+                await relay.ready(5.0)
+                wall = Wall()
+                relay.start(wall)
+                await wall.until(lambda wall: wall.finished)
+            pool.close()
+            return server.connections
+
+    assert run(main) == 1
