@@ -23,11 +23,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from programs import (
+    CHAT,
+    COMPACT,
     MIB,
+    TURN,
     Program,
     ask_once,
     chat_body,
     clean_environment,
+    codex_body,
     installed_gateways,
     load_command,
     prepare,
@@ -46,6 +50,7 @@ class Sizes:
     slow_streams: int = 500
     slow_deltas: int = 200
     body_mib: int = 128
+    compact_mib: int = 256
     body_rounds: int = 3
 
 
@@ -56,6 +61,7 @@ QUICK = Sizes(
     slow_streams=200,
     slow_deltas=60,
     body_mib=32,
+    compact_mib=64,
     body_rounds=1,
 )
 RAMP_MS = 2
@@ -87,6 +93,12 @@ ROWS = [
     ("body_s", "large chat body, s", ".2f"),
     ("body_times", "  peak memory over idle, x body", ".2f"),
     ("body_gap_ms", "  longest gap of a parallel stream, ms", ".0f"),
+    ("relay_p50_ms", "Codex relay: time to first token p50, ms", ".2f"),
+    ("relay_added_ms", "  added to direct, ms", ".2f"),
+    ("relay_per_s", "Codex relay: events/s, 16 connections", ",.0f"),
+    ("relay_cpu_ms", "  CPU ms per 1,000 events", ".2f"),
+    ("compact_s", "Codex relay: large compaction, s", ".2f"),
+    ("compact_times", "  peak memory over idle, x body", ".2f"),
     ("pick_us", "pick of 300 accounts, the serving one empty, us", ".0f"),
 ]
 
@@ -104,10 +116,12 @@ class Bench:
         self.launches += 1
         return prepare(name, self.folder / f"{name}-{self.launches}", self.upstream).start()
 
-    def client(self, program: Program, body: bytes, **options: int) -> subprocess.Popen[str]:
+    def client(
+        self, program: Program, body: bytes, target: str = CHAT, **options: int
+    ) -> subprocess.Popen[str]:
         """Start the load client against a program; `numbers` waits for what it measured."""
         request = self.folder / f"request-{program.name}-{len(body)}"
-        write_request(request, program.port, body)
+        write_request(request, program.port, body, target)
         words = [f"{name}={value}" for name, value in options.items()]
         command = [*self.load, "client", str(program.port), str(request), *words]
         return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -253,6 +267,48 @@ def measure_pick(bench: Bench, program: Program) -> Numbers:
     return {"pick_us": float(done.stdout)}
 
 
+def measure_relay(bench: Bench, program: Program) -> Numbers:
+    """The passthrough of Codex: bytes in, the same bytes out."""
+    if program.name == "aiohttp":  # it translates chat, nothing else
+        return {}
+    short, long = (
+        codex_body(f"bench n={n} gap_ms={gap} size=24") for n, gap in ((3, 2), (1000, 0))
+    )
+    first = bench.client(program, short, TURN, requests=bench.sizes.first_tokens, expect=3)
+    first_ms = numbers(first)["ttft_p50_ms"]
+    before = program.cpu_s()
+    many = {"connections": CONNECTIONS, "seconds": bench.sizes.seconds, "expect": REPLY_DELTAS}
+    measured = numbers(bench.client(program, long, TURN, **many))
+    used = difference(program.cpu_s(), before)
+    deltas = max(1.0, measured["deltas"])
+    return {
+        "relay_p50_ms": first_ms,
+        "relay_per_s": measured["deltas"] / max(0.001, measured["seconds"]),
+        "relay_cpu_ms": scaled(used, 1e6 / deltas),
+    }
+
+
+def measure_compact(bench: Bench, program: Program) -> Numbers:
+    if program.name == "aiohttp":
+        return {}
+    size = bench.sizes.compact_mib * MIB
+    # Its own memory only: the heap has grown in the scenarios before.
+    fresh = bench.launch(program.name) if program.own else program
+    if program.own:
+        ask_once(fresh)
+    idle_mib = fresh.memory_mib()
+    fresh.forget_peak()
+    body = codex_body("bench n=4 gap_ms=0 size=24", padded_to=size - 400)
+    measured = numbers(bench.client(fresh, body, COMPACT, requests=1, expect=1))
+    grown = difference(fresh.peak_mib(), idle_mib)
+    if program.own:
+        fresh.stop()
+    return {
+        "compact_s": measured["took_p50_ms"] / 1000 if measured["requests"] else None,
+        "compact_times": scaled(grown, MIB / size),
+    }
+
+
 SCENARIOS: dict[str, Callable[[Bench, Program], Numbers]] = {
     "cold": measure_cold_start,
     "ttft": measure_first_token,
@@ -260,6 +316,8 @@ SCENARIOS: dict[str, Callable[[Bench, Program], Numbers]] = {
     "chat": measure_chat,
     "short": measure_short,
     "body": measure_body,
+    "relay": measure_relay,
+    "compact": measure_compact,
     "pick": measure_pick,
 }
 # Once the heap has grown it stays: only the first round sees what an open stream costs.
@@ -280,7 +338,7 @@ def run(bench: Bench, names: Iterable[str]) -> dict[str, Numbers]:
         rounds: dict[str, list[Numbers]] = {program.name: [] for program in bench.programs}
         count = (
             min(bench.sizes.rounds, bench.sizes.body_rounds)
-            if name == "body"
+            if name in ("body", "compact")
             else bench.sizes.rounds
         )
         for number in range(count):
@@ -292,7 +350,8 @@ def run(bench: Bench, names: Iterable[str]) -> dict[str, Numbers]:
             for key in measured[0]:
                 results[program.name][key] = middle(key, [one[key] for one in measured])
     show_progress("")
-    for key, source in (("added_p50_ms", "ttft_p50_ms"), ("added_p99_ms", "ttft_p99_ms")):
+    sources = {"added_p50_ms": "ttft_p50_ms", "added_p99_ms": "ttft_p99_ms"}
+    for key, source in {**sources, "relay_added_ms": "relay_p50_ms"}.items():
         for program in bench.programs[1:]:
             own, direct = results[program.name].get(source), results["direct"].get(source)
             results[program.name][key] = difference(own, direct)

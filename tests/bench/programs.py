@@ -28,6 +28,7 @@ if sys.platform != "linux":  # there /proc tells
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CHAT = "/v1/chat/completions"
+TURN, COMPACT = "/codex/v1/responses", "/codex/v1/responses/compact"
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 MIB = 1 << 20
 
@@ -184,9 +185,17 @@ def chat_body(text: str, stream: bool = False, padded_to: int = 0) -> bytes:
     )
 
 
-def write_request(path: Path, port: int, body: bytes) -> None:
+def codex_body(text: str, padded_to: int = 0) -> bytes:
+    """A request as Codex sends it; azt looks at no byte of it."""
+    item = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": text}]}
+    filling = {"type": "reasoning", "summary": [], "encrypted_content": "A" * padded_to}
+    body = {"model": "gpt-5.4", "stream": True, "store": False, "input": [filling, item]}
+    return json.dumps(body).encode()
+
+
+def write_request(path: Path, port: int, body: bytes, target: str) -> None:
     head = (
-        f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAccept: */*\r\n"
+        f"POST {target} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAccept: */*\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     path.write_bytes(head.encode() + body)
