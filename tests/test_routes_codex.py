@@ -5,9 +5,11 @@ from __future__ import annotations
 import gzip
 import json as jsonlib
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +32,7 @@ from fake_upstream import (
     token_refused,
 )
 from harness import MODEL, Answer, Client, Gateway
+from loopback import Peer, Server, sized
 
 NewGateway = Callable[..., Gateway]
 
@@ -777,6 +780,41 @@ def test_a_body_beyond_the_limit_is_refused_and_a_compaction_of_that_size_is_not
     assert client.post("/codex/v1/responses", body=raw).status == 413
     assert client.post("/codex/v1/responses/compact", body=raw).status == 200
     assert upstream.requests[-1].raw == raw
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the peak")
+def test_a_large_compaction_is_held_once(new_gateway: NewGateway) -> None:
+    size = 128 * 1024 * 1024
+    got = 0
+
+    def swallow(peer: Peer) -> None:
+        """Count the body; `Peer.read_request` would keep it."""
+        nonlocal got
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += peer.sock.recv(1)
+        while got < size:
+            got += len(peer.sock.recv(1024 * 1024))
+        peer.send(sized(b'{"output": []}', head=b"Content-Type: application/json\r\n"))
+
+    with Server(swallow) as backend:
+        gateway = new_gateway(variables={"AZT_CODEX_BASE_URL": backend.url})
+        before = peak_bytes(gateway)
+        with socket.create_connection(("127.0.0.1", int(gateway.url.rpartition(":")[2]))) as sock:
+            head = f"POST /codex/v1/responses/compact HTTP/1.1\r\nContent-Length: {size}\r\n"
+            sock.sendall(f"{head}Host: localhost\r\nConnection: close\r\n\r\n".encode())
+            for _ in range(size // (1024 * 1024)):
+                sock.sendall(b"x" * (1024 * 1024))
+            answer = b"".join(iter(lambda: sock.recv(65536), b""))
+
+        assert answer.startswith(b"HTTP/1.1 200") and answer.endswith(b'{"output": []}')
+        assert got == size
+        assert peak_bytes(gateway) - before < 1.15 * size
+
+
+def peak_bytes(gateway: Gateway) -> int:
+    status = Path(f"/proc/{gateway.process.pid}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 @pytest.mark.parametrize("size", [300_000, 5_000_000])
