@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,15 @@ def is_foreign(name: str) -> bool:
     """Is this a variable of the person who runs the tests that azt would read?"""
     own = name.startswith("AZT_TEST_")  # how `python3 tests` talks to the tests
     return not own and (name.upper().startswith(_FOREIGN) or name.upper() in _PROXIES)
+
+
+def eventually(condition: Callable[[], Any], timeout_s: float = 5.0) -> Any:
+    """Wait for something that no one tells us about: another process, a thread of its own."""
+    until = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < until, "it did not come about in time"
+        time.sleep(0.002)
+    return value
 
 
 def home_variables(home: Path) -> dict[str, str]:

@@ -29,7 +29,7 @@ import fault_writers as writers
 import pytest
 from conftest import Claim
 from fake_upstream import FakeUpstream, account_file, make_token
-from harness import MODEL, ROOT, Gateway, home_variables
+from harness import MODEL, ROOT, Gateway, eventually, home_variables
 
 import azt
 
@@ -383,7 +383,7 @@ def test_a_renewed_token_outlives_a_kill_at_a_random_moment(
         wait_s = chance.uniform(0.0, 0.02 if many_lines else 0.1)
         lines = renewer.run(1000, (many_lines, wait_s))
         kills += 1
-        upstream.wait_until(lambda: not upstream._tasks)  # it has read what the dead one had sent
+        eventually(lambda: not upstream._tasks)  # it has read what the dead one had sent
         chain = [known, *(new for _old, new in upstream.rotations[first:])]
         used = [line["refresh_token"] for line in lines if "window_ms" in line]
         answers, kept = [line.get("answer") for line in lines], renewer.on_disk()
