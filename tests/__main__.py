@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
         return 2
     failed = [] if arguments else run_checks()
     with tempfile.TemporaryDirectory(prefix="azt-claims-") as claims:
-        command = [BIN / "pytest", *pytest_options(arguments), "--claims", claims]
+        command = [BIN / "pytest", *pytest_options(arguments), f"--claims={claims}"]
         tests = subprocess.run(command, cwd=ROOT, env=variables())
         if "--trust" in arguments:
             say("\n".join(claims_table(Path(claims))))

@@ -213,7 +213,7 @@ def hook_into(at: int, number: int) -> None:
             count += 1
             if count == at:
                 if not number:
-                    os._exit(-signal.SIGKILL & 0xFF)
+                    os.kill(os.getpid(), signal.SIGKILL)
                 raise OSError(number, os.strerror(number))
 
     sys.addaudithook(hook)
