@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 from fake_upstream import FakeUpstream
-from harness import Client, Gateway, home_variables, is_foreign, make_gateway
+from harness import Claim, Client, Gateway, home_variables, is_foreign, make_gateway
 from hypothesis import HealthCheck, settings
 
 # A property holds or it does not, however slow the machine is.
@@ -46,26 +46,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> No
         items[:] = chosen
         for item in items:
             item.add_marker(pytest.mark.timeout(3600))
-
-
-class Claim:
-    """One row of the table: how often it was tried, and what went wrong."""
-
-    def __init__(self, row: int, text: str) -> None:
-        self.row, self.text = row, text
-        self.tried = 0
-        self.wrong: list[str] = []
-        self.notes: list[str] = []
-
-    def check(self, holds: object, detail: object = "") -> None:
-        """Count one try; a wrong one fails the test at its end, after all were tried."""
-        self.tried += 1
-        if not holds:
-            self.wrong.append(str(detail)[:500])
-
-    def note(self, text: str) -> None:
-        """A number or a remark that stands in the table beside the counts."""
-        self.notes.append(text)
 
 
 CLAIMS = pytest.StashKey[list[Claim]]()

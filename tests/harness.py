@@ -25,6 +25,29 @@ _FOREIGN = ("AI_ZERO_TOKEN", "AZT_", "CODEX_", "OPENAI_")
 _PROXIES = ("ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 
 
+# -- Claims ---------------------------------------------------------------------------------------
+
+
+class Claim:
+    """One row of the table: how often it was tried, and what went wrong."""
+
+    def __init__(self, row: int, text: str) -> None:
+        self.row, self.text = row, text
+        self.tried = 0
+        self.wrong: list[str] = []
+        self.notes: list[str] = []
+
+    def check(self, holds: object, detail: object = "") -> None:
+        """Count one try; a wrong one fails the test at its end, after all were tried."""
+        self.tried += 1
+        if not holds:
+            self.wrong.append(str(detail)[:500])
+
+    def note(self, text: str) -> None:
+        """A number or a remark that stands in the table beside the counts."""
+        self.notes.append(text)
+
+
 # -- Homes ----------------------------------------------------------------------------------------
 
 

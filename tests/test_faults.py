@@ -27,9 +27,8 @@ from typing import Any
 
 import fault_writers as writers
 import pytest
-from conftest import Claim
 from fake_upstream import FakeUpstream, account_file, make_token
-from harness import MODEL, ROOT, Gateway, eventually, home_variables
+from harness import MODEL, ROOT, Claim, Gateway, eventually, home_variables
 
 import azt
 
