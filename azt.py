@@ -6843,6 +6843,17 @@ _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _REASONS = {status.value: status.phrase.encode() for status in http.HTTPStatus}
 
 
+@functools.lru_cache(maxsize=HEADS_KEPT_MAX)
+def _checked_head(status: int, headers: tuple[tuple[str, str], ...]) -> bytes:
+    """Status line and headers. Raises what h11 raises where they cannot be sent.
+
+    Those of one program repeat, and checking them was a good part of the way to the first token.
+    """
+    checked = h11.Response(status_code=status, headers=list(headers)).headers
+    lines = [b"HTTP/1.1 %d %b" % (status, _REASONS.get(status, b""))]
+    return b"\r\n".join([*lines, *(b"%b: %b" % pair for pair in checked), b""])
+
+
 class _Exchange:
     """One request and its answer; the `Sink` of a streamed body.
 
@@ -6954,27 +6965,14 @@ class _Exchange:
         """Write the answer, or at least its head when the body is a stream."""
         body, write = reply.body, self.connection.transport.write
         is_empty = self.request.method == "HEAD" or reply.status in (204, 304)
-        if (self.ended or is_empty) and not isinstance(body, (bytes, bytearray, AsyncIterator)):
+        size = len(body) if isinstance(body, (bytes, bytearray)) else None
+        head = b"" if self.ended else self._head(reply, size)
+        if isinstance(body, (bytes, bytearray, AsyncIterator)):
+            if head:  # one packet, one system call; with an iterator `_run` goes on
+                write(head if is_empty or isinstance(body, AsyncIterator) else head + body)
+        elif is_empty or not head:
             body.cancel()  # nobody reads it
-        if self.ended:
-            return
-        try:
-            head = self._render(reply, len(body) if isinstance(body, (bytes, bytearray)) else None)
-        except (h11.LocalProtocolError, UnicodeEncodeError):
-            log.exception("%s: the answer has a header that cannot be sent", self.request.id)
-            self.keep = False
-            if not isinstance(body, (bytes, bytearray, AsyncIterator)):
-                body.cancel()
-            self.send(self.failed(_refusal("internal_error", id=self.request.id)))
-            return
-        if is_empty:
             write(head)
-            self.connection.answered(self)
-        elif isinstance(body, (bytes, bytearray)):
-            write(head + body)  # one packet, one system call
-            self.connection.answered(self)
-        elif isinstance(body, AsyncIterator):
-            write(head)  # and `_run` goes on with it
         else:
             self.stream, self._unsent = body, head  # it leaves with the first bytes of the body
             try:
@@ -6982,50 +6980,53 @@ class _Exchange:
             except Exception:  # a broken body must not take the loop down
                 log.exception("%s: the stream did not start", self.request.id)
                 self.cut()
-            self._put(b"")
+            if self._unsent and not self.ended:
+                write(self._unsent)
+                self._unsent = b""
+        if not (self.ended or head):
+            self.send(self.failed(_refusal("internal_error", id=self.request.id)))
+        elif not self.ended and (is_empty or size is not None):
+            self.connection.answered(self)
 
-    def _render(self, reply: Reply, size: int | None) -> bytes:
-        """The response head. h11 checks what it is made of, and raises what cannot be sent."""
-        record = self.request.record
+    def _head(self, reply: Reply, size: int | None) -> bytes:
+        """The response head, b"" where one of its headers cannot be sent."""
         self.keep = self.keep and not self.server.draining
-        headers = [*reply.headers, *self.cors]
-        if reply.status not in (204, 304) and (size is not None or self.is_modern):
-            is_sized = ("content-length", str(size))
-            headers.append(is_sized if size is not None else ("transfer-encoding", "chunked"))
-        if not self.keep:
-            headers.append(("connection", "close"))
-        # The heads of streams repeat; making one is a good part of the way to the first token.
-        key = (reply.status, tuple(headers))
-        is_named = any(name.lower() == "x-request-id" for name, _ in reply.headers)
-        head = self.server.heads.get(key) if size is None else None
-        if head is None:
-            checked = h11.Response(status_code=reply.status, headers=headers).headers
-            lines = [b"HTTP/1.1 %d %b" % (reply.status, _REASONS.get(reply.status, b""))]
-            head = b"\r\n".join([*lines, *(b"%b: %b" % pair for pair in checked), b""])
-            if size is None and not is_named and len(self.server.heads) < HEADS_KEPT_MAX:
-                self.server.heads[key] = head
+        try:
+            head = _checked_head(reply.status, (*reply.headers, *self.cors))
+        except (h11.LocalProtocolError, UnicodeEncodeError):
+            log.exception("%s: the answer has a header that cannot be sent", self.request.id)
+            self.keep = False
+            return b""
+        record = self.request.record
         record.status = reply.status
-        # Lines that are safe by their making are added here: h11 would check each of them twice.
-        own = f"{self.server.common_headers}\r\n"
-        if not is_named:
-            own = f"x-request-id: {self.request.id}\r\n{own}"
+        # These are safe by their making, and differ from answer to answer.
+        own = self.server.common_headers + ("" if self.keep else "connection: close\r\n")
+        if b"\r\nx-request-id: " not in head:
+            own += f"x-request-id: {self.request.id}\r\n"
         if size is not None:
             spent_ms = round((time.monotonic() - record.started_s) * 1000)
-            own = f"openai-processing-ms: {spent_ms}\r\n{own}"
-        return head + own.encode("ascii")
+            own += f"openai-processing-ms: {spent_ms}\r\n"
+        if reply.status not in (204, 304):
+            if size is not None:
+                own += f"content-length: {size}\r\n"
+            elif self.is_modern:
+                own += "transfer-encoding: chunked\r\n"
+        return head + f"{own}\r\n".encode("ascii")
 
     def write(self, data: bytes) -> None:
         if data:
-            self._put(b"%x\r\n%b\r\n" % (len(data), data) if self.is_modern else data)
+            self._put(data)
 
     def _put(self, data: bytes) -> None:
-        if not self.ended and (data or self._unsent):
-            self.connection.transport.write(self._unsent + data)
+        """Body bytes, or b"" for their end, with the head where it has not left yet."""
+        if not self.ended:
+            framed = b"%x\r\n%b\r\n" % (len(data), data) if self.is_modern else data
+            self.connection.transport.write(self._unsent + framed)
             self._unsent = b""
 
     def finish(self) -> None:
+        self._put(b"")
         if not self.ended:
-            self._put(b"0\r\n\r\n" if self.is_modern else b"")
             self.connection.answered(self)
 
     def cut(self) -> None:
@@ -7339,7 +7340,6 @@ class HttpServer:
         self.policy = policy
         self.workers = WorkerPool("inflate", 4)
         self.draining = False
-        self.heads: dict[tuple[Any, ...], bytes] = {}  # those of streams, as h11 wrote them
         self.bodies_bytes = 0
         self.running = 0
         self.changed = asyncio.Event()  # fewer exchanges or connections than before
