@@ -3152,7 +3152,6 @@ class Relay:
         self._sink: Sink | None = None
         self._has_content = False
         self._paused = False
-        self._watching = False
         self._timer: asyncio.TimerHandle | None = None
         self._last_read_s = self._last_write_s = self._loop.time()
         self.answer = answer
@@ -3174,22 +3173,22 @@ class Relay:
         self._watch()
         opening = self._loop.call_later(hold_s, self._open_late)
         try:
-            await self._until(self._ready)
+            await self._ready
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
         finally:
             opening.cancel()
 
     async def whole(self) -> None:
         """Wait for the end of an absorbed answer. Raises its failure."""
-        await self._until(self._over)
-        if self.translator.failure is not None:
-            raise self.translator.failure
-
-    async def _until(self, future: asyncio.Future[None]) -> None:
         try:
-            await future
+            await self._over
         except asyncio.CancelledError:
             self.cancel()
             raise
+        if self.translator.failure is not None:
+            raise self.translator.failure
 
     # -- what the server calls (StreamBody)
 
@@ -3226,30 +3225,19 @@ class Relay:
     # -- reading
 
     def _watch(self) -> None:
-        sock = self.answer.sock
-        if sock is None or self._watching or self._paused:
-            return
-        self._loop.add_reader(sock.fileno(), self._readable)
-        self._watching = True
-        if isinstance(sock, ssl.SSLSocket) and sock.pending():
-            self._loop.call_soon(self._readable)
-        if self._timer is None:
-            self._tick()
+        if self.answer.sock is not None and not self._paused:
+            self._loop.add_reader(self.answer.sock.fileno(), self._readable)
+            if self._timer is None:
+                self._tick()
 
     def _unwatch(self) -> None:
-        if self._watching and self.answer.sock is not None:
+        if self.answer.sock is not None:
             self._loop.remove_reader(self.answer.sock.fileno())
-        self._watching = False
 
     def _readable(self) -> None:
-        """Take what has come. TLS may hold more than one record without being readable again."""
-        sock = self.answer.sock
-        if sock is None or not self._watching:
-            return
+        """Take what has come: with TLS a record, which is never larger than what is asked for."""
         try:
-            data = sock.recv(READ_BYTES)
-            if data and isinstance(sock, ssl.SSLSocket) and sock.pending():
-                self._loop.call_soon(self._readable)
+            data = cast(socket.socket, self.answer.sock).recv(READ_BYTES)
         except _NOT_NOW:
             return
         except OSError:
