@@ -40,6 +40,7 @@ import argparse
 import asyncio
 import base64
 import collections
+import concurrent.futures
 import contextlib
 import email.utils
 import errno
@@ -1565,25 +1566,19 @@ def _dial(host: str, port: int, wire: Wire) -> socket.socket:
 
 def _resolve(host: str, port: int) -> list[Any]:
     """getaddrinfo has no timeout: a dead resolver would hold the call for half a minute."""
-    inbox: queue.SimpleQueue[list[Any] | Exception] = queue.SimpleQueue()
+    found: concurrent.futures.Future[list[Any]] = concurrent.futures.Future()
 
     def look_up() -> None:
         try:
-            inbox.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+            found.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
         except (OSError, UnicodeError) as error:
-            inbox.put(error)
+            found.set_exception(ConnectionError(str(error)))
 
-    if ":" in host or host.replace(".", "").isdecimal():  # an address
-        look_up()
-    else:
-        threading.Thread(target=look_up, name="azt-resolve", daemon=True).start()
+    threading.Thread(target=look_up, name="azt-resolve", daemon=True).start()
     try:
-        found = inbox.get(timeout=RESOLVE_TIMEOUT_S)
-    except queue.Empty:
+        return found.result(RESOLVE_TIMEOUT_S)
+    except TimeoutError:
         raise ConnectionError(f"the name {host} could not be looked up in time") from None
-    if isinstance(found, Exception):
-        raise ConnectionError(str(found))
-    return found
 
 
 def _dial_proxy(pool: ConnectionPool, host: str, port: int, wire: Wire) -> socket.socket:
@@ -3152,6 +3147,7 @@ class Relay:
         self._sink: Sink | None = None
         self._has_content = False
         self._paused = False
+        self._watched = -1  # the descriptor that the loop tells about
         self._timer: asyncio.TimerHandle | None = None
         self._last_read_s = self._last_write_s = self._loop.time()
         self.answer = answer
@@ -3226,13 +3222,15 @@ class Relay:
 
     def _watch(self) -> None:
         if self.answer.sock is not None and not self._paused:
-            self._loop.add_reader(self.answer.sock.fileno(), self._readable)
+            self._watched = self.answer.sock.fileno()
+            self._loop.add_reader(self._watched, self._readable)
             if self._timer is None:
                 self._tick()
 
     def _unwatch(self) -> None:
-        if self.answer.sock is not None:
-            self._loop.remove_reader(self.answer.sock.fileno())
+        if self._watched >= 0:
+            self._loop.remove_reader(self._watched)
+            self._watched = -1
 
     def _readable(self) -> None:
         """Take what has come: with TLS a record, which is never larger than what is asked for."""
