@@ -30,18 +30,8 @@ T = TypeVar("T")
 OWN = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
-class Way:
-    on_loop = False
-
-
-@pytest.fixture(params=["in a thread", "on the loop"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What holds for a call holds wherever it is made."""
-    monkeypatch.setattr(Way, "on_loop", request.param == "on the loop")
-
-
 @pytest.fixture
-def pool(way: None) -> Iterator[azt.ConnectionPool]:
+def pool() -> Iterator[azt.ConnectionPool]:
     made = azt.ConnectionPool(azt.Egress(own_hosts=OWN))
     yield made
     made.close()
@@ -51,9 +41,10 @@ WORKERS = azt.WorkerPool("test", 4)
 
 
 def answered(pool: azt.ConnectionPool, call: azt.Call, wire: azt.Wire | None = None) -> azt.Answer:
-    if Way.on_loop and wire is None:
+    """On the loop, or in a thread where a wire could end it: the same code."""
+    if wire is None:
         return asyncio.run(azt.open_answer(pool, WORKERS, call))
-    return azt.open_response(pool, call, wire or azt.Wire())
+    return azt.open_response(pool, call, wire)
 
 
 def fetch(
@@ -123,7 +114,7 @@ def test_a_password_in_the_url_never_reaches_the_host_header(pool: azt.Connectio
         "/relative",
     ],
 )
-def test_a_host_that_is_not_in_the_table_is_refused_without_a_socket(way: None, url: str) -> None:
+def test_a_host_that_is_not_in_the_table_is_refused_without_a_socket(url: str) -> None:
     def no_socket(*args: object, **kwargs: object) -> None:
         raise AssertionError("a socket was opened")
 
@@ -907,7 +898,7 @@ def server_tls(ca: trustme.CA) -> ssl.SSLContext:
 
 
 @pytest.fixture
-def trusting(ca_file: str, way: None) -> Iterator[azt.ConnectionPool]:
+def trusting(ca_file: str) -> Iterator[azt.ConnectionPool]:
     made = azt.ConnectionPool(azt.Egress(ca_file=ca_file, own_hosts=OWN))
     yield made
     made.close()
