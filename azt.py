@@ -39,9 +39,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import bisect
 import collections
 import concurrent.futures
 import contextlib
+import csv
 import email.utils
 import errno
 import fcntl
@@ -57,6 +59,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import platform
 import queue
@@ -91,9 +94,10 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import KW_ONLY, dataclass, field, replace
-from datetime import datetime
+from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, ParamSpec, Protocol, TypeVar, cast
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 try:
     import h11
@@ -442,7 +446,11 @@ class Paths:
         self.lock = self.state / "lock"
         self.models = self.state / "models.json"
         self.renewals = self.state / "renewals.json"
+        self.requests = self.state / "requests.jsonl"
         self.settings = self.state / "settings.json"
+        self.usage_daily = self.state / "usage" / "daily.json"
+        self.usage_events = self.state / "usage" / "events"
+        self.usage_lifetime = self.state / "usage" / "lifetime.json"
         self.codex_auth = codex_home / "auth.json"
         self.store = self.state / "store.json"
         self.codex_models = codex_home / "models_cache.json"
@@ -481,9 +489,9 @@ def prepare_home(paths: Paths) -> None:
 _UNFIT = (AttributeError, LookupError, TypeError, ValueError, RecursionError, StateError)
 
 
-def _seal(value: Json) -> bytes:
+def _seal(value: Json, indent: int | None = 1) -> bytes:
     """The content of a state file. Its last member, `sum`, shows that a byte has flipped."""
-    return json.dumps({**value, "sum": _sum(value)}, indent=1).encode() + b"\n"
+    return json.dumps({**value, "sum": _sum(value)}, indent=indent).encode() + b"\n"
 
 
 def _sum(value: Json) -> str:
@@ -570,9 +578,9 @@ def read_foreign(path: Path | int, bytes_max: int) -> bytes:
 
 
 @blocking
-def write_json(path: Path, value: Json) -> None:
+def write_json(path: Path, value: Json, indent: int | None = 1) -> None:
     """Replace a state file (a crash leaves the old or the new content whole), then its copy."""
-    raw = _seal(value)
+    raw = _seal(value, indent)
     write_bytes(path, raw)
     try:
         write_bytes(Path(f"{path}.bak"), raw)
@@ -596,9 +604,7 @@ def write_bytes(path: Path, raw: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        status = 507 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 500
-        text = f"{path} could not be written ({error.strerror}). Free some space or mend its mode."
-        raise AztError(status, "state_not_saved", text) from None
+        raise _not_saved(path, error) from None
     try:
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -607,6 +613,54 @@ def write_bytes(path: Path, raw: bytes) -> None:
             os.close(folder)
     except OSError as error:  # everyone reads the new content already: there is no way back
         log.error("%s is saved, but a power cut could undo it (%s)", path, error.strerror)
+
+
+def _not_saved(path: Path, error: OSError) -> AztError:
+    status = 507 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 500
+    text = f"{path} could not be written ({error.strerror}). Free some space or mend its mode."
+    return AztError(status, "state_not_saved", text)
+
+
+@blocking
+def append_bytes(path: Path, lines: bytes, sync: bool = False) -> int:
+    """Add whole lines; the size of the file then. Raises AztError; nothing of them is there then.
+
+    A line that a crash has torn before is closed first, so that it spoils none of these.
+    """
+    handle = -1
+    try:
+        for folder in (path.parent.parent, path.parent):
+            folder.mkdir(mode=0o700, exist_ok=True)
+        handle = _open_own(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+        size = os.fstat(handle).st_size
+        if size and os.pread(handle, 1, size - 1) != b"\n":
+            lines = b"\n" + lines
+        if os.write(handle, lines) < len(lines):
+            os.ftruncate(handle, size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if sync:
+            os.fsync(handle)
+        return size + len(lines)
+    except OSError as error:
+        raise _not_saved(path, error) from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.close(handle)
+
+
+@blocking
+def read_from(path: Path, start: int) -> Iterator[bytes]:
+    """The lines of one of our files from that byte on, one at a time; none without the file."""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb", opener=_open_own) as file:
+        file.seek(start)
+        yield from file
+
+
+@blocking
+def delete_file(path: Path) -> None:
+    """What cannot be deleted stays."""
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 @blocking
@@ -719,6 +773,17 @@ def lock_codex(paths: Paths, wait_s: float = 60.0) -> contextlib.ExitStack:
     return held
 
 
+@blocking
+def process_figures() -> dict[str, int]:
+    """What this process holds, where the system tells (Linux): memory, open files, threads."""
+    figures = {"threads": threading.active_count()}
+    with contextlib.suppress(OSError):
+        pages = int(Path("/proc/self/statm").read_bytes().split()[1])
+        figures["resident_memory_bytes"] = pages * resource.getpagesize()
+        figures["open_fds"] = len(os.listdir("/proc/self/fd"))
+    return figures
+
+
 @dataclass(frozen=True, slots=True)
 class Page:
     """One static file of the console, in memory: no request ever touches the file system."""
@@ -815,6 +880,8 @@ SETTINGS: dict[str, Setting] = {
     "autoSwitch.order": Setting("most_left", *_ORDER),
     "defaultModel": Setting("gpt-5.4", *_TEXT),
     "limits.bodyMb": Setting(128, *_number(1, 4096), "AZT_BODY_LIMIT_MB"),
+    "log.keepDays": Setting(30, *_number(1, 3650)),
+    "log.keepRows": Setting(2000, *_number(0, 100_000)),
     "log.level": Setting("info", *_LEVEL, "AZT_LOG_LEVEL"),
     "networkProxy.enabled": Setting(False, *_YES_NO, widens=True),
     "networkProxy.noProxy": Setting("localhost,127.0.0.1,::1", *_TEXT, widens=True),
@@ -826,6 +893,8 @@ SETTINGS: dict[str, Setting] = {
     "server.host": Setting("0.0.0.0", *_text("an address to listen on"), "AZT_HOST", widens=True),
     "server.lanApi": Setting(True, *_YES_NO, widens=True),
     "server.port": Setting(8787, *_number(0, 65535), "AZT_PORT", widens=True),
+    "usage.keepDays": Setting(365, *_number(1, 3650)),
+    "usage.keepMb": Setting(512, *_number(1, 100_000)),
 }
 """Every knob, sorted."""
 
@@ -5417,6 +5486,7 @@ class Turn:
     keys: tuple[str, ...] = ()
     account: Account | None = None
     attempts: int = 0
+    tries: list[Json] = field(default_factory=list)  # for the request log: of each attempt
 
 
 @dataclass(frozen=True, slots=True)
@@ -5866,7 +5936,7 @@ class Rotation:
             turn.on_news(turn)
             try:
                 hold_s = opens_at - asyncio.get_running_loop().time()
-                return await attempt(account, max(hold_s, 0.0))
+                return await self._noted(turn, account, attempt(account, max(hold_s, 0.0)))
             except UpstreamError as error:
                 body = turn.body
                 if error.code == "invalid_encrypted_content":
@@ -5877,6 +5947,19 @@ class Rotation:
                     raise await self._renewals.reject(account, error.code or "401") from None
                 elif turn.body is body:
                     raise
+
+    async def _noted(self, turn: Turn, account: Account, attempt: Awaitable[T]) -> T:
+        """The attempt, with its entry for the request log. No text that could quote the request."""
+        entry: Json = {"accountId": account.id, "account": account.name, "status": 200}
+        turn.tries.append(entry)
+        entry["startedAt"], began_s = int(time.time() * 1000), time.monotonic()
+        try:
+            return await attempt
+        except AztError as error:
+            entry |= {"status": error.status, "errorType": error.code}
+            raise
+        finally:
+            entry["durationMs"] = round((time.monotonic() - began_s) * 1000)
 
     def _moves_on(self, tried: Mapping[str, AztError]) -> bool:
         """May another account be tried after the newest of these failures?"""
@@ -5990,40 +6073,99 @@ def _without_reasoning(body: bytes) -> bytes:
 
 # ==================================================================================================
 # 13. Usage and request log
-#     What happened to each request: one line in the log. Never a prompt, an answer or a token.
+#     What happened to each request: a log line, an event on disk, a row of the request log, and
+#     the sums over them. Metadata only: never a prompt, an answer, a tool argument or a token.
 # ==================================================================================================
+
+USAGE_KEYS_MAX, USAGE_DAYS_MAX, USAGE_DETAIL_DAYS = 64, 400, 92
+USAGE_PENDING_MAX, USAGE_SERIES_MAX = 20_000, 2_000
+_DURATIONS_MS = (100, 300, 500, 1000, 2000, 5000, 10_000, 30_000, 60_000, 120_000)
+
+# How a client is known: the first match in its user agent, originator, referer or title.
+_CLIENTS = [
+    (re.compile(pattern, re.I), name)
+    for pattern, name in {
+        r"codex": "Codex",
+        r"openclaw|clawdbot|moltbot": "OpenClaw",
+        r"\bcline\b": "Cline",
+        r"roo-?code|roo-cline|roocode": "Roo Code",
+        r"open-?webui|openwebui": "Open WebUI",
+        r"\baider\b": "aider",
+        r"cursor": "Cursor",
+        r"\bcontinue(dev)?\b": "Continue",
+        r"langchain": "LangChain",
+        r"litellm": "LiteLLM",
+        r"\bai-sdk|^ai/\d": "AI SDK",
+        r"openai/python": "OpenAI/Python",
+        r"openai/js": "OpenAI/JS",
+        r"azt-console": "console",
+        r"azt-cli": "azt",
+        r"^curl/": "curl",
+    }.items()
+]
+
+
+@functools.lru_cache(1000)
+def client_name(marks: str) -> str:
+    """What calls, by the texts of `CLIENT_HEADERS`; unknown ones by the name of their product."""
+    known = next((name for pattern, name in _CLIENTS if pattern.search(marks)), None)
+    product = re.match(r"[\w.+-]{1,40}", marks)
+    return known or (product[0] if product else "unknown")
+
+
+CLIENT_HEADERS = ("user-agent", "originator", "x-title", "http-referer", "referer")
 
 
 @dataclass(slots=True)
 class RequestRecord:
     """One request from its head to the last byte of its answer. Metadata only.
 
-    started_s   monotonic clock, like every duration here
-    complete_s  when the last byte of the request was here
-    account     label or short id, never the e-mail
-    ttft_ms     from the complete request to the first content delta written
+    started_s    monotonic clock, like every duration here; `at` is the wall clock
+    complete_s   when the last byte of the request was here
+    route        the template of its path; "" for what is not counted (pages, administration)
+    account      label or short id, never the e-mail
+    ttft_ms      from the complete request to the first content delta written
+    usage        the upstream's own, as the Responses API spells it; None when it told nothing
+    tries        one entry for each attempt (console.md 6.6)
+    request, response   what the request log shows of them: counts, sizes, names
     """
 
     id: str
     method: str
     path: str
     started_s: float
+    at: float = 0.0
     complete_s: float = 0.0
     status: int = 0
+    route: str = ""
+    client: str = "unknown"
+    remote: str = ""
+    key_id: str | None = None
     account: str = "-"
+    account_id: str = ""
+    plan: str = ""
     model: str = "-"
+    asked_model: str = "-"
+    streams: bool = False
     attempts: int = 0
+    head_ms: int | None = None
     ttft_ms: int | None = None
     total_ms: int | None = None
     result: Literal["running", "ok", "failed", "cancelled"] = "running"
     error_code: str | None = None
+    error_param: str | None = None
     usage: Json | None = None
+    images: int = 0
+    image_route: str = "none"
     request_bytes: int = 0
+    tries: list[Json] = field(default_factory=list)
+    request: Json = field(default_factory=dict)
+    response: Json = field(default_factory=dict)
 
-    def end(self, now_s: float) -> None:
-        """Close the record and write its one log line. A second call does nothing."""
+    def end(self, now_s: float) -> bool:
+        """Close the record and write its one log line. A second call does nothing: False."""
         if self.total_ms is not None:
-            return
+            return False
         self.total_ms = round((now_s - self.started_s) * 1000)
         if self.result == "running":
             self.result = "ok" if self.status < 400 else "failed"
@@ -6032,6 +6174,522 @@ class RequestRecord:
         spent = f"ttft_ms={ttft_ms} total_ms={self.total_ms}"
         why = "" if self.result == "ok" else f" {self.result} {self.error_code or ''}".rstrip()
         log.info("%s account=%s model=%s %s%s", request, self.account, self.model, spent, why)
+        return True
+
+    @property
+    def _failure(self) -> str:
+        return _shown(self.error_code or f"http_{self.status}", 64)
+
+    def event(self) -> Json:
+        """The line of `usage/events/`, which is also what the lists show (console.md 6.6)."""
+        return {
+            "id": self.id,
+            "at": int(self.at * 1000),
+            "method": self.method,
+            "endpoint": self.route,
+            "model": _shown(self.model, 80),
+            "requestedModel": _shown(self.asked_model, 80),
+            "accountId": self.account_id or None,
+            "account": self.account if self.account_id else None,
+            "plan": self.plan or None,
+            "client": self.client,
+            "status": self.status,
+            "result": self.result,
+            "errorType": None if self.result == "ok" else self._failure,
+            "stream": self.streams,
+            "attempts": self.attempts,
+            "durationMs": self.total_ms,
+            "firstTokenMs": self.ttft_ms,
+            "tokens": _token_counts(self.usage),
+            "images": self.images,
+            "imageRoute": self.image_route,
+        }
+
+    def row(self, event: Json) -> Json:
+        """The row of the request log: the event, and what explains it (console.md 6.6)."""
+        tries = self.tries
+        for number, one in enumerate(tries):
+            is_last = number == len(tries) - 1
+            one |= {"n": number + 1, "action": "done" if is_last else "switched"}
+            if not is_last and tries[number + 1]["accountId"] == one["accountId"]:
+                one["action"] = "retried"
+        stream_ms = None if self.ttft_ms is None else max(0, (self.total_ms or 0) - self.ttft_ms)
+        tokens = event["tokens"]
+        rate = tokens["output"] * 1000 / stream_ms if tokens and stream_ms else None
+        timing = {
+            "queueMs": tries[0]["startedAt"] - event["at"] if tries else None,
+            "connectMs": tries[-1].get("connectMs") if tries else None,
+            "firstByteMs": self.head_ms,
+            "firstTokenMs": self.ttft_ms,
+            "streamMs": stream_ms,
+            "tokensPerSecond": rate and round(rate, 1),
+        }
+        return event | {
+            "attemptList": tries,
+            "timing": timing,
+            "why": explain(self),
+            "request": {"bytes": self.request_bytes, **self.request},
+            "response": self.response,
+            "keyId": self.key_id,
+            "remote": self.remote,
+        }
+
+
+def _token_counts(usage: Json | None) -> Json | None:
+    if not isinstance(usage, dict):
+        return None
+    counts = usage_from(usage)
+    return {
+        "input": counts["prompt_tokens"],
+        "cached": counts["prompt_tokens_details"]["cached_tokens"],
+        "output": counts["completion_tokens"],
+        "reasoning": counts["completion_tokens_details"]["reasoning_tokens"],
+        "total": counts["total_tokens"],
+    }
+
+
+_BODY_KEY, _EFFORT = re.compile(r"[a-z][a-z0-9_]{0,39}"), re.compile(r"[a-z]{1,16}")
+
+
+def request_summary(body: Json) -> Json:
+    """What a request asks for, by counts and by the names of its fields alone."""
+    items: Any = next((body[name] for name in ("messages", "input") if name in body), [])
+    items = items if isinstance(items, list) else [items]
+    contents = (item.get("content") for item in items if isinstance(item, dict))
+    parts = (part for content in contents if isinstance(content, list) for part in content)
+    kinds = [part.get("type") for part in parts if isinstance(part, dict)]
+    reasoning, tools = body.get("reasoning"), body.get("tools")
+    effort = reasoning.get("effort") if isinstance(reasoning, dict) else None
+    effort = str(effort or body.get("reasoning_effort"))
+    return {
+        "messages": len(items),
+        "tools": len(tools) if isinstance(tools, list) else 0,
+        "images": sum(kind in ("image_url", "input_image") for kind in kinds),
+        "effort": effort if effort != "None" and _EFFORT.fullmatch(effort) else None,
+        "keys": sorted(name for name in body if _BODY_KEY.fullmatch(name))[:40],
+    }
+
+
+# Our error codes | code of the verdict | its sentence | what may help (console.md, appendix B)
+_VERDICTS = {
+    code: (verdict, text, fixes.split())
+    for line in """
+usage_limit_reached|quota_exhausted|{account} ran out of its quota.|switch_account exclude_until
+insufficient_quota|quota_exhausted|{account} ran out of its quota.|switch_account exclude_until
+rate_limit_exceeded|rate_limited_short|The provider asked to wait: too much in a short time.|
+account_auth_expired|login_rejected|The provider no longer accepts the sign-in of {account}.|login
+no_account|no_account|There is no account that can serve.|login
+model_not_found|model_not_available|{model} is not available to {account}.|sync_models
+context_length_exceeded|context_too_long|The conversation is longer than {model} accepts.|
+request_too_large|body_too_large|The request is larger than the limit.|raise_limit
+unsupported_value|unsupported_field|{field} is not supported here.|copy_details
+unsupported_parameter|unsupported_field|{field} is not supported here.|copy_details
+content_filter|content_refused|The provider declined this request.|copy_details
+content_policy_violation|content_refused|The provider declined this request.|copy_details
+moderation_blocked|content_refused|The provider declined this request.|copy_details
+upstream_unreachable|network_connect|The provider could not be reached.|test_network open_proxy
+upstream_tls|network_tls|No trusted connection to the provider.|test_network open_proxy
+upstream_timeout|network_timeout|The provider did not answer in time.|test_network send_again
+proxy_failed|proxy_failed|The proxy did not work.|open_proxy
+upstream_stream_truncated|stream_cut|The answer broke off.|send_again
+client_closed_request|client_gone|The client closed the connection.|
+api_key_missing|key_missing|A caller came without a key.|open_keys
+api_key_needed|key_missing|A caller came without a key.|open_keys
+invalid_api_key|key_wrong|A caller came with a wrong key.|open_keys
+internal_error|internal|azt made a mistake.|copy_details diagnostics
+""".strip().split("\n")
+    for code, verdict, text, fixes in [line.split("|")]
+}
+
+
+def explain(record: RequestRecord) -> Json | None:
+    """Why it ended as it did, in a sentence, with what may help. None where all went well."""
+    failed = [one for one in record.tries if one["accountId"] != record.account_id]
+    params: Json = {"account": record.account, "model": record.model, "status": record.status}
+    params["field"] = record.error_param or "A field"
+    if record.result == "ok":
+        if not failed:
+            return None
+        params |= {"from": failed[0]["account"], "to": record.account}
+        params["reason"] = failed[0].get("errorType")
+        text = "{from} could not answer ({reason}); {to} did. The client got its answer."
+        code, fixes = "recovered_by_switch", ["exclude_until", "open_account"]
+    elif record.error_code in _VERDICTS:
+        code, text, fixes = _VERDICTS[record.error_code]
+    elif 400 <= record.status < 500:
+        text = "The client sent something this endpoint does not accept."
+        code, fixes = "bad_request", ["copy_details"]
+    else:
+        code, text, fixes = "upstream_5xx", "The provider had an error ({status}).", ["send_again"]
+    return {
+        "code": code,
+        "text": text.format(**params),
+        "params": {name: value for name, value in params.items() if f"{{{name}}}" in text},
+        "fixes": [{"kind": kind, "accountId": record.account_id or None} for kind in fixes],
+    }
+
+
+class Aggregate:
+    """Sums over requests. As JSON it has the names that scripts know, without the zeros."""
+
+    NAMES = (
+        "requestCount successCount failureCount cancelledCount inputTokens cachedInputTokens "
+        "outputTokens reasoningTokens totalTokens unknownTokenCount imageCount totalDurationMs"
+    ).split()
+    __slots__ = ("counts", "durations", "first_tokens")
+
+    def __init__(self) -> None:
+        self.counts = [0] * len(self.NAMES)
+        self.durations: dict[str, int] = {}
+        self.first_tokens: dict[str, int] = {}
+
+    def add(self, amounts: Sequence[int], duration: str, first_token: str) -> None:
+        self.counts = list(map(operator.add, self.counts, amounts))
+        self.durations[duration] = self.durations.get(duration, 0) + 1
+        if first_token:
+            self.first_tokens[first_token] = self.first_tokens.get(first_token, 0) + 1
+
+    def merge(self, other: Aggregate) -> None:
+        self.counts = list(map(operator.add, self.counts, other.counts))
+        for mine, theirs in (
+            (self.durations, other.durations),
+            (self.first_tokens, other.first_tokens),
+        ):
+            for key, count in theirs.items():
+                mine[key] = mine.get(key, 0) + count
+
+    def to_json(self) -> Json:
+        value: Json = {n: c for n, c in zip(self.NAMES, self.counts, strict=True) if c}
+        buckets = {"durationBuckets": self.durations, "firstTokenBuckets": self.first_tokens}
+        return value | {name: dict(some) for name, some in buckets.items() if some}
+
+    @classmethod
+    def from_json(cls, value: Json) -> Aggregate:
+        """Also what the Node program wrote. Raises TypeError or ValueError for anything else."""
+        one = cls()
+        one.counts = [int(value.get(name, 0)) for name in cls.NAMES]
+        for mine, name in (
+            (one.durations, "durationBuckets"),
+            (one.first_tokens, "firstTokenBuckets"),
+        ):
+            mine.update((str(key), int(count)) for key, count in value.get(name, {}).items())
+        return one
+
+    def view(self) -> Json:
+        """Every member of console.md 6.9, the derived ones as well."""
+        counts = dict(zip(self.NAMES, self.counts, strict=True))
+        requests = counts["requestCount"]
+        return counts | {
+            "averageDurationMs": round(counts["totalDurationMs"] / requests) if requests else 0,
+            "p95DurationMs": _quantile(self.durations, 0.95) or 0,
+            "firstTokenMedianMs": _quantile(self.first_tokens, 0.5),
+            "durationBuckets": dict(self.durations),
+        }
+
+
+def _bucket(duration_ms: int) -> str:
+    at = bisect.bisect_left(_DURATIONS_MS, duration_ms)
+    return str(_DURATIONS_MS[at]) if at < len(_DURATIONS_MS) else "inf"
+
+
+def _quantile(buckets: Mapping[str, int], part: float) -> int | None:
+    """The upper bound of the bucket in which this part of all lies; None where there are none."""
+    wanted, seen = math.ceil(sum(buckets.values()) * part), 0
+    for limit in _DURATIONS_MS:
+        seen += buckets.get(str(limit), 0)
+        if seen >= wanted:
+            return limit if wanted else None
+    return _DURATIONS_MS[-1]
+
+
+DIMENSIONS = ("byAccount", "byModel", "byEndpoint", "byError", "byImageRoute", "bySource")
+
+
+class Tally:
+    """The sums of a stretch of time: of all requests, and by each dimension."""
+
+    __slots__ = ("by", "total")
+
+    def __init__(self) -> None:
+        self.total = Aggregate()
+        self.by: dict[str, dict[str, Aggregate]] = {name: {} for name in DIMENSIONS}
+
+    def add(self, keys: Sequence[str | None], *amounts: Any) -> None:
+        self.total.add(*amounts)
+        for rows, key in zip(self.by.values(), keys, strict=True):
+            if key is not None:
+                self._row(rows, key).add(*amounts)
+
+    @staticmethod
+    def _row(rows: dict[str, Aggregate], key: str) -> Aggregate:
+        """Bounded: whoever invents model names must not fill the memory."""
+        if key not in rows:
+            key = key if len(rows) < USAGE_KEYS_MAX else "other"
+        return rows.setdefault(key, Aggregate())
+
+    def merge(self, other: Tally) -> None:
+        self.total.merge(other.total)
+        for name, rows in other.by.items():
+            for key, row in rows.items():
+                self._row(self.by[name], key).merge(row)
+
+    def to_json(self) -> Json:
+        value: Json = {"aggregate": self.total.to_json()}
+        for name, rows in self.by.items():
+            value[name] = {key: {"aggregate": row.to_json()} for key, row in rows.items()}
+        return value
+
+    @classmethod
+    def from_json(cls, value: Json) -> Tally:
+        """Also what the Node program wrote, where a day is an aggregate without dimensions."""
+        one = cls()
+        one.total = Aggregate.from_json(value.get("aggregate", value))
+        for name in DIMENSIONS:
+            for key, row in value.get(name, {}).items():
+                one.by[name][str(key)[:80]] = Aggregate.from_json(row["aggregate"])
+        return one
+
+
+def _parts(event: Json) -> tuple[list[str | None], tuple[int, ...], str, str]:
+    """What an event adds: its key in each dimension, its amounts, its buckets."""
+    result, tokens, duration_ms = event["result"], event["tokens"], event["durationMs"]
+    keys = [
+        event["accountId"] or "-",
+        event["model"],
+        f"{event['method']} {event['endpoint']}",
+        event["errorType"],
+        event["imageRoute"],
+        event["client"],
+    ]
+    told = tokens or {}
+    spent = (told.get(name, 0) for name in ("input", "cached", "output", "reasoning", "total"))
+    amounts = (
+        *(1, result == "ok", result == "failed", result == "cancelled"),
+        *(*spent, event["attempts"] > 0 and tokens is None, event["images"], duration_ms),
+    )
+    ttft_ms = event["firstTokenMs"]
+    return keys, amounts, _bucket(duration_ms), "" if ttft_ms is None else _bucket(ttft_ms)
+
+
+class UsageStats:
+    """The sums, and what is still to be written. Owned by the loop; the disk gets snapshots.
+
+    The events are the truth: `lifetime.json` and `daily.json` each say how far into which file of
+    events they have counted (`through`), and a start counts on from there. So a kill at any moment
+    neither loses nor doubles what an event on disk says.
+    """
+
+    def __init__(self) -> None:
+        self.startup, self.lifetime = Tally(), Tally()
+        self.days: dict[str, Tally | Json] = {}
+        self._fresh: dict[str, Tally] = {}  # by day, not yet part of the others
+        self.through: dict[str, int] = {}
+        self.pending: list[tuple[str, bytes]] = []  # (day, line)
+        self.lost = 0
+        self._unsynced: set[Path] = set()
+
+    def add(self, event: Json, line: bytes) -> None:
+        day = _day(event["at"])
+        self._fresh.setdefault(day, Tally()).add(*_parts(event))
+        self.pending.append((day, line))
+        if len(self.pending) > USAGE_PENDING_MAX:  # the disk has been full for long
+            del self.pending[0]
+            self.lost += 1
+
+    def settled(self) -> UsageStats:
+        """Itself, with every event in each of its sums: adding to one alone is what is fast."""
+        for day, fresh in self._fresh.items():
+            for tally in (self.startup, self.lifetime, self.day(day)):
+                tally.merge(fresh)
+        self._fresh.clear()
+        return self
+
+    def day(self, name: str) -> Tally:
+        """The sums of a day; parsed at their first use, for most are never asked for."""
+        found = self.days.get(name, {})
+        if not isinstance(found, Tally):
+            found = self.days[name] = Tally.from_json(found)
+        return found
+
+    def between(self, first: str, last: str) -> Tally:
+        tally = Tally()
+        for name in [day for day in self.days if first <= day <= last]:
+            tally.merge(self.day(name))
+        return tally
+
+    def snapshot(self) -> tuple[Json, Json]:
+        """What goes into lifetime.json and daily.json: exactly the events handed out so far."""
+        names = sorted(self.settled().days)[-USAGE_DAYS_MAX:]
+        self.days = {name: self.days[name] for name in names}
+        days = {}
+        for at, name in enumerate(names):
+            value = self.days[name]
+            value = value.to_json() if isinstance(value, Tally) else value
+            has_detail = at >= len(names) - USAGE_DETAIL_DAYS
+            days[name] = value if has_detail else {"aggregate": value.get("aggregate", value)}
+        lifetime = {"version": 1, **self.lifetime.to_json()}
+        return lifetime, {"version": 1, "days": days}
+
+    @blocking
+    def load(self, paths: Paths) -> None:
+        """The sums as they were saved, and every event since."""
+        loaded: dict[Path, Json] = {}
+        for path in (paths.usage_lifetime, paths.usage_daily):
+            try:
+                saved = read_json(path, 1, Tally.from_json) or self._of_before(paths, path)
+            except AztError as error:  # nothing is lost: the events are counted again
+                log.error("%s The sums are made anew from the events.", error.message)
+                saved = {}
+            loaded[path] = saved
+        lifetime, daily = loaded.values()
+        self.lifetime, self.days = Tally.from_json(lifetime), dict(daily.get("days", {}))
+        for saved, of_days in ((lifetime, False), (daily, True)):
+            through = saved.get("through", {})
+            for path in sorted(paths.usage_events.glob("*.jsonl")):
+                for event in read_events(path, through.get(path.name, 0)):
+                    tally = self.day(_day(event["at"])) if of_days else self.lifetime
+                    tally.add(*_parts(event))
+                self.through[path.name] = path.stat().st_size
+
+    @staticmethod
+    def _of_before(paths: Paths, path: Path) -> Json:
+        """What the Node program counted, at the first start after it."""
+        before = paths.before / "usage" / path.name
+        return (read_json(before, 1, Tally.from_json) if before.exists() else None) or {}
+
+    @blocking
+    def save(self, paths: Paths, lines: list[tuple[str, bytes]], sums: Sequence[Json]) -> None:
+        """Append the lines to the files of their days, then replace the sums, where some are given.
+
+        raises  AztError when a line is not on disk; then nothing of its file is
+        """
+        by_day: dict[str, list[bytes]] = {}
+        for day, line in lines:
+            by_day.setdefault(day, []).append(line)
+        for day, of_day in by_day.items():
+            path = paths.usage_events / f"{day}.jsonl"
+            self.through[path.name] = append_bytes(path, b"".join(of_day))
+            self._unsynced.add(path)
+            lines[:] = [one for one in lines if one[0] != day]
+        sums = sums if self.through else ()  # of no event: there is nothing to say
+        if sums:  # a power cut must not leave sums of more events than there are
+            for path in self._unsynced:
+                append_bytes(path, b"", sync=True)
+            self._unsynced.clear()
+        for path, value in zip((paths.usage_lifetime, paths.usage_daily), sums, strict=False):
+            write_json(path, value | {"through": dict(self.through)}, None)
+
+
+def _day(at_ms: int) -> str:
+    """The day of this machine's own calendar."""
+    return time.strftime("%Y-%m-%d", time.localtime(at_ms / 1000))
+
+
+@blocking
+def read_events(path: Path, start: int = 0) -> Iterator[Json]:
+    """The events of a file from that byte on. Torn and foreign lines are skipped."""
+    for line in read_from(path, start):
+        try:
+            event = json.loads(line)
+            _parts(event)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+        yield event
+
+
+# -- charts and tables, folded from the events of their stretch of time
+
+_MEASURES: dict[str, Callable[[Json], int]] = {
+    "failures": lambda event: event["result"] == "failed",
+    "images": lambda event: event["images"],
+    "requests": lambda event: 1,
+    "tokens": lambda event: (event["tokens"] or {}).get("total", 0),
+}
+_STEPS = {"minute": 60, "hour": 3600, "day": 86400}
+
+
+def bucket_starts(first_ms: int, last_ms: int, bucket: str, zone: tzinfo) -> list[int]:
+    """Where the buckets of a stretch begin. A day is as long as its zone makes it: 23 to 25 h.
+
+    raises  BadRequest when they are more than USAGE_SERIES_MAX
+    """
+    if (last_ms - first_ms) / 1000 > _STEPS[bucket] * USAGE_SERIES_MAX:
+        raise BadRequest("Too many points: ask for a shorter time, or larger buckets.", "bucket")
+    at = datetime.fromtimestamp(first_ms / 1000, zone).replace(second=0, microsecond=0)
+    at = at if bucket == "minute" else at.replace(minute=0)
+    at, starts = at.replace(hour=0) if bucket == "day" else at, []
+    while (start := int(at.timestamp() * 1000)) < last_ms:
+        starts.append(start)
+        if bucket == "day":  # by the wall clock
+            at = at + timedelta(days=1)
+        else:
+            at = (at.astimezone(UTC) + timedelta(seconds=_STEPS[bucket])).astimezone(zone)
+    return starts
+
+
+def series(events: Iterable[Json], starts: Sequence[int], by: str, measure: str, top: int) -> Json:
+    """Chart data (console.md 6.9): a value for each bucket and each of the `top` largest keys."""
+    sums: dict[str, list[int]] = {}
+    for event in events:
+        row = sums.setdefault(str(event[by] or "-"), [0] * len(starts))
+        row[bisect.bisect_right(starts, event["at"]) - 1] += _MEASURES[measure](event)
+    largest = sorted(sums, key=lambda key: (-sum(sums[key]), key))
+    rows = [sums[key] for key in largest[:top]]
+    keys: list[Json] = [{"key": key, "label": key} for key in largest[:top]]
+    if largest[top:]:
+        keys.append({"key": "_other", "label": None})
+        rows.append([sum(some) for some in zip(*(sums[key] for key in largest[top:]), strict=True)])
+    points = [{"t": t, "v": [row[at] for row in rows]} for at, t in enumerate(starts)]
+    return {"keys": keys, "points": points, "totals": [sum(row) for row in rows]}
+
+
+def usage_table(events: Iterable[Json], zone: tzinfo) -> Iterator[list[Any]]:
+    """Rows of the CSV export, its heads first: a day, what it is split by, the sums."""
+    split = ("accountId", "model", "endpoint", "client")
+    rows: dict[tuple[str, ...], Aggregate] = {}
+    for event in events:
+        day = datetime.fromtimestamp(event["at"] / 1000, zone).strftime("%Y-%m-%d")
+        key = (day, *(str(event[name] or "-") for name in split))
+        rows.setdefault(key, Aggregate()).add(*_parts(event)[1:])
+    yield ["date", *split, *Aggregate.NAMES]
+    for key in sorted(rows):
+        yield [*key, *rows[key].counts]
+
+
+class RequestLog:
+    """The newest requests, each with what explains it. In memory as encoded lines: a page is read
+    seldom, a request recorded often."""
+
+    def __init__(self, rows_max: int) -> None:
+        self.lines: collections.deque[bytes] = collections.deque(maxlen=rows_max)
+        self.pending: list[bytes] = []
+        self.written = 0  # lines in the file, with those that are too many
+
+    def add(self, line: bytes) -> None:
+        self.lines.append(line)
+        self.pending.append(line)
+
+    def rows(self) -> Iterator[Json]:
+        """Newest first. Callable from any thread: a copy of a deque is taken at one stroke."""
+        return map(json.loads, reversed(list(self.lines)))
+
+    @blocking
+    def load(self, path: Path, since_ms: int) -> None:
+        for line in read_from(path, 0):
+            self.written += 1
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                if json.loads(line)["at"] >= since_ms:
+                    self.lines.append(line)
+
+    @blocking
+    def save(self, path: Path, lines: list[bytes], kept: list[bytes]) -> None:
+        """Append, or write the file anew where half of it is no longer wanted."""
+        if self.written + len(lines) > 2 * max(len(kept), 100):
+            write_bytes(path, b"".join(kept))
+            self.written = len(kept)
+        else:
+            append_bytes(path, b"".join(lines))
+            self.written += len(lines)
 
 
 # ==================================================================================================
@@ -6083,6 +6741,59 @@ class Job:
             self.ended_at = time.time()
 
 
+FLUSH_PAUSE_S, SUMS_EVERY_S = 0.5, 60.0
+EVENTS_KEPT, WATCHERS_MAX, WATCHER_WAITING_MAX, PING_S = 500, 8, 1000, 15.0
+
+
+class Events:
+    """What the console and `azt log -f` watch: numbered events, the newest kept for who returns."""
+
+    def __init__(self) -> None:
+        self.newest_id = 0
+        self._kept: collections.deque[tuple[int, bytes]] = collections.deque(maxlen=EVENTS_KEPT)
+        self._watchers: list[asyncio.Queue[bytes]] = []
+
+    def publish(self, name: str, data: Json) -> None:
+        self.newest_id += 1
+        raw = b"id: %d\nevent: %b\ndata: %b\n\n"
+        event = raw % (self.newest_id, name.encode(), encode_json(data))
+        self._kept.append((self.newest_id, event))
+        for watcher in list(self._watchers):
+            if watcher.qsize() < WATCHER_WAITING_MAX:
+                watcher.put_nowait(event)
+            else:
+                self._end(watcher, "too_many")  # it does not read: it may come back, and catch up
+
+    def _end(self, watcher: asyncio.Queue[bytes], reason: str) -> None:
+        self._watchers.remove(watcher)
+        watcher.put_nowait(b'event: bye\ndata: {"reason":"%b"}\n\n' % reason.encode())
+        watcher.put_nowait(b"")
+
+    async def watch(self, hello: Json, last_id: int | None) -> AsyncIterator[bytes]:
+        """The events as they come, first those since `last_id`. Too old for that: `resync`."""
+        while len(self._watchers) >= WATCHERS_MAX:
+            self._end(self._watchers[0], "too_many")
+        mine: asyncio.Queue[bytes] = asyncio.Queue()
+        self._watchers.append(mine)
+        hello = {"eventId": self.newest_id, **hello}
+        missed = [event for number, event in self._kept if number > (last_id or 0)]
+        is_known = last_id is None or self.newest_id - last_id <= len(missed)
+        first = b"".join(missed if last_id else []) if is_known else b"event: resync\ndata: {}\n\n"
+        try:
+            yield b"retry: 2000\nevent: hello\ndata: %b\n\n%b" % (encode_json(hello), first)
+            while True:
+                try:
+                    event = await asyncio.wait_for(mine.get(), PING_S)
+                except TimeoutError:
+                    event = b": ping\n\n"
+                if not event:
+                    return
+                yield event
+        finally:
+            with contextlib.suppress(ValueError):
+                self._watchers.remove(mine)
+
+
 class Gateway:
     """State, pools and what saves them. Made by room 18, handed to every handler."""
 
@@ -6110,6 +6821,12 @@ class Gateway:
         self.rotation = Rotation(*use, self.renewals, self.save_soon)
         self.logins = Logins(self.pool, self.calls, environment.auth_base_url, self.add_account)
         self.started_at = time.time()
+        self.running: Callable[[], int] = lambda: 0  # requests, told by who serves
+        self.usage = UsageStats()
+        self.requests = RequestLog(0)
+        self.events = Events()
+        self._flushing: asyncio.Task[None] | None = None
+        self._sums_saved_s = time.monotonic()
         self.listening: list[tuple[str, int]] = []
         self.damaged: list[str] = []  # state files that were kept for the person to look at
         self.jobs: dict[str, Job] = {}
@@ -6143,6 +6860,9 @@ class Gateway:
         self.catalogue = Catalogue.read(_read_cache(paths.models), _read_cache(paths.codex_models))
         self.admin_token = read_or_make_secret(paths.admin_token)
         self.pages = read_pages()
+        self.usage.load(paths)
+        self.requests = RequestLog(self.settings.number("log.keepRows"))
+        self.requests.load(paths.requests, self._days_ago_ms("log.keepDays"))
         self.renewals.recover()
         self.damaged = sorted(one.name for one in paths.state.rglob("*.corrupt-*"))
 
@@ -6166,6 +6886,73 @@ class Gateway:
         if egress != self.pool.egress:
             self.pool.egress = egress
             self.pool.close()
+
+    # -- what happened
+
+    def recorded(self, record: RequestRecord) -> None:
+        """A request has ended: count it, log it, tell who watches. The disk follows."""
+        if not record.route:
+            return
+        event = record.event()
+        line = encode_json(event) + b"\n"
+        self.usage.add(event, line)
+        self.requests.add(encode_json(record.row(event)) + b"\n")
+        self.events.publish("request.finished", event)
+        if self._flushing is None or self._flushing.done():
+            self._flushing = asyncio.create_task(self._flush_soon())
+
+    async def forget_requests(self, before_ms: int) -> int:
+        """Take the rows before that time (0: all) out of the log, on disk too; how many."""
+        rows = self.requests
+        lines = list(rows.lines)
+        kept = [one for one in lines if before_ms and json.loads(one)["at"] >= before_ms]
+        rows.lines.clear()
+        rows.lines.extend(kept)
+        rows.pending, rows.written = [], 1 << 30  # the file is written anew
+        await in_thread(self.files, rows.save, self.paths.requests, [], kept)
+        return len(lines) - len(kept)
+
+    async def _flush_soon(self) -> None:
+        """Write what has ended, a batch at a time, and try again as long as the disk is full."""
+        pause_s = FLUSH_PAUSE_S
+        while self.usage.pending or self.requests.pending:
+            await asyncio.sleep(pause_s)
+            try:
+                await self.flush(time.monotonic() - self._sums_saved_s > SUMS_EVERY_S)
+                pause_s = FLUSH_PAUSE_S
+            except AztError as error:
+                log.error("%s The records of requests wait in memory.", error.message)
+                pause_s = min(pause_s * 2, 60.0)
+
+    async def flush(self, with_sums: bool) -> None:
+        """What has ended so far goes to disk; the sums as well, and what is too old goes."""
+        usage, rows, paths = self.usage, self.requests, self.paths
+        lines, usage.pending = usage.pending, []
+        sums = usage.snapshot() if with_sums else ()  # of exactly these lines and all before
+        try:
+            await in_thread(self.files, usage.save, paths, lines, sums)
+        except AztError:
+            usage.pending[:0] = lines
+            raise
+        new, rows.pending = rows.pending, []
+        await in_thread(self.files, rows.save, paths.requests, new, list(rows.lines))
+        if with_sums:
+            self._sums_saved_s = time.monotonic()
+            await in_thread(self.files, self._prune)
+
+    @blocking
+    def _prune(self) -> None:
+        """Delete the files of events that are too old, or too many bytes before the newest."""
+        through, left = self.usage.through, self.settings.number("usage.keepMb") * MIB
+        oldest = _day(self._days_ago_ms("usage.keepDays"))
+        for name in sorted(through, reverse=True):
+            left -= through[name]
+            if name < oldest or (left < 0 and name != max(through)):
+                delete_file(self.paths.usage_events / name)
+                del through[name]
+
+    def _days_ago_ms(self, setting: str) -> int:
+        return int((time.time() - self.settings.number(setting) * 86400) * 1000)
 
     async def save_accounts(self) -> None:
         """On disk before anyone goes on. A failure is loud; memory keeps the newer state."""
@@ -6853,7 +7640,7 @@ class _Exchange:
         self.connection = connection
         self.server = connection.server
         name, peer, place = "req_" + secrets.token_hex(12), connection.address, connection.place
-        record = RequestRecord(name, "-", "-", time.monotonic())
+        record = RequestRecord(name, "-", "-", time.monotonic(), time.time(), remote=peer)
         self.request = Request(name, "-", "-", {}, {}, peer, place, record, self.hold)
         self.route: Route | None = None  # without one and without an error: OPTIONS
         self.error: AztError | None = None
@@ -7050,7 +7837,8 @@ class _Exchange:
         self.request.body = b""
         self.server.running -= 1 if self.task else 0
         self.server.changed.set()
-        self.request.record.end(time.monotonic())
+        if self.request.record.end(time.monotonic()):
+            self.server.recorded(self.request.record)
 
     def client_left(self) -> None:
         """Stop whatever runs for a client that is gone."""
@@ -7321,8 +8109,15 @@ def _raise_file_limit() -> int:
 class HttpServer:
     """Listeners, connections, ticker. Handlers get `context`; each request asks `policy` anew."""
 
-    def __init__(self, routes: Sequence[Route], context: Any, policy: Callable[[], Policy]) -> None:
+    def __init__(
+        self,
+        routes: Sequence[Route],
+        context: Any,
+        policy: Callable[[], Policy],
+        recorded: Callable[[RequestRecord], None] = lambda record: None,
+    ) -> None:
         self.context = context
+        self.recorded = recorded  # told about each exchange once, when it has ended
         self.policy = policy
         self.workers = WorkerPool("inflate", 4)
         self.draining = False
@@ -7359,6 +8154,9 @@ class HttpServer:
         match = next((pair for pair in found if pair[0].method == wanted), None)
         # A path that is not there follows the rows of the API: strangers learn nothing from a 404.
         access: Access = (match or found[0])[0].access if found else "api"
+        if access in ("api", "codex"):
+            request.record.route = (match or found[0])[0].path if found else "other"
+            request.record.client = client_name(headers.get("user-agent", ""))
         caller = read_caller(request.peer_class, headers, policy)
         if is_preflight:
             # It carries no proof: the question is whether the call with it would be allowed.
@@ -7549,12 +8347,17 @@ async def read_object(gw: Gateway, request: Request) -> Json:
     request.release()
     if not isinstance(value, dict):
         raise BadRequest("The body must be a JSON object.", None, "invalid_type")
+    if request.record.route:
+        request.record.request = request_summary(value)
+        request.record.asked_model = request.record.model = str(value.get("model") or "-")
     return value
 
 
 def _note_turn(record: RequestRecord, turn: Turn) -> None:
     # At once: the record of a client that leaves is closed before its turn has ended.
-    record.attempts, record.account = turn.attempts, turn.account.name if turn.account else "-"
+    record.attempts, record.tries = turn.attempts, turn.tries
+    if (account := turn.account) is not None:
+        record.account, record.account_id, record.plan = account.name, account.id, account.plan
 
 
 def _note_end(gw: Gateway, request: Request, turn: Turn, relay: Relay) -> None:
@@ -7603,6 +8406,9 @@ async def _run_turn(
     """
     record, upstream = request.record, asked.upstream
     record.model = asked.model
+    if record.asked_model == "-":
+        record.asked_model = asked.model
+    record.streams = asked.stream
     translator = functools.partial(kind, asked, time.time(), fast=gw.environment.fast)
     session = str(upstream["prompt_cache_key"])
     if record.request_bytes > MIB:
@@ -7618,6 +8424,7 @@ async def _run_turn(
     note_turn = functools.partial(_note_turn, record)
     turn = Turn(body, session, asked.stream, translator, note_turn, (session,))
     relay = await gw.rotation.open_turn(turn)
+    record.head_ms = round((time.monotonic() - record.complete_s) * 1000)
     turn.body = b""
     del body  # nor does anything else keep it while the answer runs
     headers = _own_headers(request)
@@ -7723,6 +8530,7 @@ def _refused(why: str) -> Handler:
 # -- 16b. Codex passthrough ------------------------------------------------------------------------
 
 _SLOW_CALL_S = 600.0  # compaction, images
+_CODEX_CALLS = ("images/edits", "images/generations", "models", "responses", "responses/compact")
 _KEPT_WITH = ("x-codex-turn-state", "thread-id", "session-id", "session_id", "conversation_id")
 
 
@@ -7731,19 +8539,22 @@ async def codex_call(gw: Gateway, request: Request) -> Reply:
     record, sent = request.record, request.headers
     if request.id == sent.get("x-client-request-id"):  # its thread: the same for many requests
         request.id = record.id = "req_" + secrets.token_hex(12)
-    record.request_bytes = len(request.body)
+    record.request_bytes, name = len(request.body), request.params.get("rest", "")
+    record.route = f"/codex/v1/{name}" if name in _CODEX_CALLS else record.route
     keys = tuple(sent[name] for name in _KEPT_WITH if sent.get(name))
     turn = Turn(b"", "", on_news=functools.partial(_note_turn, record), keys=keys)
     relay = await _codex_answer(gw, request, turn)
     request.release()
     answer, owner = relay.answer, cast(Account, turn.account)
+    record.streams = answer.is_stream
+    record.head_ms = round((time.monotonic() - record.complete_s) * 1000)
     headers = returned_headers(answer.headers) + _own_headers(request)
 
     def note_end(relay: Relay) -> None:
         scanner = cast(Scanner, relay.translator)
         if state := scanner.turn_state:
             gw.rotation.sticky.bind((state, f"turn {state}"), owner.id)
-        record.model = scanner.model or record.model
+        record.model = record.asked_model = scanner.model or record.model
         _note_end(gw, request, turn, relay)
 
     if answer.is_stream:
@@ -8309,6 +9120,7 @@ def admin_get_state(gw: Gateway, request: Request) -> Json:
         "routing": _routing_view(gw),
         "jobs": [_job_view(job) for job in gw.jobs.values()],
         "accounts": [_account_view(gw, account) for account in gw.store.accounts.values()],
+        "today": gw.usage.settled().day(_day(int(time.time() * 1000))).total.view(),
         "models": {**models, "source": catalogue.source},
         "notices": gw.notices,
         "removed": [
@@ -8350,6 +9162,246 @@ async def admin_delete_key(gw: Gateway, request: Request) -> Reply:
 
     await gw.change_keys(revoke)
     return Reply(204)
+
+
+def _word_in(query: Mapping[str, str], name: str, words: Collection[str], default: str) -> str:
+    value = query.get(name) or default
+    if value not in words:
+        text = f"{name} is one of {', '.join(words)}."
+        raise BadRequest(text, name, "bad_field")
+    return value
+
+
+def _number_in(query: Mapping[str, str], name: str, default: int) -> int:
+    text = query.get(name) or str(default)
+    if not (text.isdecimal() and len(text) < 16):
+        raise BadRequest(f"{name} is a whole number.", name, "bad_field")
+    return int(text)
+
+
+def _stretch(query: Mapping[str, str], days: int) -> tuple[int, int, tzinfo]:
+    """`from`, `to` (milliseconds, or days of the zone) and `tz` of a query. Raises BadRequest."""
+    name, last = query.get("tz", ""), time.time() * 1000
+    try:
+        zone: tzinfo = ZoneInfo(name) if name else datetime.now().astimezone().tzinfo or UTC
+        at = {"from": last - days * 86_400_000, "to": last}
+        for word, text in ((word, query[word]) for word in at if query.get(word)):
+            day = None if text.isdigit() else datetime.fromisoformat(text).replace(tzinfo=zone)
+            at[word] = int(text) if day is None else day.timestamp() * 1000
+        if not 0 <= at["from"] <= at["to"] < _YEAR_2200_S * 1000:
+            raise ValueError
+    except (ValueError, OverflowError, OSError, ZoneInfoNotFoundError):
+        text = "from and to are milliseconds or dates, from first; tz is a name such as UTC."
+        raise BadRequest(text, "from", "bad_field") from None
+    return int(at["from"]), int(at["to"]), zone
+
+
+@_view
+def admin_get_usage(gw: Gateway, request: Request) -> Json:
+    """The sums; with `from` (and `to`), days, the rows and `range` are of that time alone."""
+    usage, now = gw.usage.settled(), int(time.time() * 1000)
+    today, first = _day(now), request.query.get("from", "")
+    shown = usage.between(first, request.query.get("to") or today) if first else usage.lifetime
+    names = {account.id: account.name for account in gw.store.accounts.values()}
+    rows = {
+        name: [
+            {"key": key, "label": names.get(key, key), "aggregate": row.view()}
+            for key, row in sorted(rows.items(), key=lambda pair: -pair[1].counts[0])
+        ]
+        for name, rows in shown.by.items()
+    }
+    newest = sorted(usage.days, reverse=True)[:90]
+    return {
+        "generatedAt": now,
+        "startedAt": _ms(gw.started_at),
+        "todayDate": today,
+        "storageDir": str(gw.paths.usage_events.parent),
+        "startup": usage.startup.total.view(),
+        "today": usage.day(today).total.view(),
+        "lifetime": usage.lifetime.total.view(),
+        "range": shown.total.view(),
+        "daily": [{"date": day, "aggregate": usage.day(day).total.view()} for day in newest],
+        **rows,
+    }
+
+
+async def _with_events(
+    gw: Gateway, first_ms: int, last_ms: int, fold: Callable[[Iterator[Json]], T]
+) -> T:
+    """`fold` over the events of a stretch of time, in a thread."""
+    await gw.flush(with_sums=False)
+    days = _day(first_ms - 86_400_000), _day(last_ms + 86_400_000)
+    paths = sorted(path for path in gw.paths.usage_events.glob("*.jsonl"))
+
+    def run() -> T:
+        some = (read_events(path) for path in paths if days[0] <= path.stem <= days[1])
+        events = (event for file in some for event in file)
+        return fold(event for event in events if first_ms <= event["at"] < last_ms)
+
+    return await in_thread(gw.short, run)
+
+
+async def admin_get_usage_series(gw: Gateway, request: Request) -> Reply:
+    query = request.query
+    first_ms, last_ms, zone = _stretch(query, 1)
+    bucket = _word_in(query, "bucket", _STEPS, "hour")
+    measure = _word_in(query, "measure", _MEASURES, "tokens")
+    by = _word_in(query, "by", ("account", "client", "endpoint", "model", "result"), "model")
+    top = min(_number_in(query, "top", 4), 20)
+    starts = bucket_starts(first_ms, last_ms, bucket, zone)
+    by = "accountId" if by == "account" else by
+    value = await _with_events(
+        gw, first_ms, last_ms, lambda events: series(events, starts, by, measure, top)
+    )
+    for row in value["keys"] if by == "accountId" else ():
+        account = gw.store.accounts.get(row["key"])
+        row["label"] = account.name if account else row["label"]
+    now_ms, ends = time.time() * 1000, [*starts, last_ms][1:]
+    for point, end in zip(value["points"], ends, strict=True):
+        point["partial"] = point["t"] <= now_ms < end or (end == last_ms and now_ms - last_ms < 1e3)
+    return _private_reply({"bucketMs": _STEPS[bucket] * 1000, "tz": str(zone), **value})
+
+
+async def admin_get_usage_export(gw: Gateway, request: Request) -> Reply:
+    first_ms, last_ms, zone = _stretch(request.query, 3650)
+    rows = await _with_events(gw, first_ms, last_ms, lambda events: [*usage_table(events, zone)])
+    text = io.StringIO()
+    # A spreadsheet must not take a name for a formula.
+    safe = (["'" + str(one) if str(one)[:1] in "=+-@" else one for one in row] for row in rows)
+    csv.writer(text, lineterminator="\n").writerows(safe)
+    return _file_reply(text.getvalue().encode(), "text/csv; charset=utf-8", "azt-usage.csv")
+
+
+def _file_reply(body: bytes, content_type: str, name: str) -> Reply:
+    disposition = f'attachment; filename="{name}"'
+    headers = [("content-type", content_type), ("content-disposition", disposition)]
+    return Reply(200, body, [*headers, ("cache-control", "no-store")])
+
+
+_ROW_FILTERS = {
+    "account": "accountId",
+    "client": "client",
+    "endpoint": "endpoint",
+    "errorType": "errorType",
+    "model": "model",
+    "result": "result",
+    "status": "status",
+}
+
+
+def _rows(gw: Gateway, query: Mapping[str, str]) -> Iterator[Json]:
+    """The rows of the request log that a query asks for, newest first."""
+    wanted = {field: query[name] for name, field in _ROW_FILTERS.items() if query.get(name)}
+    since, until = (_number_in(query, name, 0) for name in ("since", "until"))
+    text, is_after = query.get("q", "").casefold(), not query.get("before")
+    for row in gw.requests.rows():
+        if is_after and (not since or row["at"] >= since) and (not until or row["at"] < until):
+            if all(str(row[name]) == value for name, value in wanted.items()):
+                shown = (row[name] for name in ("id", "model", "client", "endpoint", "errorType"))
+                if not text or text in " ".join(map(str, shown)).casefold():
+                    yield row
+        is_after = is_after or row["id"] == query.get("before")
+
+
+_ROW_DETAIL = ("attemptList", "timing", "why", "request", "response", "keyId", "remote")
+
+
+async def admin_get_requests(gw: Gateway, request: Request) -> Reply:
+    query, most = request.query, min(_number_in(request.query, "limit", 50), 500)
+
+    def page() -> Json:
+        found = list(itertools.islice(_rows(gw, query), most + 1))
+        items = [{k: v for k, v in row.items() if k not in _ROW_DETAIL} for row in found[:most]]
+        everything = list(gw.requests.rows())
+        facets = {
+            name: sorted({str(row[name]) for row in everything if row[name]})[:USAGE_KEYS_MAX]
+            for name in ("model", "client", "errorType")
+        }
+        more = items[-1]["id"] if len(found) > most and items else None
+        oldest = everything[-1]["at"] if everything else None
+        kept = {"kept": len(everything), "oldestAt": oldest}
+        return {"items": items, "next": more, **kept, "facets": facets}
+
+    return _private_reply(await in_thread(gw.short, page))
+
+
+@_view
+def admin_get_request(gw: Gateway, request: Request) -> Json:
+    wanted = request.params["id"]
+    row = next((row for row in gw.requests.rows() if row["id"] == wanted), None)
+    if row is None:
+        text = f"There is no request {wanted[:60]!r} in the log: it keeps the newest ones."
+        raise AztError(404, "request_not_found", text)
+    return row
+
+
+async def admin_get_requests_export(gw: Gateway, request: Request) -> Reply:
+    lines = [encode_json(row) + b"\n" for row in _rows(gw, request.query)]
+    return _file_reply(b"".join(lines), "application/x-ndjson", "azt-requests.jsonl")
+
+
+async def admin_delete_requests(gw: Gateway, request: Request) -> Reply:
+    before_ms = _number_in(request.query, "before", 0)
+    return _private_reply({"deleted": await gw.forget_requests(before_ms)})
+
+
+async def admin_get_events(gw: Gateway, request: Request) -> Reply:
+    last_id = request.headers.get("last-event-id", "")
+    hello = {"now": _ms(time.time()), "version": VERSION, "pid": os.getpid()}
+    body = gw.events.watch(hello, int(last_id) if last_id.isdecimal() else None)
+    return Reply(200, body, _STREAM_HEADERS)
+
+
+async def get_metrics(gw: Gateway, request: Request) -> Reply:
+    """Prometheus text. Counters are of this process; who may read it is row 13 of trust.md 2."""
+    startup, now = gw.usage.settled().startup, time.time()
+    total = startup.total
+    counts = dict(zip(total.NAMES, total.counts, strict=True))
+    families: dict[str, list[tuple[str, float]]] = {
+        "requests_total counter": [
+            (f'{{result="{word}"}}', counts[name])
+            for word, name in (
+                ("ok", "successCount"),
+                ("failed", "failureCount"),
+                ("cancelled", "cancelledCount"),
+            )
+        ],
+        "tokens_total counter": [
+            (f'{{kind="{name.removesuffix("Tokens")}"}}', count)
+            for name, count in counts.items()
+            if name.endswith("Tokens") and name != "totalTokens"
+        ],
+        "errors_total counter": [
+            (f'{{type="{_label(key)}"}}', row.counts[0])
+            for key, row in startup.by["byError"].items()
+        ],
+        "quota_left_percent gauge": [
+            (f'{{account="{_label(account.name)}"}}', left)
+            for account in gw.store.accounts.values()
+            if (left := percent_left(account.quota, now)) >= 0
+        ],
+        "running_requests gauge": [("", gw.running())],
+        "start_time_seconds gauge": [("", gw.started_at)],
+    }
+    figures = await in_thread(gw.short, process_figures)
+    families |= {f"process_{name} gauge": [("", value)] for name, value in figures.items()}
+    lines, seen = [], 0
+    for family, samples in families.items():
+        lines.append(f"# TYPE azt_{family}")
+        lines += [f"azt_{family.split()[0]}{label} {value}" for label, value in samples]
+    lines.append("# TYPE azt_first_token_seconds histogram")
+    for limit in _DURATIONS_MS:
+        seen += total.first_tokens.get(str(limit), 0)
+        lines.append(f'azt_first_token_seconds_bucket{{le="{limit / 1000}"}} {seen}')
+    everything = sum(total.first_tokens.values())
+    lines.append(f'azt_first_token_seconds_bucket{{le="+Inf"}} {everything}')
+    lines += [f"azt_first_token_seconds_count {everything}", ""]
+    kind = ("content-type", "text/plain; version=0.0.4; charset=utf-8")
+    return Reply(200, "\n".join(lines).encode(), [kind, ("cache-control", "no-store")])
+
+
+def _label(text: str) -> str:
+    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
 get_health = _view(lambda gw, request: {"ok": True})
@@ -8402,6 +9454,15 @@ ROUTES: list[Route] = sorted(
         Route("GET", "/v1/models/{id}", get_model, "api"),
         Route("GET", "/v1/responses/{id}", get_response, "api"),
         Route("GET", "/v1/responses/{id}/input_items", get_response_input_items, "api"),
+        Route("GET", "/metrics", get_metrics, "metrics"),
+        Route("DELETE", f"{ADMIN}/requests", admin_delete_requests, "admin_write"),
+        Route("GET", f"{ADMIN}/events", admin_get_events, "admin_read"),
+        Route("GET", f"{ADMIN}/requests", admin_get_requests, "admin_read"),
+        Route("GET", f"{ADMIN}/requests/export", admin_get_requests_export, "admin_read"),
+        Route("GET", f"{ADMIN}/requests/{{id}}", admin_get_request, "admin_read"),
+        Route("GET", f"{ADMIN}/usage", admin_get_usage, "admin_read"),
+        Route("GET", f"{ADMIN}/usage/export", admin_get_usage_export, "admin_read"),
+        Route("GET", f"{ADMIN}/usage/series", admin_get_usage_series, "admin_read"),
         Route("GET", f"{ADMIN}/accounts", admin_get_accounts, "admin_read"),
         Route("GET", f"{ADMIN}/jobs/{{id}}", admin_get_job, "admin_read"),
         Route("GET", f"{ADMIN}/accounts/import/template", get_template, "admin_read"),
@@ -8782,7 +9843,8 @@ def say(text: str, end: str = "\n", to_stderr: bool = False) -> None:
 @contextlib.asynccontextmanager
 async def _serving(gw: Gateway, host: str, port: int) -> AsyncIterator[tuple[HttpServer, str]]:
     """A loaded gateway that listens, and its address for this machine."""
-    server = HttpServer(routes_of(gw), gw, policy_source(gw))
+    server = HttpServer(routes_of(gw), gw, policy_source(gw), gw.recorded)
+    gw.running = lambda: server.running
     try:
         gw.listening = await server.listen(host, port)
     except OSError as error:
@@ -8799,6 +9861,7 @@ async def _serving(gw: Gateway, host: str, port: int) -> AsyncIterator[tuple[Htt
     finally:
         gw.listening = []
         await gw.save_now()
+        await gw.flush(with_sums=bool(gw.usage.settled().startup.total.counts[0]))
 
 
 async def _serve(gw: Gateway, lock: HomeLock, opens_browser: bool) -> None:
@@ -9054,6 +10117,7 @@ def _status(args: argparse.Namespace) -> int:
         _show(args, {"running": False}, [error.message])
         return EXIT_FAILED
     gateway, models, accounts = state["gateway"], state["models"], state["accounts"]
+    today = state["today"]
     active = [one for one in accounts if one["active"]]
     serving = [f"{one['email'] or one['id']} ({one['plan']}, {one['status']})" for one in active]
     rows = {
@@ -9064,6 +10128,7 @@ def _status(args: argparse.Namespace) -> int:
         "serving": "".join(serving) or "no account",
         "accounts": str(len(accounts)),
         "model": f"{state['defaultModel']} ({models['count']} listed, from {models['source']})",
+        "today": f"{today['requestCount']:,} requests, {today['totalTokens']:,} tokens",
         "state": gateway["stateDir"],
     }
     return _show(args, {"running": True, **state}, _table(*rows.items()))
@@ -9256,6 +10321,76 @@ _import_lines = _listing(
         *(one.get("plan", ""), one.get("message", "")),
     ),
 )
+_PERIODS = {"today": 1, "7 days": 7, "lifetime": 0}
+
+
+def _usage(args: argparse.Namespace) -> int:
+    """The sums of three periods; with --by the rows of one dimension beside each other."""
+    now, shown = time.time() * 1000, {}
+
+    def fetch(call: _Call) -> None:
+        for period, days in _PERIODS.items():
+            query = f"?from={_day(int(now - (days - 1) * 86_400_000))}" if days else ""
+            shown[period] = parse_event(call("GET", f"{ADMIN}/usage{query}").body) or {}
+
+    _on_gateway(fetch)
+    if args.by:
+        name = {"client": "bySource"}.get(args.by, f"by{args.by.title()}")
+        found = {(row["key"], row["label"]): None for view in shown.values() for row in view[name]}
+        value: Any = {period: view[name] for period, view in shown.items()}
+        rows = [["", *(f"{period} {word}" for period in shown for word in ("REQ", "TOKENS"))]]
+        for key, label in found:
+            sums = ({row["key"]: row["aggregate"] for row in view[name]} for view in shown.values())
+            cells = [one.get(key, {}) for one in sums]
+            pairs = [(c.get("requestCount", 0), c.get("totalTokens", 0)) for c in cells]
+            rows.append([label, *(f"{count:,}" for pair in pairs for count in pair)])
+    else:
+        value = {period: view["range"] for period, view in shown.items()}
+        rows = [["", *(period.upper() for period in value)]]
+        for text, member in _USAGE_ROWS.items():
+            rows.append([text, *(f"{one[member]:,}" for one in value.values())])
+    return _show(args, value, _table(*rows))
+
+
+_USAGE_ROWS = {
+    "requests": "requestCount",
+    "failed": "failureCount",
+    "cancelled": "cancelledCount",
+    "input tokens": "inputTokens",
+    "of them cached": "cachedInputTokens",
+    "output tokens": "outputTokens",
+    "of them reasoning": "reasoningTokens",
+    "all tokens": "totalTokens",
+    "no usage reported": "unknownTokenCount",
+    "images": "imageCount",
+}
+
+
+def _log_line(row: Json) -> str:
+    when = time.strftime("%m-%d %H:%M:%S", time.localtime(row["at"] / 1000))
+    tokens = f"{row['tokens']['total']} tokens" if row["tokens"] else "-"
+    end = row["result"] if row["result"] == "ok" else f"{row['result']}: {row['errorType']}"
+    who = f"{row['client']} -> {row['account'] or '-'}"
+    return (
+        f"{when} {row['status']} {row['endpoint']} {row['model']} {who} "
+        f"{row['durationMs']} ms, {tokens}, {end}"
+    )
+
+
+def _log(args: argparse.Namespace) -> int:
+    def follow(call: _Call) -> None:
+        page = parse_event(call("GET", f"{ADMIN}/requests?limit=50").body) or {}
+        rows: Iterable[Json] = reversed(page["items"])
+        if args.follow:
+            live = _events(call("GET", f"{ADMIN}/events"))
+            rows = itertools.chain(rows, (event for event in live if "durationMs" in event))
+        for row in rows:
+            say(json.dumps(row) if args.json else _log_line(row))
+
+    _on_gateway(follow, must_run=args.follow)
+    return EXIT_OK
+
+
 _key_lines = _listing(
     "No keys: the API asks for none. `azt keys add NAME` adds one.",
     ("ID", "NAME", "KEY", "MADE"),
@@ -9301,6 +10436,7 @@ def _models(args: argparse.Namespace) -> int:
 # Every argument of every command, in argparse's terms.
 _ARGUMENTS: dict[str, Json] = {
     "--all": {"action": "store_true", "help": "all accounts"},
+    "--by": {"choices": ("model", "account", "client", "endpoint"), "help": "split the sums"},
     "--demo": {"action": "store_true", "help": "play the upstream too: no account, no network"},
     "--device": {"action": "store_true", "help": "sign in with a code, on any device"},
     "--dry-run": {"action": "store_true", "help": "only say what an import would do"},
@@ -9317,6 +10453,7 @@ _ARGUMENTS: dict[str, Json] = {
     "--port": {"type": int, "help": "port to listen on (default 8787; 0 picks a free one)"},
     "--refresh": {"action": "store_true", "help": "ask the upstream for the current list"},
     "--zip": {"action": "store_true", "help": "a ZIP with one file for each account"},
+    "-f": {"dest": "follow", "action": "store_true", "help": "go on with each that ends"},
     "-o": {"dest": "output", "metavar": "FILE", "help": "where to; - is standard output"},
     "ACCOUNT": {"help": "label, e-mail or the beginning of an id"},
     "ACCOUNT*": {"nargs": "*", "help": "label, e-mail or the beginning of an id; none: all"},
@@ -9344,6 +10481,8 @@ _COMMANDS: dict[str, tuple[str, _Run]] = {
     ),
     "status --json": ("show what runs and which account serves", _status),
     "ask TEXT* --model --json": ("ask a model; the answer streams to the terminal", _ask),
+    "usage --by --json": ("show what was used: today, in 7 days, ever", _usage),
+    "log -f --json": ("show the newest requests", _log),
     "models --refresh --json": ("list the models", _models),
     "accounts list --json": ("list the accounts", _admin("GET", "/accounts", _account_lines)),
     "accounts import FILE... --dry-run --json": ("add accounts from files", _import),
