@@ -3496,13 +3496,12 @@ def returned_headers(headers: Mapping[str, str]) -> list[tuple[str, str]]:
     return [one for one in headers.items() if _RETURNED.fullmatch(one[0]) and one[1].isascii()]
 
 
-_SCANNED_TYPE = (
-    rb"(?:error|response\.(?:completed|created|failed|incomplete|metadata)"
-    rb"|codex\.(?:rate_limits|response\.metadata))"
-)
 _SCANNED = re.compile(
-    rb"\n(?:event: ?%b\n{1,2}data: ?(?=\{)" % _SCANNED_TYPE
-    + rb'|data: ?(?=\{\s*"type"\s*:\s*"%b"))' % _SCANNED_TYPE
+    rb'\n(?:event: ?TYPE\n{1,2}data: ?(?=\{)|data: ?(?=\{\s*"type"\s*:\s*"TYPE"))'.replace(
+        b"TYPE",
+        rb"(?:error|response\.(?:completed|created|failed|incomplete|metadata)"
+        rb"|codex\.(?:rate_limits|response\.metadata))",
+    )
 )
 _SCAN_BACK_BYTES, _SCANNED_MAX_BYTES = 120, MIB
 # A JSON string that is short or may yet be, or else a long one between its quotes.
@@ -3514,12 +3513,9 @@ class Scanner:
 
     Of the few events that matter the line of JSON is kept until it ends; one that grows large keeps
     its short strings only, so memory is bounded. They are found by their name, or by the type that
-    comes first in the JSON, as the backend writes them; any other form passes unseen.
-
-    As a `Translator` it hands on what it gets: this stream is over when its bytes are.
+    comes first in the JSON, as the backend writes them. As a `Translator` it hands on what it gets.
 
     state       "completed", "failed" or "incomplete" once the terminal event was seen
-    limits      the last `codex.rate_limits` event
     turn_state  what the backend wants back on the next request of the same turn
     """
 
@@ -3592,8 +3588,8 @@ class Passthrough(Relay):
     """A relay that changes nothing: status, bytes and the way it ends are the upstream's.
 
     A failure among the held events that another account may not have is raised by `ready`, and
-    kept: `pass_on` sends it after all. A broken transfer becomes one for the client too. An answer
-    that is no stream is ready at once; its body is in `answer`.
+    kept: `pass_on` sends it after all. A broken transfer stays one. An answer that is no stream is
+    ready at once; its body is in `answer`.
     """
 
     def __init__(self, pool: ConnectionPool, answer: Answer) -> None:
@@ -3626,20 +3622,16 @@ class Passthrough(Relay):
     def _hold(self, held: list[bytes], data: bytes) -> None:
         held.append(data)
         self._held_bytes += len(data)
-        for event in self._events.feed(data):
-            kind = event_type(event)
-            if kind in _FAILURES:
-                error = event_error(parse_event(event) or {}, time.time())
-                if error.fault != "request":
-                    self.pause()
-                    if not self._ready.done():
-                        self._ready.set_exception(error)
-                    return
-            if not _is_handshake(kind):
-                self._has_content = True
-                self._open(held)
-                return
-        if self._held_bytes > MAX_HELD_BYTES:
+        events = (one for one in self._events.feed(data) if not _is_handshake(event_type(one)))
+        event, error = next(events, None), None
+        if event is not None and event_type(event) in _FAILURES:
+            error = event_error(parse_event(event) or {}, time.time())
+        if error is not None and error.fault != "request":
+            self.pause()
+            if not self._ready.done():
+                self._ready.set_exception(error)
+        elif event is not None or self._held_bytes > MAX_HELD_BYTES:
+            self._has_content = True
             self._open(held)
 
     def _body_over(self, clean: bool) -> None:
@@ -8621,7 +8613,7 @@ async def _codex_attempt(
         gw.codex_lists[account.id] = path, answer
     relay, is_page = Passthrough(gw.pool, answer), "html" in answer.headers.get("content-type", "")
     try:
-        if answer.status >= 300 or is_page:
+        if is_page or answer.status >= 300:
             raise upstream_error(answer.status, answer.headers, answer.body, time.time())
         await relay.ready(hold_s)
     except UpstreamError as error:

@@ -1684,3 +1684,20 @@ def test_the_connection_of_a_passthrough_is_kept_after_its_body() -> None:
             return server.connections
 
     assert run(main) == 1
+
+
+@pytest.mark.parametrize("first", [b"data: no json\n\n", b'data: {"a": 1}\n\n', delta("a")])
+def test_an_event_of_any_kind_opens_a_passthrough(first: bytes) -> None:
+    script = Chunks(chunk(HANDSHAKE + first), chunk(COMPLETED) + END)
+    script.go(0)
+
+    async def main() -> bytes:
+        async with passing(script) as (relay, wall):
+            await relay.ready(60.0)
+            relay.start(wall)
+            before = bytes(wall.written)
+            script.go(1)
+            await wall.until(lambda wall: wall.finished)
+            return before
+
+    assert run(main) == HANDSHAKE + first
