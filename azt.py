@@ -2622,15 +2622,15 @@ def read_callback(text: str) -> dict[str, str]:
 def finish_login(logins: Iterable[Login], said: Mapping[str, str], pasted: bool = False) -> Login:
     """Give what a callback said, or a person pasted, to the one of `logins` that waits for it.
 
-    raises  AztError 400, and then everything is as before
+    raises  AztError 400 or 410, and then everything is as before
     """
     is_bare = pasted and set(said) == {"code"}  # the verifier alone decides whether the code fits
-    state = said.get("state", "").encode()
+    state = said.get("state", "").encode("utf-8", "replace")
     waiting = [one for one in logins if one.port and not one.code.done()]
     found = [one for one in waiting if is_bare or hmac.compare_digest(one.state.encode(), state)]
     if not found:
         text = "This does not belong to a sign-in that is waiting. Start again from its link."
-        raise AztError(400, "state_mismatch", text)
+        raise AztError(*((400, "state_mismatch") if waiting else (410, "flow_expired")), text)
     error, told = _complaint({**said, "code": ""})
     if "missing_codex_entitlement" in told.lower():
         told = "This workspace has no access to Codex: ask its administrator."
@@ -8984,7 +8984,8 @@ async def admin_post_login(gw: Gateway, request: Request) -> Reply:
 async def admin_login(gw: Gateway, request: Request) -> Reply:
     """Look at a sign-in, or go on with it: open, callback (what was pasted, or keep), DELETE."""
     body = await read_object(gw, request) if request.method == "POST" else {}
-    login, last = gw.logins.flows.get(request.params["id"]), request.path.rpartition("/")[2]
+    login = gw.logins.flows.get(request.params["id"])
+    last = request.path.rstrip("/").rpartition("/")[2]
     if login is None:
         raise AztError(404, "flow_not_found", "There is no such sign-in any more: start anew.")
     if request.method == "DELETE":
@@ -10153,13 +10154,6 @@ def _ask(args: argparse.Namespace) -> int:
 _TEXT_BROWSERS = {"elinks", "links", "lynx", "w3m", "www-browser"}
 
 
-def _open_link(url: str) -> None:
-    """In a browser, where there is one. In a thread: some commands last as long as theirs."""
-    with contextlib.suppress(webbrowser.Error):
-        if getattr(webbrowser.get(), "name", "") not in _TEXT_BROWSERS:
-            threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
-
-
 def _sign_in(args: argparse.Namespace) -> int:
     tell = functools.partial(say, to_stderr=args.json)
 
@@ -10181,8 +10175,12 @@ def _sign_in(args: argparse.Namespace) -> int:
             elif flow.get("listenError"):
                 text = f"Ports {CALLBACK_PORTS} are taken: use `azt login --device`, or a terminal."
                 raise AztError(500, "port_in_use", text)
-            if not (args.device or args.no_browser):
-                _open_link(flow["authorizeUrl"])
+            with contextlib.suppress(webbrowser.Error):  # there is none
+                is_wanted = not (args.device or args.no_browser)
+                if is_wanted and getattr(webbrowser.get(), "name", "") not in _TEXT_BROWSERS:
+                    # In a thread: some commands last as long as their browser.
+                    link = (flow["authorizeUrl"],)
+                    threading.Thread(target=webbrowser.open, args=link, daemon=True).start()
             while flow["status"] in ("waiting", "exchanging"):
                 typed = select.select([sys.stdin] if reads else [], [], [], LOGIN_POLL_S)[0]
                 line = sys.stdin.readline() if typed else " "
@@ -10192,7 +10190,7 @@ def _sign_in(args: argparse.Namespace) -> int:
                         ask("POST", f"{path}/callback", {"url": line})
                     flow = ask("GET", path)
                 except AztError as error:
-                    if error.status != 400:
+                    if error.status not in (400, 410):  # what was pasted did not fit
                         raise
                     tell(mask(error.message))
             return flow

@@ -13,13 +13,15 @@ import socket
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_upstream import CHALLENGE_PAGE, DEVICE, FakeUpstream, Json, account_file, challenge_of
 from harness import Answer, Client, Gateway, make_gateway
+from hypothesis import given
+from hypothesis import strategies as st
 
 import azt
 
@@ -322,6 +324,34 @@ def test_a_port_taken_after_the_link_was_made_is_said(admin: Admin) -> None:
     assert admin.call("POST", f"/login/{flow['flowId']}/open", {}).json["listening"] is True
 
 
+def test_two_links_followed_at_once_are_both_listened_for(admin: Admin) -> None:
+    flows = [admin.login(), admin.login()]
+    opened: list[Json] = []
+
+    def follow(flow: Json) -> None:
+        opened.append(admin.call("POST", f"/login/{flow['flowId']}/open", {}).json)
+
+    threads = [threading.Thread(target=follow, args=(flow,)) for flow in flows]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert [(flow["listening"], flow.get("listenError")) for flow in opened] == [(True, None)] * 2
+
+
+def test_a_gateway_that_stops_waits_for_no_sign_in(
+    new_gateway: Callable[..., Gateway], ports: None
+) -> None:
+    gateway = new_gateway(accounts=[])
+    Admin(gateway.url).opened()
+    begun = time.monotonic()
+
+    assert gateway.stop() == 0
+    assert time.monotonic() - begun < 5
+    assert is_refused(1455)
+
+
 # -- What is refused at the callback port ---------------------------------------------------------
 
 
@@ -572,6 +602,29 @@ def test_what_cannot_be_the_answer_changes_nothing(admin: Admin, pasted: Any, co
     assert admin.flow(flow)["status"] == "waiting"
 
 
+def test_nothing_can_be_pasted_after_the_end(admin: Admin, upstream: FakeUpstream) -> None:
+    flow = admin.login()
+    back = upstream.sign_in(flow["authorizeUrl"])
+    assert admin.paste(flow, back).json["status"] == "done"
+
+    refused = admin.paste(flow, back)
+
+    assert (refused.status, refused.error["code"]) == (410, "flow_expired")
+
+
+@given(st.text() | st.text("#?&=code \ud800%/:state", max_size=30))
+def test_whatever_is_pasted_is_no_surprise(text: str) -> None:
+    async def paste() -> None:
+        login = azt.Login(None, asyncio.get_running_loop().create_future(), port=1455)
+        said = azt.read_callback(text)
+        assert all(isinstance(one, str) for pair in said.items() for one in pair)
+        with contextlib.suppress(azt.AztError):
+            azt.finish_login([login], {**said, "state": said.get("state", "x")}, pasted=True)
+        assert not login.code.done()
+
+    asyncio.run(paste())
+
+
 def test_the_answer_of_another_sign_in_is_refused(admin: Admin, upstream: FakeUpstream) -> None:
     flow, other = admin.login(), admin.login()
 
@@ -786,8 +839,9 @@ def test_a_sign_in_is_over_after_its_time(
         login = await gateway.logins.start(False, None)
         assert login.task is not None
         await asyncio.wait({login.task})
-        with pytest.raises(azt.AztError, match="does not belong"):
+        with pytest.raises(azt.AztError, match="does not belong") as caught:
             azt.finish_login([login], {"code": "x", "state": login.state})
+        assert caught.value.code == "flow_expired"
         return login
 
     login = asyncio.run(scenario())
