@@ -21,7 +21,7 @@ The file reads from top to bottom in rooms. A room uses only names from rooms ab
      5  Settings             defaults < file < environment < flags
      6  Outbound HTTP        TLS trust, proxy, connection pool; the only sockets out
      7  Event streams        JSON and SSE bytes <-> dicts, pure
-     8  Accounts             who is signed in, import
+     8  Accounts             8a who is signed in, import; 8b Codex's own files
      9  OAuth                sign in and refresh
     10  Upstream             speak to the Codex backend for one given account
     11  Translators          dict to dict, pure: 11a chat, 11b responses
@@ -44,6 +44,7 @@ import collections
 import concurrent.futures
 import contextlib
 import csv
+import difflib
 import email.utils
 import errno
 import fcntl
@@ -76,6 +77,7 @@ import sys
 import tempfile
 import threading
 import time
+import tomllib
 import urllib.parse
 import uuid
 import webbrowser
@@ -442,6 +444,8 @@ class Paths:
         self.accounts = self.state / "accounts.json"
         self.admin_token = self.state / "admin-token"
         self.before = self.state / "before-azt"
+        self.codex = self.state / "codex.json"
+        self.codex_backups = self.state / "codex-backups"
         self.keys = self.state / "keys.json"
         self.lock = self.state / "lock"
         self.models = self.state / "models.json"
@@ -453,6 +457,8 @@ class Paths:
         self.usage_lifetime = self.state / "usage" / "lifetime.json"
         self.codex_auth = codex_home / "auth.json"
         self.store = self.state / "store.json"
+        self.codex_config = codex_home / "config.toml"
+        self.codex_home = codex_home
         self.codex_models = codex_home / "models_cache.json"
 
 
@@ -589,21 +595,28 @@ def write_json(path: Path, value: Json, indent: int | None = 1) -> None:
 
 
 @blocking
-def write_bytes(path: Path, raw: bytes) -> None:
+def write_bytes(
+    path: Path, raw: bytes, mode: int = 0o600, last_look: Callable[[], None] = lambda: None
+) -> None:
     """Temporary file in the same folder, fsync, rename, fsync of the folder.
 
-    raises  AztError 507 (disk full) or 500; the old content is then still there
+    last_look  raises AztError when the file must not be replaced after all
+    raises     AztError 507 (disk full) or 500; the old content is then still there
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb", opener=_open_own) as file:
             file.write(raw)
             file.flush()
+            os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
+        last_look()
         os.replace(temporary, path)
-    except OSError as error:
+    except (AztError, OSError) as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, AztError):
+            raise
         raise _not_saved(path, error) from None
     try:
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -692,6 +705,98 @@ def adopt_home(paths: Paths, convert: Callable[[bytes | None, Json], tuple[Json,
         write_json(paths.settings, values)
     write_json(paths.accounts, accounts)
     log.info("took over what the Node program left; its files are in %s", paths.before)
+
+
+@blocking
+def find_foreign(path: Path) -> bytes | None:
+    """A small file of the user's other programs; None where there is none. Raises AztError."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid():
+            raise OSError(0, "it is no file of yours")
+        return read_foreign(path, MIB)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        text = f"{path} cannot be read ({error.strerror}). Mend that, then try again."
+        raise AztError(422, "not_readable", text, extra={"params": {"path": str(path)}}) from None
+
+
+@blocking
+def replace_foreign(path: Path, raw: bytes | None, seen: bytes | None) -> None:
+    """Replace a file of another program (None: take it away), through links, keeping its mode.
+
+    seen    what stood there when the change was worked out
+    raises  AztError 409 when something else stands there now, 422 when it cannot be written
+    """
+
+    def last_look() -> None:
+        if find_foreign(path) != seen:
+            text = f"{path} was changed meanwhile. Nothing was written: look at it and try again."
+            raise AztError(409, "file_changed", text)
+
+    try:
+        target, mode = path.resolve(), 0o600
+        if seen is not None:
+            mode = stat.S_IMODE(target.stat().st_mode)
+            homes = Path(os.path.expanduser("~")).resolve(), path.parent.resolve()
+            if not any(map(target.is_relative_to, homes)):
+                raise OSError(0, "it is a link out of your home")
+            if not mode & 0o200:
+                raise OSError(0, "it is read-only: `chmod u+w`")
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for leftover in target.parent.glob(f".{target.name}.{'[0-9a-f]' * 16}.tmp"):
+            leftover.unlink()
+        if raw is not None:
+            return write_bytes(target, raw, mode, last_look)
+        last_look()
+        target.unlink(missing_ok=True)
+    except OSError as error:
+        text = f"{path} cannot be written ({error.strerror}). Mend that, then try again."
+        raise AztError(422, "not_writable", text, extra={"params": {"path": str(path)}}) from None
+
+
+@blocking
+def keep_copy(folder: Path, file: str, reason: str, raw: bytes) -> Path:
+    """Keep what a foreign file holds before it changes: five copies, the very first among them."""
+    with contextlib.suppress(OSError):  # then the copy cannot be written, which says it better
+        folder.mkdir(mode=0o700, exist_ok=True)
+    copy = folder / f"{file}-{time.time_ns() // 1_000_000}-{reason}"
+    write_bytes(copy, raw)
+    for surplus in sorted(folder.glob(f"{file}-*"))[1:-4]:
+        surplus.unlink(missing_ok=True)
+    return copy
+
+
+@blocking
+def in_database(path: Path, sql: str, copy: Path | None = None) -> int:
+    """Run one statement in a SQLite file of another program: the number that it selects.
+
+    copy    changes rows; this file of ours gets the database as it was before
+    raises  AztError, and nothing was changed
+    """
+    import sqlite3  # only here: some builds of Python come without it
+
+    def opened(file: Path, mode: str) -> contextlib.closing[sqlite3.Connection]:
+        where = f"{file.resolve().as_uri()}?mode={mode}"
+        return contextlib.closing(sqlite3.Connection(where, 2.0, isolation_level=None, uri=True))
+
+    try:
+        with opened(path, "rw" if copy else "ro") as database:
+            if copy is None:
+                return int(database.execute(sql).fetchone()[0])
+            database.execute("BEGIN IMMEDIATE")
+            if database.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
+                raise sqlite3.DatabaseError("it is damaged")
+            # By a connection of its own: that of an open transaction would wait for itself.
+            with opened(path, "ro") as source, opened(copy, "rw") as kept:
+                source.backup(kept)
+            changed = database.execute(sql).rowcount
+            database.execute("COMMIT")
+            return changed
+    except sqlite3.Error as error:
+        text = f"{path} is left as it is ({error}). Close Codex, then try again."
+        raise AztError(409, "history_unusable", text) from None
 
 
 @blocking
@@ -2483,6 +2588,379 @@ def _expiry(value: Any) -> int:
     if not 0 <= seconds < _YEAR_2200_S:
         raise _bad_file("bad_expiry", "Its expiry is no time between 1970 and 2200.")
     return int(seconds)
+
+
+# --------------------------------------------------------------------------------------------------
+# 8b. Codex's own files
+#     The take-over of its config.toml, the sign-in in its auth.json, and the way back. The text is
+#     edited, never written anew: `tomllib` proves that nothing but the intended keys has changed.
+# --------------------------------------------------------------------------------------------------
+
+CODEX_MODES = ("openai", "ai-zero-token")  # the provider under which Codex files conversations
+_KeyPath = tuple[str, ...]
+
+
+def _codex_keys(mode: str, base_url: str) -> dict[_KeyPath, Any]:
+    """What Codex has to be told (codex-upstream.md 2.2). A table's last key first."""
+    if mode == "openai":
+        return {("model_provider",): mode, ("openai_base_url",): base_url}
+    table: Json = {"supports_websockets": False, "wire_api": "responses", "base_url": base_url}
+    table["name"] = "AI Zero Token"
+    keys: dict[_KeyPath, Any] = {("model_provider",): mode}
+    return keys | {("model_providers", mode, name): value for name, value in table.items()}
+
+
+def parse_toml(text: str | bytes) -> Json:
+    """Codex's config. Floats stay texts, for a `nan` equals nothing. Raises AztError."""
+    try:
+        text = text if isinstance(text, str) else text.decode()
+        return tomllib.loads(text.removeprefix("\ufeff"), parse_float=str)
+    except (ValueError, RecursionError) as error:
+        message = f"Codex's config.toml is no valid TOML ({error}). Mend it, then try again."
+        raise AztError(409, "config_unusable", message) from None
+
+
+def _apart(text: str) -> tuple[dict[_KeyPath, Any], Json]:
+    """A config as our keys and all the rest, without a table that held nothing else."""
+    ours: dict[_KeyPath, Any] = {}
+    rest = parse_toml(text)
+    providers = _as_object(rest.get("model_providers"))
+    own = _as_object(providers.get("ai-zero-token"))
+    for path in (path for mode in CODEX_MODES for path in _codex_keys(mode, "")):
+        table = own if path[:-1] else rest
+        if path[-1] in table:
+            ours[path] = table.pop(path[-1])
+    if not own:
+        providers.pop("ai-zero-token", None)
+    if not providers:
+        rest.pop("model_providers", None)
+    return ours, rest
+
+
+def _proved(
+    texts: Iterable[str], ours: dict[_KeyPath, Any], rest: Json, wish: dict[_KeyPath, Any]
+) -> str:
+    """The first of these texts that says exactly this. Raises AztError that tells the wish."""
+    for text in texts:
+        with contextlib.suppress(AztError):
+            if _apart(text) == (ours, rest):
+                return text
+    told = [f"{'.'.join(path)} = {json.dumps(wish[path], default=str)}" for path in sorted(wish)]
+    message = (
+        "Codex's config.toml is written in a way that azt cannot change without touching other "
+        "settings, so nothing was written. Edit it: of model_provider, openai_base_url and "
+        f"[model_providers.ai-zero-token] it has to say {'; '.join(told) or 'nothing'}"
+    )
+    raise AztError(409, "config_unusable", message)
+
+
+def _edits(text: str, path: _KeyPath, value: Any, is_there: bool) -> Iterator[str]:
+    """The text with one key set, in each way that may be right; `_proved` knows which one is."""
+    said, line_end = json.dumps(value), "\r\n" if "\r\n" in text else "\n"
+    if is_there:  # only the value: what stands around it stays
+        key = rf"""\b{path[-1]}["']?[ \t]*=[ \t]*("[^"\\\n]*"|'[^'\n]*'|[\w.+-]+)"""
+        for found in re.finditer(key, text):
+            yield text[: found.start(1)] + said + text[found.end(1) :]
+        return
+    line, lines = f"{path[-1]} = {said}{line_end}", re.findall(r"[^\n]*\n|[^\n]+", text)
+    if path[:-1]:
+        header = r"""\s*\[\s*["']?model_providers["']?\s*\.\s*["']?ai-zero-token["']?\s*\]"""
+        places = [(at + 1, line) for at, one in enumerate(lines) if re.match(header, one)]
+        blank = line_end if text and lines[-1].strip() else ""
+        places.append((len(lines), f"{blank}[{'.'.join(path[:-1])}]{line_end}{line}"))
+    else:
+        top = int(text.startswith("#:"))  # the schema for editors has to stay the first line
+        at = next((at for at, one in enumerate(lines) if one.lstrip()[:1] == "["), len(lines))
+        while at > top and re.fullmatch(r"\s*(#.*)?\s*", lines[at - 1]):
+            at -= 1
+        places = [(at, line), (top, line)]
+    for at, new in places:
+        above = "".join(lines[:at])
+        above += "" if not above or above.endswith("\n") else line_end
+        yield above + new + "".join(lines[at:])
+
+
+def take_over(text: str, mode: str, base_url: str) -> str:
+    """Codex's config with our keys in it; all else stays, byte for byte. Raises AztError."""
+    mark = text[: text.startswith("\ufeff")]
+    text = text.removeprefix(mark)
+    ours, rest = _apart(text)
+    wanted = _codex_keys(mode, base_url)
+    for path, value in wanted.items():
+        if ours.get(path) != value:
+            edits = _edits(text, path, value, path in ours)
+            ours[path] = value
+            text = _proved(edits, ours, rest, ours | wanted)
+    return mark + text
+
+
+def put_back(text: str, after: str, before: str) -> str:
+    """Codex's config where a take-over made `after` out of `before`, and the person edited on.
+
+    What azt wrote becomes what stood there; a key that has another value by now is the person's.
+    raises  AztError
+    """
+    (ours, rest), (written, _), (former, _) = map(_apart, (text, after, before))
+    wanted = {path: value for path, value in ours.items() if written.get(path) != value}
+    wanted |= {path: former[path] for path in former if written.get(path) == ours.get(path)}
+    mark = text[: text.startswith("\ufeff")]
+    now, was, old = (one.removeprefix("\ufeff").split("\n") for one in (text, after, before))
+    plain = [[line.rstrip("\r") for line in lines] for lines in (now, was, old)]
+    blocks = difflib.SequenceMatcher(None, plain[1], plain[0]).get_matching_blocks()
+    place = {one.a + at: one.b + at for one in blocks for at in range(one.size)}
+    changes = difflib.SequenceMatcher(None, plain[1], plain[2]).get_opcodes()
+
+    def merged(brings_all: bool) -> str:
+        lines = list(now)
+        for tag, start, end, *span in reversed(changes):
+            at = [place[line] for line in range(start, end) if line in place]
+            if tag == "equal" or not at:
+                continue
+            for line in reversed(at[1:]):
+                del lines[line]
+            is_whole = brings_all or len(at) == end - start
+            lines[at[0] : at[0] + 1] = old[span[0] : span[1]] if is_whole else []
+        return mark + "\n".join(lines).removesuffix("\r")
+
+    # A change of which the person has rewritten a part may take the old lines back, or not.
+    return _proved(map(merged, (True, False)), wanted, rest, wanted)
+
+
+def codex_route(config: Json) -> tuple[str, str]:
+    """(provider, base URL) by which this config makes Codex send its requests; "" by default."""
+    provider = str(config.get("model_provider") or "openai")
+    table = _as_object(_as_object(config.get("model_providers")).get(provider))
+    url = config.get("openai_base_url") if provider == "openai" else table.get("base_url")
+    return provider, str(url or "")
+
+
+def codex_auth(old: Json, account: Account, now: float) -> Json:
+    """Codex's auth.json with this sign-in (codex-upstream.md 2.1); what else it says stays."""
+    kept = _as_object(old.get("tokens"))
+    kept = kept if kept.get("account_id") == account.account_id else {}
+    names = ("id_token", "access_token", "refresh_token", "account_id")
+    tokens = {**kept, **{name: getattr(account, name) for name in names}}
+    at = datetime.fromtimestamp(account.refreshed_at or now, UTC).isoformat()
+    sign_in = {"auth_mode": "chatgpt", "tokens": tokens, "last_refresh": at.replace("+00:00", "Z")}
+    return {"OPENAI_API_KEY": None, **old, **sign_in}
+
+
+def _auth_of(raw: bytes | None) -> Json:
+    auth = parse_event(raw) if raw else {}
+    if auth is None:
+        message = "Codex's auth.json is no JSON object. Move it away, then try again."
+        raise AztError(409, "auth_unusable", message)
+    return auth
+
+
+@blocking
+def read_codex_sign_in(path: Path) -> Account | None:
+    """The account in Codex's auth.json; None where it is missing, foreign or holds no tokens."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid():
+            return None
+        raw = read_foreign(path, IMPORT_MEMBER_MAX_BYTES)
+        found = [one for _, one in read_accounts([("", raw)], time.time())]
+    except OSError:
+        return None
+    return found[0] if found and isinstance(found[0], Account) else None
+
+
+class CodexFiles:
+    """Codex's files, and what azt remembers of its changes to them in `codex.json`.
+
+    Every method runs in the one thread for files: nothing comes between two steps. Their order
+    makes a crash harmless: a copy of the file, then how to undo the change, then the file itself.
+    """
+
+    def __init__(self, paths: Paths) -> None:
+        self._paths = paths
+
+    def _saved(self) -> Json:
+        return read_json(self._paths.codex, 1) or {"version": 1}
+
+    @blocking
+    def look(self, own_url: str) -> Json:
+        """What is so, as the files themselves tell it (console.md 6.5)."""
+        paths, problem = self._paths, None
+        saved: Json = {}
+        config, auth, raw, refreshed_at = saved, saved, b"", 0
+        try:
+            saved, raw = self._saved(), find_foreign(paths.codex_config) or b""
+            config, auth = parse_toml(raw), _auth_of(find_foreign(paths.codex_auth))
+        except AztError as error:
+            problem = error.message
+        with contextlib.suppress(BadRequest):
+            refreshed_at = _expiry(auth.get("last_refresh"))
+        taken, account = _as_object(saved.get("takeover")), read_codex_sign_in(paths.codex_auth)
+        provider, url = codex_route(config)
+        written = taken.get("written") or [""]
+        is_on = bool(url) and url in (own_url, codex_route(parse_toml(written[-1]))[1])
+        mode = "chatgpt" if account else "apikey" if auth.get("OPENAI_API_KEY") else None
+        return {
+            "home": str(paths.codex_home),
+            "installed": paths.codex_home.is_dir(),
+            "problem": problem,
+            "takeover": {
+                "on": is_on,
+                "historyMode": provider if is_on else None,
+                "provider": provider,
+                "baseUrl": url or None,
+                "gatewayUrl": own_url,
+                "matchesGateway": url == own_url,
+                "path": str(paths.codex_config),
+                "since": taken.get("since") if is_on else None,
+                "editedSince": is_on and bool(taken) and raw.decode() not in written,
+            },
+            "auth": {
+                "path": str(paths.codex_auth),
+                "exists": paths.codex_auth.exists(),
+                "mode": auth.get("auth_mode") or mode,
+                "accountId": account.id if account else None,
+                "email": account.email if account else None,
+                "lastRefresh": refreshed_at * 1000 or None,
+                "applied": account is not None and saved.get("applied") == account.id,
+            },
+        }
+
+    @blocking
+    def kept(self) -> Json:
+        """The backups, newest first (an empty one: there was no file), and the other history."""
+        found = []
+        for path in self._paths.codex_backups.glob("*-*-*"):
+            file, at, reason = path.name.rsplit("-", 2)
+            item = {"id": path.name, "file": file, "at": int(at), "reason": reason}
+            account = read_codex_sign_in(path) if file == "auth.json" else None
+            email = account.email if account else None
+            found.append(item | {"email": email, "size": path.stat().st_size})
+        backups = sorted(found, key=lambda one: str(one["at"]), reverse=True)
+        return {"backups": backups, "history": self._history()}
+
+    def _history(self, moves: bool = False) -> Json:
+        """Conversations under `ai-zero-token`; `moves` files them under `openai` again."""
+        which, count, note = "WHERE model_provider = 'ai-zero-token'", 0, None
+        for path in sorted(self._paths.codex_home.glob("state_*.sqlite")):
+            try:
+                found = in_database(path, f"SELECT count(*) FROM threads {which}")
+                if found and moves:
+                    copy = keep_copy(self._paths.codex_backups, path.name, "history", b"")
+                    in_database(path, f"UPDATE threads SET model_provider = 'openai' {which}", copy)
+                count += found
+            except AztError as error:
+                if moves:
+                    raise
+                note = error.message
+        return {"toMigrate": count, "note": note}
+
+    def _change(
+        self, path: Path, old: bytes | None, new: bytes | None, reason: str, saved: Json, base: str
+    ) -> Json:
+        """Copy, memory, file. `base` is that of the dry run, or "any"; "" makes a dry run."""
+        known = "sha256:" + hashlib.sha256(old or b"").hexdigest()
+        changed = old != new
+        if base not in ("", "any", known):
+            message = f"{path} was changed since you looked at it. Look again, then confirm."
+            raise AztError(409, "file_changed", message)
+        told: Json = {"dryRun": not base, "path": str(path), "base": known}
+        if base and changed:
+            copy = keep_copy(self._paths.codex_backups, path.name, reason, old or b"")
+            told |= {"backup": {"id": copy.name, "file": path.name}}
+            write_json(self._paths.codex, saved)
+            replace_foreign(path, new, old)
+        return told | {"changed": changed, "willBackup": changed}
+
+    @blocking
+    def route(self, mode: str, own_url: str, moves: bool, base: str) -> Json:
+        """Take over, or release ("" for `mode`). `base` as in `_change`. Raises AztError."""
+        path, saved = self._paths.codex_config, self._saved()
+        taken, raw = saved.get("takeover"), find_foreign(path)
+        config = parse_toml(raw or b"")
+        text = (raw or b"").decode()
+        before = None if raw is None else text
+        if taken and text in taken["written"]:
+            before = taken["before"]
+        elif taken and raw is not None:
+            try:
+                before = put_back(text, taken["written"][-1], taken["before"] or "")
+            except AztError:
+                if not mode:
+                    raise
+            before = None if taken["before"] is None and not (before or "").strip() else before
+        elif not mode and codex_route(config)[1] == own_url:
+            message = f"azt does not know what {path} said before it sent Codex here: edit it."
+            raise AztError(409, "not_ours", message)
+        after = take_over(before or "", mode, own_url) if mode else before
+        if mode:
+            made = taken["madeFolder"] if taken else not path.parent.exists()
+            new = {"since": time.time_ns() // 1_000_000, "before": before, "madeFolder": made}
+            saved = saved | {"takeover": new | {"written": [text, after]}}
+        if moves and base:
+            self._history(moves=True)
+        wanted = None if after is None else after.encode()
+        done = self._change(path, raw, wanted, "takeover" if mode else "release", saved, base)
+        if base and taken and not mode:
+            if taken["madeFolder"]:
+                with contextlib.suppress(OSError):  # Codex has put something there meanwhile
+                    path.parent.rmdir()
+            write_json(self._paths.codex, saved | {"takeover": None})
+        texts = text.splitlines(), (after or "").splitlines()
+        lines = [*difflib.unified_diff(*texts, n=2, lineterm="")][2:]
+        shown = (line for line in lines if not line.startswith("@@"))
+        diff = [{"op": line[0], "text": mask(line[1:])} for line in shown]
+        return done | {"diff": diff, "history": self._history()}
+
+    @blocking
+    def apply(self, account: Account, base: str) -> Json:
+        """Sign Codex in with this account. `base` as in `_change`. Raises AztError."""
+        path, raw = self._paths.codex_auth, find_foreign(self._paths.codex_auth)
+        if account.rejected or not token_claims(account.id_token):
+            why = "its sign-in is over" if account.rejected else "Codex needs an id token"
+            message = f"{account.name} cannot be used in Codex: {why}. Run `azt login`."
+            raise AztError(409, "account_unusable", message)
+        config = parse_toml(find_foreign(self._paths.codex_config) or b"")
+        store = config.get("cli_auth_credentials_store", "file")
+        if store != "file" and (store != "auto" or raw is None):
+            message = f"Codex keeps its sign-in in the {store}: set cli_auth_credentials_store"
+            raise AztError(409, "not_supported", f'{message} to "file" in its config.toml first.')
+        old, was = _auth_of(raw), read_codex_sign_in(path)
+        new = json.dumps(codex_auth(old, account, time.time()), indent=2).encode()
+        saved = self._saved() | {"applied": account.id}
+        told = {"from": {"email": was.email} if was else None, "to": {"email": account.email}}
+        return self._change(path, raw, new, "apply", saved, base) | told
+
+    @blocking
+    def follow(self, account: Account, refresh_token_used: str) -> None:
+        """Give Codex the tokens that azt has just got, where both share this sign-in.
+
+        Only while the account is applied and the file still holds the token that is used up: what
+        Codex or the person has put there since is theirs.
+        """
+        path = self._paths.codex_auth
+        raw = find_foreign(path) if self._saved().get("applied") == account.id else None
+        old = _auth_of(raw)
+        if _as_object(old.get("tokens")).get("refresh_token") == refresh_token_used:
+            new = json.dumps(codex_auth(old, account, time.time()), indent=2).encode()
+            replace_foreign(path, new, raw)
+
+    @blocking
+    def restore(self, name: str, deletes: bool = False) -> Json:
+        """Put a backup back: by its id, or the newest of a file. What is there is kept first."""
+        paths = self._paths
+        files = {path.name: path for path in (paths.codex_auth, paths.codex_config)}
+        names = [one["id"] for one in self.kept()["backups"]]
+        found = next((one for one in names if name in (one, one.rsplit("-", 2)[0])), "")
+        path, copy = files.get(found.rsplit("-", 2)[0]), paths.codex_backups / found
+        if not found or (path is None and not deletes):
+            message = f"There is no backup {name!r} to put back. `azt codex status` lists them."
+            raise AztError(404, "backup_not_found", message)
+        raw = find_foreign(copy)
+        if path is None or deletes:
+            replace_foreign(copy, None, raw)
+            return {"id": found}
+        saved = self._saved() | ({"applied": None} if path == paths.codex_auth else {})
+        done = self._change(path, find_foreign(path), raw or None, "restore", saved, "any")
+        return done | {"restored": path.name, "id": found}
 
 
 # ==================================================================================================
@@ -5575,20 +6053,6 @@ def _sign_in_again(account: Account) -> AztError:
 LOST_ANSWER_PAUSE_S, EARLY_RETRY_S, SETTLE_S = 2.0, 30.0, 35.0
 
 
-@blocking
-def read_codex_sign_in(path: Path) -> Account | None:
-    """The account in Codex's auth.json; None where it is missing, foreign or holds no tokens."""
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid():
-            return None
-        raw = read_foreign(path, IMPORT_MEMBER_MAX_BYTES)
-        found = [one for _, one in read_accounts([("", raw)], time.time())]
-    except OSError:
-        return None
-    return found[0] if found and isinstance(found[0], Account) else None
-
-
 def _fingerprint(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()[:16]
 
@@ -6812,6 +7276,9 @@ class Gateway:
         self.renewals = Renewals(*use, functools.partial(self._in_turn, self.save_accounts))
         self.rotation = Rotation(*use, self.renewals, self.save_soon)
         self.logins = Logins(self.pool, self.calls, environment.auth_base_url, self.add_account)
+        self.codex = CodexFiles(self.paths)
+        self.codex_seen: Json = {}  # Codex's files as they were when somebody last looked
+        self.renewals.on_renewed = functools.partial(in_thread, self.files, self.codex.follow)
         self.started_at = time.time()
         self.running: Callable[[], int] = lambda: 0  # requests, told by who serves
         self.usage = UsageStats()
@@ -6828,6 +7295,20 @@ class Gateway:
     @property
     def default_model(self) -> str:
         return self.catalogue.default(self.settings.text("defaultModel"))
+
+    @property
+    def url(self) -> str:
+        """The address of this gateway for programs on this machine, running or not."""
+        host, port = self.settings.text("server.host"), self.settings.number("server.port")
+        host, port = self.listening[0] if self.listening else (host, port)
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    async def with_codex(self, work: Callable[..., Json], *arguments: Any) -> Json:
+        """One piece of work on Codex's files, in the thread that all file work shares."""
+        done = await in_thread(self.files, work, *arguments)
+        self.codex_seen = await in_thread(self.files, self.codex.look, f"{self.url}/codex/v1")
+        return done
 
     @blocking
     @disk_errors()
@@ -6857,6 +7338,7 @@ class Gateway:
         self.requests.load(paths.requests, self._days_ago_ms("log.keepDays"))
         self.renewals.recover()
         self.damaged = sorted(one.name for one in paths.state.rglob("*.corrupt-*"))
+        self.codex_seen = self.codex.look(f"{self.url}/codex/v1")
 
     @property
     def notices(self) -> list[Json]:
@@ -8735,6 +9217,7 @@ def _account_view(gw: Gateway, account: Account) -> Json:
         "quota": _quota_view(account.quota, now) if account.quota else None,
         "active": gw.store.active_id == account.id,
         "priority": account.priority or None,
+        "inCodex": gw.codex_seen["auth"]["accountId"] == account.id,
         "createdAt": _ms(account.created_at),
         "tokenExpiresAt": _ms(account.expires_at),
         "exports": account.exports or {"count": 0},
@@ -9089,8 +9572,7 @@ async def admin_patch_settings(gw: Gateway, request: Request) -> Reply:
 
 @_view
 def admin_get_state(gw: Gateway, request: Request) -> Json:
-    port = gw.listening[0][1] if gw.listening else gw.settings.number("server.port")
-    base = f"http://127.0.0.1:{port}"
+    base, codex = gw.url, gw.codex_seen
     gateway = {
         "version": VERSION,
         "startedAt": _ms(gw.started_at),
@@ -9099,6 +9581,7 @@ def admin_get_state(gw: Gateway, request: Request) -> Json:
             f"[{host}]:{at}" if ":" in host else f"{host}:{at}" for host, at in gw.listening
         ],
         "baseUrl": f"{base}/v1",
+        "codexBaseUrl": f"{base}/codex/v1",
         "adminUrl": f"{base}/",
         "stateDir": str(gw.paths.state),
         "lanApi": gw.settings.flag("server.lanApi"),
@@ -9113,6 +9596,7 @@ def admin_get_state(gw: Gateway, request: Request) -> Json:
         "routing": _routing_view(gw),
         "jobs": [_job_view(job) for job in gw.jobs.values()],
         "accounts": [_account_view(gw, account) for account in gw.store.accounts.values()],
+        "codex": {"takeover": codex["takeover"], "authAccountId": codex["auth"]["accountId"]},
         "today": gw.usage.settled().day(_day(int(time.time() * 1000))).total.view(),
         "models": {**models, "source": catalogue.source},
         "notices": gw.notices,
@@ -9397,6 +9881,46 @@ def _label(text: str) -> str:
     return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
+async def admin_get_codex(gw: Gateway, request: Request) -> Reply:
+    kept = await gw.with_codex(gw.codex.kept)
+    return _private_reply({**gw.codex_seen, **kept, "gatewayRunning": bool(gw.listening)})
+
+
+async def admin_post_codex(gw: Gateway, request: Request) -> Reply:
+    """Take-over, release, sign-in: first a dry run, then the same again with the `base` it told."""
+    body, what = await read_object(gw, request), request.path.rpartition("/")[2]
+    base, own_url = "", f"{gw.url}/codex/v1"
+    if body.get("dryRun") is False and not (base := str(body.get("base") or "")):
+        raise BadRequest("Send the `base` of the dry run.", "base", "bad_field")
+    if what == "auth":
+        account = gw.store.find(str(body.get("accountId") or ""))
+        done = await gw.with_codex(gw.codex.apply, account, base)
+    else:
+        mode = body.get("historyMode", CODEX_MODES[0]) if what == "takeover" else ""
+        if mode not in ("", *CODEX_MODES):
+            raise BadRequest(f"It is one of {CODEX_MODES}.", "historyMode", "bad_field")
+        if body.get("baseUrl") not in (None, own_url):
+            raise BadRequest(f"It is null or {own_url}.", "baseUrl", "bad_field")
+        if mode and own_url.endswith(":0/codex/v1"):
+            message = "azt is not running and has no fixed port: start it with `azt start` first."
+            raise AztError(409, "not_running", message)
+        moves = body.get("moveHistory") is True
+        done = await gw.with_codex(gw.codex.route, mode, own_url, moves, base)
+        exempt = gw.settings.flag("apiKeys.loopbackExempt")
+        done["keyNeeded"] = bool(mode and gw.keys and not exempt)
+    if base:
+        log.info("audit: %s was written (%s)", done["path"], what)
+    return _private_reply(done | {"auth": gw.codex_seen["auth"]})
+
+
+async def admin_post_backup(gw: Gateway, request: Request) -> Reply:
+    if request.method == "POST":
+        await read_object(gw, request)
+    done = await gw.with_codex(gw.codex.restore, request.params["id"], request.method == "DELETE")
+    log.info("audit: %s of the backup %s", request.method, done["id"])
+    return _private_reply(done)
+
+
 get_health = _view(lambda gw, request: {"ok": True})
 
 
@@ -9435,6 +9959,7 @@ ADMIN = "/_gateway/admin"
 ROUTES: list[Route] = sorted(
     [
         Route("DELETE", "/v1/responses/{id}", delete_response, "api"),
+        Route("DELETE", f"{ADMIN}/codex/backups/{{id}}", admin_post_backup, "admin_proof"),
         Route("DELETE", f"{ADMIN}/keys/{{id}}", admin_delete_key, "admin_proof"),
         Route("DELETE", f"{ADMIN}/jobs/{{id}}", admin_delete_job, "admin_write"),
         Route("DELETE", f"{ADMIN}/login/{{id}}", admin_login, "admin_write"),
@@ -9459,6 +9984,7 @@ ROUTES: list[Route] = sorted(
         Route("GET", f"{ADMIN}/accounts", admin_get_accounts, "admin_read"),
         Route("GET", f"{ADMIN}/jobs/{{id}}", admin_get_job, "admin_read"),
         Route("GET", f"{ADMIN}/accounts/import/template", get_template, "admin_read"),
+        Route("GET", f"{ADMIN}/codex", admin_get_codex, "admin_read"),
         Route("GET", f"{ADMIN}/keys", admin_get_keys, "admin_read"),
         Route("GET", f"{ADMIN}/login/{{id}}", admin_login, "admin_read"),
         Route("GET", f"{ADMIN}/models", admin_get_models, "admin_read"),
@@ -9487,6 +10013,10 @@ ROUTES: list[Route] = sorted(
             admin_post_refresh_quota,
             "admin_write",
         ),
+        Route("POST", f"{ADMIN}/codex/auth", admin_post_codex, "admin_proof"),
+        Route("POST", f"{ADMIN}/codex/backups/{{id}}/restore", admin_post_backup, "admin_proof"),
+        Route("POST", f"{ADMIN}/codex/release", admin_post_codex, "admin_proof"),
+        Route("POST", f"{ADMIN}/codex/takeover", admin_post_codex, "admin_proof"),
         Route("POST", f"{ADMIN}/keys", admin_post_keys, "admin_proof"),
         Route("POST", f"{ADMIN}/login", admin_post_login, "admin_write"),
         Route("POST", f"{ADMIN}/login/{{id}}/callback", admin_login, "admin_write"),
@@ -9847,10 +10377,8 @@ async def _serving(gw: Gateway, host: str, port: int) -> AsyncIterator[tuple[Htt
             "or start azt with another `--host` or `--port` (`--port 0` picks a free port)."
         )
         raise AztError(500, code, message) from None
-    host, port = gw.listening[0]
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     try:
-        yield server, f"http://{host}:{port}"
+        yield server, gw.url
     finally:
         gw.listening = []
         await gw.save_now()
@@ -10039,6 +10567,7 @@ async def _privately(environment: Environment, function: Callable[[_Call], T]) -
     logging.disable(logging.INFO)  # whatever log.level says: this is the log of one command
     await in_thread(gw.files, gw.load)
     async with _serving(gw, "127.0.0.1", 0) as (server, url):
+        gw.listening = []  # what it says of itself is about the next `azt start`
         try:
             call = functools.partial(_open_call, url, gw.admin_token)
             return await in_thread(gw.short, function, call)
@@ -10294,6 +10823,64 @@ def _left_cell(account: Json) -> str:
     return ", ".join(cells) or "-"
 
 
+def _codex_lines(state: Json) -> list[str]:
+    route, auth, moved = state["takeover"], state["auth"], state["history"]["toMigrate"]
+    to, since = route["baseUrl"], _when(route["since"])
+    here = route["on"] and route["matchesGateway"]
+    facts = {
+        f"cannot be told: {state['problem']}": state["problem"],
+        f"no {state['home']} yet: start Codex once, or set CODEX_HOME": not state["installed"],
+        f"go to {route['provider']}; `azt codex takeover` sends them through azt": not to,
+        f"go to {to}, azt is at {route['gatewayUrl']}: run `azt codex takeover`": not here,
+        f"go through azt (list {route['historyMode']}, since {since})": True,
+    }
+    held = auth["email"] or auth["accountId"] or auth["mode"] or "nobody"
+    rows = [
+        ("requests", next(text for text, is_so in facts.items() if is_so)),
+        ("sign-in", held + (", kept fresh by azt" if auth["applied"] else "")),
+    ]
+    further = {
+        ("", "azt is not running: start it with `azt start`"): here and not state["gatewayRunning"],
+        ("", "config.toml was edited since; a release keeps the edits"): route["editedSince"],
+        ("history", f"{moved} conversations are listed under ai-zero-token only"): moved,
+        **{("backup", f"{one['id']} {one['email'] or ''}"): True for one in state["backups"]},
+    }
+    return _table(*rows, *(row for row, is_so in further.items() if is_so))
+
+
+def _codex_change(path: str) -> _Run:
+    """A command that shows what would change in a file of Codex, and then changes it."""
+    names = {"account": "accountId", "mode": "historyMode", "move_history": "moveHistory"}
+
+    def run(args: argparse.Namespace) -> int:
+        asked = {names[name]: value for name, value in vars(args).items() if name in names}
+        plan = _admin_call("POST", path, asked | {"dryRun": True})
+        moves = asked.get("moveHistory") and plan["history"]["toMigrate"]
+        emails = [f"{way} {(plan.get(way) or {}).get('email') or '-'}" for way in ("from", "to")]
+        diff = [f"{one['op']} {one['text']}" for one in plan.get("diff", ())]
+        lines = [plan["path"], *(diff if "diff" in plan else emails)]
+        lines += [f"{moves} conversations move to openai."] if moves else []
+        if args.dry_run or not (plan["changed"] or moves):
+            return _show(args, plan, [*lines, "Nothing was written."])
+        if "keyNeeded" in plan and not getattr(args, "yes", True):
+            if args.json or sys.stdin is None or not sys.stdin.isatty():
+                raise BadRequest("Nobody to ask: add --yes to write, or --dry-run to look.")
+            say("\n".join([*lines, "Write this? [y/N] "]), end="")
+            lines = []
+            if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+                return _show(args, plan, ["Nothing was written."])
+        done = _admin_call("POST", path, asked | {"dryRun": False, "base": plan["base"]})
+        lines.append("Written. Codex reads its files when it starts: restart it.")
+        if done.get("keyNeeded"):
+            lines.append(
+                "Codex sends no key, but azt asks for one. To let this machine in without:"
+            )
+            lines.append("azt settings set apiKeys.loopbackExempt true")
+        return _show(args, done, lines)
+
+    return run
+
+
 _account_lines = _listing(
     "No account yet: `azt login` signs in.",
     ("", "ID", "ACCOUNT", "PLAN", "STATE", "LEFT (RESETS)"),
@@ -10429,7 +11016,7 @@ _ARGUMENTS: dict[str, Json] = {
     "--by": {"choices": ("model", "account", "client", "endpoint"), "help": "split the sums"},
     "--demo": {"action": "store_true", "help": "play the upstream too: no account, no network"},
     "--device": {"action": "store_true", "help": "sign in with a code, on any device"},
-    "--dry-run": {"action": "store_true", "help": "only say what an import would do"},
+    "--dry-run": {"action": "store_true", "help": "only show what would change"},
     "--force": {"action": "store_true", "help": "replace a file that exists"},
     "--host": {"help": "address to listen on (default 0.0.0.0)"},
     "--json": {"action": "store_true", "help": "print JSON instead of text"},
@@ -10437,17 +11024,32 @@ _ARGUMENTS: dict[str, Json] = {
         "choices": ("debug", "info", "warning", "error"),
         "help": "how much to log (default info)",
     },
+    "--mode": {
+        "choices": CODEX_MODES,
+        "default": CODEX_MODES[0],
+        "help": "openai keeps Codex's list of conversations, ai-zero-token begins one of its own",
+    },
     "--model": {"help": "the model to ask (default: the setting defaultModel)"},
+    "--move-history": {
+        "action": "store_true",
+        "help": "list what was said under ai-zero-token under openai again (copied first)",
+    },
     "--no-browser": {"action": "store_true", "help": "print the link, open no browser"},
     "--no-open": {"action": "store_true", "help": "do not open azt's page in a browser"},
     "--port": {"type": int, "help": "port to listen on (default 8787; 0 picks a free one)"},
     "--refresh": {"action": "store_true", "help": "ask the upstream for the current list"},
+    "--yes": {"action": "store_true", "help": "write without asking"},
     "--zip": {"action": "store_true", "help": "a ZIP with one file for each account"},
     "-f": {"dest": "follow", "action": "store_true", "help": "go on with each that ends"},
     "-o": {"dest": "output", "metavar": "FILE", "help": "where to; - is standard output"},
     "ACCOUNT": {"help": "label, e-mail or the beginning of an id"},
     "ACCOUNT*": {"nargs": "*", "help": "label, e-mail or the beginning of an id; none: all"},
     "ACCOUNT...": {"nargs": "+", "help": "label, e-mail or the beginning of an id"},
+    "BACKUP?": {
+        "nargs": "?",
+        "default": "auth.json",
+        "help": "as `azt codex status` lists it (default: the newest of auth.json)",
+    },
     "FILE...": {
         "nargs": "+",
         "help": "JSON such as Codex's auth.json, or a ZIP of such; - is input",
@@ -10508,6 +11110,26 @@ _COMMANDS: dict[str, tuple[str, _Run]] = {
             lambda args: {"ids": args.account},
         ),
     ),
+    "codex status --json": (
+        "tell where Codex sends its requests, and who is signed in there",
+        _admin("GET", "/codex", _codex_lines),
+    ),
+    "codex takeover --mode --move-history --dry-run --yes --json": (
+        "send Codex's requests through azt",
+        _codex_change("/codex/takeover"),
+    ),
+    "codex release --move-history --dry-run --json": (
+        "put back what Codex's config.toml said before",
+        _codex_change("/codex/release"),
+    ),
+    "codex apply ACCOUNT --dry-run --json": (
+        "sign Codex in with this account",
+        _codex_change("/codex/auth"),
+    ),
+    "codex restore BACKUP? --json": (
+        "put a file of Codex back as it was",
+        _admin("POST", "/codex/backups/{backup}/restore", lambda done: [f"Back: {done['id']}"]),
+    ),
     "settings get KEY? --json": ("show one setting, a group, or all", _settings_get),
     "settings set KEY VALUE --json": ("change one setting", _settings_set),
     "keys list --json": ("list the keys of clients", _admin("GET", "/keys", _key_lines)),
@@ -10522,6 +11144,7 @@ _COMMANDS: dict[str, tuple[str, _Run]] = {
 }
 _GROUPS = {
     "accounts": "show, add, choose and remove accounts",
+    "codex": "send Codex through azt, sign it in, and undo both",
     "keys": "show, make and revoke the keys that clients use",
     "settings": "show and change the settings",
 }
