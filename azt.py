@@ -1152,8 +1152,8 @@ def flattened(tree: Mapping[str, Any], prefix: str = "") -> Json:
 # 6. Outbound HTTP
 #    TLS trust, proxy, connection pool: the only sockets out. Knows no account and no translator.
 #
-#    A call is made in a worker thread up to the response head. An event stream is then handed to
-#    the loop as a non-blocking socket; every other answer is read to its end in the thread.
+#    A worker thread connects. The loop sends the request and waits for the answer: a whole one, or
+#    an event stream as a non-blocking socket.
 # ==================================================================================================
 
 
@@ -1320,10 +1320,6 @@ class Answer:
     sock: socket.socket | None = None
     key: _Key = ("", "", 0)
 
-    @property
-    def coding(self) -> str:
-        return self.headers.get("content-encoding", "")
-
     def close(self) -> None:
         if self.sock is not None:
             self.sock.close()
@@ -1392,9 +1388,7 @@ class Framing:
             return self._dechunk(data)
         if self.left < 0:
             return data
-        taken, self.rest = (
-            (data[: self.left], data[self.left :]) if len(data) > self.left else (data, b"")
-        )
+        taken, self.rest = data[: self.left], data[self.left :]
         self.left -= len(taken)
         self.ended = not self.left
         return taken
@@ -1514,10 +1508,8 @@ def _answer(status: int, headers: dict[str, str], is_modern: bool) -> Answer:
     if is_stream and headers.get("content-encoding", "identity") != "identity":
         raise ValueError("a compressed event stream that nobody asked for")
     is_empty = status in (204, 304)
-    framing = Framing(
-        bool(coding) and not is_empty,
-        0 if is_empty else int(length) if length and not coding else None,
-    )
+    size = 0 if is_empty else int(length) if length and not coding else None
+    framing = Framing(bool(coding) and not is_empty, size)
     keep = is_modern and "close" not in headers.get("connection", "").lower()
     return Answer(status, headers, framing, is_stream, keep and not (coding and length))
 
@@ -1549,12 +1541,12 @@ def _receive(sock: socket.socket, reply: _Reply) -> Answer | None:
 
 
 async def open_answer(
-    pool: ConnectionPool, workers: WorkerPool | None, call: Call, wire: Wire | None = None
+    pool: ConnectionPool, workers: WorkerPool, call: Call, wire: Wire | None = None
 ) -> Answer:
     """Send `call`, read the response head, and the body unless it is an event stream.
 
     A worker connects, but none waits for the answer: two changes of threads cost half a ms.
-    Without workers the loop is this call's own, and may wait. Cancelled, it closes the connection.
+    Cancelled, it closes the connection at once.
     A kept connection that turns out to be dead is replaced silently once, a fresh one that is reset
     before any response byte once as well; nothing else is ever sent twice.
     raises  UpstreamError
@@ -1564,14 +1556,12 @@ async def open_answer(
         sock = None if last_try else pool.take(key)
         try:
             if sock is None:
-                way = (pool, key, wire)
-                sock = await in_thread(workers, _connect, *way) if workers else _connect(*way)
+                sock = await in_thread(workers, _connect, pool, key, wire)
             wire.attach(sock)
             answer = await _exchange(sock, call)
-            if answer.body and answer.coding:
-                coded = (answer.body, answer.coding, MAX_REPLY_BYTES)
-                plain = await in_thread(workers, decoded, *coded) if workers else decoded(*coded)
-                answer.body = bytes(plain)
+            if coding := answer.headers.get("content-encoding"):
+                unpack = (decoded, answer.body, coding, MAX_REPLY_BYTES)
+                answer.body = bytes(await in_thread(workers, *unpack))
             wire.attach(None)
             return pool.settle(answer, key, sock)
         except BaseException as error:
@@ -1588,7 +1578,7 @@ async def open_answer(
 @blocking
 def open_response(pool: ConnectionPool, call: Call, wire: Wire) -> Answer:
     """`open_answer` for a thread; `wire` can end it."""
-    return asyncio.run(open_answer(pool, None, call, wire))
+    return asyncio.run(open_answer(pool, WorkerPool("connect", 1, idle_s=0.0), call, wire))
 
 
 async def _exchange(sock: socket.socket, call: Call) -> Answer:
@@ -1694,6 +1684,7 @@ def _inflated(body: bytes | bytearray, engine: Any, bytes_max: int) -> bytearray
     return whole
 
 
+@blocking
 def _connect(pool: ConnectionPool, key: _Key, wire: Wire) -> socket.socket:
     from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]  # no stub
 
