@@ -4288,9 +4288,9 @@ _PARTS = {
 
 def _content_parts(content: Any, role: str, path: str) -> list[Json]:
     """Message content (string, null, array of parts and strings) -> fresh upstream parts."""
-    parts: list[Json] = []
-    content = [content or ""] if content is None or isinstance(content, str) else content
-    for index, part in enumerate(_expect(content, list, path)):
+    is_text = content is None or isinstance(content, str)  # by far the most frequent
+    parts: list[Json] = [{"type": _PARTS[role]["text"], "text": content or ""}] if is_text else []
+    for index, part in enumerate([] if is_text else _expect(content, list, path)):
         at = f"{path}[{index}]."
         part = {"type": "text", "text": part} if isinstance(part, str) else part
         name = _named(_expect(part, dict, at[:-1]), "type", at)
@@ -4815,12 +4815,9 @@ def _message_items(message: Any, path: str) -> Iterator[_Placed]:
         yield {"type": _OUTPUTS[0], "call_id": call_id, "output": content}, path
         return
     if role == "assistant" and isinstance(message.get("refusal"), str):
-        parts = (
-            [content]
-            if isinstance(content, str)
-            else _expect(content or [], list, f"{path}.content")
-        )
-        content = [*parts, {"type": "refusal", "refusal": message["refusal"]}]
+        parts = [content] if isinstance(content, str) else content or []
+        refusal = {"type": "refusal", "refusal": message["refusal"]}
+        content = [*_expect(parts, list, f"{path}.content"), refusal]
     yield {"type": "message", "role": role, "content": content}, path
     if role != "assistant":
         return
@@ -5150,7 +5147,7 @@ class _EventStream:
     # Items and their texts
 
     def _open(self, item: _Item) -> bool:
-        """Announce the item, then what was heard of it. False while a call has no name yet.
+        """Announce the item, then say what is new of it. False while a call has no name yet.
 
         Quirk: arguments may come before the item that names the call (C13_arguments_before_item).
         """
@@ -5163,16 +5160,14 @@ class _EventStream:
             item.index = len(self._opened)
             self._opened.append(item)
             self._added(item)
-            self._speak(item)
+        self._speak(item)
         return True
 
     def _hear(self, item: _Item, part: _Part, text: str) -> None:
-        """New text: sent at once, or kept until the item is announced and it is its turn."""
         if text and not item.done:
             part.pieces.append(encode_json(text)[1:-1])
             part.unsaid += 1
-            if self._open(item):
-                self._speak(item)
+            self._open(item)
 
     def _speak(self, item: _Item) -> None:
         for part in item.texts():
@@ -5779,8 +5774,8 @@ class ResponsesStream(_EventStream):
         self._sequence += 1
 
     def _send_item(self, ending: str, item: _Item, value: Json) -> None:
-        shown = _visible(value, self._request.show_encrypted)
-        self._send(f"response.output_item.{ending}", output_index=item.index, item=shown)
+        value = _visible(value, self._request.show_encrypted)
+        self._send(f"response.output_item.{ending}", output_index=item.index, item=value)
 
     def _tell(self, item: _Item, part: _Part, kind: str, /, **fields: Any) -> None:
         """Send an event about a text."""
