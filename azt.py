@@ -3070,6 +3070,7 @@ class Login:
     account: Account | None = None  # who came
     created: bool = False
     task: asyncio.Task[None] | None = None
+    on_change: Callable[[], None] = lambda: None
 
 
 def authorize_url(auth_base_url: str, login: Login) -> str:
@@ -3204,6 +3205,7 @@ class Logins:
             async with asyncio.timeout(life_s):
                 found = await code
             login.status = "exchanging"
+            login.on_change()
             login.account = account = await self._exchange(login, found)
             if login.wanted_id not in (None, account.id):
                 text = f"{account.email or account.id} signed in: another account was asked for."
@@ -3220,6 +3222,7 @@ class Logins:
             login.status, login.error = "failed", AztError(500, "internal_error", text)
         login.state = login.verifier = ""
         self.close_unneeded()
+        login.on_change()
         log.info("sign-in %s: %s", login.id, login.error.code if login.error else login.status)
 
     async def _exchange(self, login: Login, code: str) -> Account:
@@ -9447,6 +9450,7 @@ async def admin_post_login(gw: Gateway, request: Request) -> Reply:
         raise BadRequest("The method is `browser` or `device`.", "method", "bad_field")
     wanted_id = gw.store.find(str(wanted)).id if wanted else None
     login = await gw.logins.start(method == "device", wanted_id)
+    login.on_change = lambda: gw.events.publish("login", _login_view(gw, login))
     return _private_reply(_login_view(gw, login), 201)
 
 
@@ -9471,6 +9475,7 @@ async def admin_login(gw: Gateway, request: Request) -> Reply:
     elif last == "callback" and body.get("keep") is True and login.account and login.error:
         login.created = await gw.add_account(login.account)  # another than asked for, but wanted
         login.status, login.error = "done", None
+        login.on_change()
     elif last == "callback":
         url = body.get("url")
         said = read_callback(url if isinstance(url, str) else "")

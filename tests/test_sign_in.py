@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import json
 import re
 import socket
 import threading
@@ -162,6 +163,22 @@ def test_a_sign_in_adds_an_account_that_serves(admin: Admin, upstream: FakeUpstr
     assert done["account"]["active"] is True
     assert "authorizeUrl" not in done
     assert admin.chat(model="gpt-5.5").status == 200
+
+
+def test_whoever_watches_is_told_of_each_step(admin: Admin, upstream: FakeUpstream) -> None:
+    with admin.open("GET", f"{ADMIN}/events") as events:
+        events.read_until(b"hello")
+        flow = admin.opened()
+        state = state_of(flow)
+        visit(upstream.sign_in(flow["authorizeUrl"]))
+        told = events.read_until(b'"created":true}')
+
+    # The event ends there, or the view has grown: then this cannot be parsed.
+    steps = [json.loads(line[6:]) for line in told.decode().split("\n") if '"flowId"' in line]
+    assert [one["status"] for one in steps] == ["exchanging", "done"]
+    assert {one["flowId"] for one in steps} == {flow["flowId"]}
+    assert steps[1]["account"]["email"] == "ada@example.com"
+    assert state.encode() not in told
 
 
 def test_the_page_after_it_says_who_and_holds_no_secret(
