@@ -21,7 +21,7 @@ The file reads from top to bottom in rooms. A room uses only names from rooms ab
      5  Settings             defaults < file < environment < flags
      6  Outbound HTTP        TLS trust, proxy, connection pool; the only sockets out
      7  Event streams        JSON and SSE bytes <-> dicts, pure
-     8  Accounts             8a who is signed in, import; 8b Codex's own files
+     8  Accounts             8a who is signed in, import, export; 8b Codex's own files
      9  OAuth                sign in and refresh
     10  Upstream             speak to the Codex backend for one given account
     11  Translators          dict to dict, pure: 11a chat, 11b responses
@@ -2335,6 +2335,8 @@ def _unpacked(file: str, raw: Any, deadline: float) -> list[Found]:
     raw = bytes(raw)
     if not raw.startswith(b"PK"):
         return [(file, raw)]
+    if bytes(raw).count(b"PK\x01\x02") > IMPORT_MAX_ENTRIES:  # before anything looks at each
+        raise _bad_file("too_large", "The ZIP file has too many members.")
     try:
         with zipfile.ZipFile(io.BytesIO(raw)) as archive:
             return list(_zip_members(file, archive, deadline))
@@ -2363,7 +2365,7 @@ def _zip_members(file: str, archive: zipfile.ZipFile, deadline: float) -> Iterat
             text = opened.read(IMPORT_MEMBER_MAX_BYTES + 1)
         total += len(text)
         is_large = len(text) > IMPORT_MEMBER_MAX_BYTES or total > IMPORT_MAX_BYTES
-        if is_large or len(members) > IMPORT_MAX_ENTRIES or time.monotonic() > deadline:
+        if is_large or time.monotonic() > deadline:
             raise _bad_file("too_large", "The ZIP file has too much in it once unpacked.")
         yield f"{file}/{name}" if file else name, text
 
@@ -9264,19 +9266,24 @@ async def admin_post_import(gw: Gateway, request: Request) -> Reply:
         items = import_accounts(store, chosen, time.time())
         bad = next((one for one in items if one["result"] == "unreadable"), None)
         if bad and not is_dry:
-            where = f"Entry {bad['index'] + 1} {bad['file'] or ''}".strip()
+            where = f"Entry {bad['index'] + 1}" + f" ({bad['file']})" * bool(bad["file"])
             raise _bad_file(bad["code"], f"{where}: {bad['message']} Nothing was imported.")
         return items
 
-    copy = AccountStore.from_json(gw.store.to_json())
-    items = add(copy) if is_dry else await gw.change_accounts(add)
+    if is_dry:
+        items = add(AccountStore.from_json(gw.store.to_json()))  # to a copy
+    else:
+        items = await gw.change_accounts(add)
     counts = dict.fromkeys(("new", "update", "same", "expired", "unreadable"), 0)
     counts |= collections.Counter(item["result"] for item in items)
     reply: Json = {"dryRun": is_dry, "summary": counts, "items": items}
     if is_dry:
         kept = _shelve(gw.previews, found, PREVIEW_TTL_S)
         reply |= {"previewId": kept["token"], "expiresAt": kept["expiresAt"]}
-    return _private_reply(reply)
+    elif body.get("check") is True:
+        with contextlib.suppress(AztError):  # all are being read just now
+            reply["job"] = _job_view(gw.refresh_quotas(gw.store.find(one["id"]) for one in items))
+    return _private_reply(reply, 202 if "job" in reply else 200)
 
 
 def _chosen(store: AccountStore, names: Any) -> list[Account]:

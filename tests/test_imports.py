@@ -266,6 +266,18 @@ def test_members_of_one_workspace_stay_two(admin: Admin) -> None:
     assert len({one["id"] for one in admin.accounts()}) == 2
 
 
+def test_what_was_imported_is_checked_when_asked(admin: Admin, upstream: FakeUpstream) -> None:
+    done = admin.load([ADA, BO], check=True)
+
+    assert (done.status, done.json["summary"]["new"]) == (202, 2)
+    job, until = done.json["job"], time.monotonic() + 10
+    while job["state"] == "running" and time.monotonic() < until:
+        job = admin.call("GET", f"/jobs/{job['id']}").json
+    assert (job["state"], job["done"], job["total"]) == ("done", 2, 2)
+    asked = {seen.account for seen in upstream.requests if seen.path.endswith("/wham/usage")}
+    assert asked == {"acct-1", "acct-2"}
+
+
 # -- Files ----------------------------------------------------------------------------------------
 
 NODE = {
