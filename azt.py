@@ -839,7 +839,7 @@ class HomeLock:
         self._handle = handle
         self.write(None)
         for leftover in self._path.parent.rglob(".*.????????????????.tmp"):
-            leftover.unlink()  # of a writer that was killed: nobody else writes here
+            leftover.unlink()  # of a writer that was killed
         return None
 
     @blocking
@@ -6106,17 +6106,15 @@ class Renewals:
         return self._store.accounts.get(account.id, account)
 
     def _refreshed(self, account_id: str, task: asyncio.Task[None]) -> None:
-        self._refreshes.pop(account_id, None)
-        self._rests_until_s.pop(account_id, None)
+        del self._refreshes[account_id]
         # Looked at here, for perhaps nobody waits for it any more.
-        if not task.cancelled() and task.exception() is not None:
-            self._rests_until_s[account_id] = time.monotonic() + EARLY_RETRY_S
+        has_failed = not task.cancelled() and task.exception() is not None
+        self._rests_until_s[account_id] = time.monotonic() + EARLY_RETRY_S * has_failed
 
     async def _refresh(self, account_id: str, stale_token: str) -> None:
         """Renew one sign-in: one at a time over all accounts and all programs on Codex's home."""
-        paths = self._environment.paths
         async with self._one_at_a_time:
-            with await in_thread(self._calls, lock_codex, paths):
+            with await in_thread(self._calls, lock_codex, self._environment.paths):
                 await self._renew(account_id, stale_token)
 
     async def _renew(self, account_id: str, stale_token: str) -> None:
@@ -7318,9 +7316,8 @@ class Gateway:
         shape = AccountStore.from_json
         loaded = shape(read_json(paths.accounts, ACCOUNTS_VERSION, shape))
         self.store.accounts, self.store.active_id = loaded.accounts, loaded.active_id
-        self.keys = (read_json(paths.keys, 1, lambda saved: [*saved["keys"]]) or {"keys": []})[
-            "keys"
-        ]
+        saved = read_json(paths.keys, 1, lambda saved: [*saved["keys"]])
+        self.keys = saved["keys"] if saved else []
         self.catalogue = Catalogue.read(_read_cache(paths.models), _read_cache(paths.codex_models))
         self.admin_token = read_or_make_secret(paths.admin_token)
         self.pages = read_pages()

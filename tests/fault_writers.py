@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fake_upstream import account_file
+
 import azt
 
 Json = dict[str, Any]
@@ -101,6 +103,23 @@ def pending_renewal(folder: Path) -> None:
     save("renewals.json")(folder)
 
 
+def node_home(folder: Path) -> None:
+    """What the Node program of the same name leaves: files with our names and another shape."""
+    where = paths(folder)
+    remove(*(one.name for one in where.state.iterdir()))(folder)
+    entry = account_file()
+    profile = {"access": entry["access_token"], "refresh": "rt_node", "accountId": "acct-1"}
+    store = {"version": 1, "activeProfileId": "one", "profiles": {"one": profile}}
+    (where.state / "usage").mkdir(mode=0o700)
+    for name, value in {
+        "store.json": store,
+        "settings.json": {"version": 1, "defaultModel": "new"},
+        "usage/lifetime.json": {"version": 1},
+    }.items():
+        (where.state / name).write_text(json.dumps(value))
+        (where.state / name).chmod(0o600)
+
+
 def leftovers(folder: Path) -> None:
     (folder / ".state" / ".accounts.json.0123456789abcdef.tmp").write_bytes(b"half")
 
@@ -155,7 +174,8 @@ def state(folder: Path) -> Json:
         models = azt.read_json(where.models, 1)
     finally:
         lock.release()
-    loose = [one.name for one in where.state.rglob("*") if one.stat().st_mode & 0o177]
+    files = [one for one in where.state.rglob("*") if one.is_file()]
+    loose = [one.name for one in files if one.stat().st_mode & 0o177]
     return {
         "accounts": {one.id: one.refresh_token for one in found.store.accounts.values()},
         "keys": [key["id"] for key in found.keys],
@@ -180,6 +200,7 @@ WRITERS: dict[str, tuple[Callable[[Path], None], Callable[[Path], object]]] = {
         remove("admin-token"),
         lambda folder: azt.read_or_make_secret(paths(folder).admin_token),
     ),
+    "a home of the Node program is taken over": (node_home, gateway),
     "an account is removed": (nothing, forget_account),
     "settings are changed": (nothing, change_settings),
     "the first start": (
