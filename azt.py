@@ -9892,7 +9892,7 @@ async def admin_post_codex(gw: Gateway, request: Request) -> Reply:
         done = await gw.with_codex(gw.codex.apply, account, base)
     else:
         mode = body.get("historyMode", CODEX_MODES[0]) if what == "takeover" else ""
-        if mode not in ("", *CODEX_MODES):
+        if what == "takeover" and mode not in CODEX_MODES:
             raise BadRequest(f"It is one of {CODEX_MODES}.", "historyMode", "bad_field")
         if body.get("baseUrl") not in (None, own_url):
             raise BadRequest(f"It is null or {own_url}.", "baseUrl", "bad_field")
@@ -10855,6 +10855,9 @@ def _codex_change(path: str) -> _Run:
         diff = [f"{one['op']} {one['text']}" for one in plan.get("diff", ())]
         lines = [plan["path"], *(diff if "diff" in plan else emails)]
         lines += [f"{moves} conversations move to openai."] if moves else []
+        if plan.get("keyNeeded"):
+            lines.append("azt asks for a key, Codex sends none. To let this machine in without:")
+            lines.append("    azt settings set apiKeys.loopbackExempt true")
         if args.dry_run or not (plan["changed"] or moves):
             return _show(args, plan, [*lines, "Nothing was written."])
         if "keyNeeded" in plan and not getattr(args, "yes", True):
@@ -10866,11 +10869,6 @@ def _codex_change(path: str) -> _Run:
                 return _show(args, plan, ["Nothing was written."])
         done = _admin_call("POST", path, asked | {"dryRun": False, "base": plan["base"]})
         lines.append("Written. Codex reads its files when it starts: restart it.")
-        if done.get("keyNeeded"):
-            lines.append(
-                "Codex sends no key, but azt asks for one. To let this machine in without:"
-            )
-            lines.append("azt settings set apiKeys.loopbackExempt true")
         return _show(args, done, lines)
 
     return run
