@@ -1317,7 +1317,10 @@ def test_any_chunked_body_comes_out_of_any_split(
 ) -> None:
     coded = b"".join(chunk(part) for part in parts if part) + b"0\r\n\r\n" + behind
     pieces = data.draw(splits(coded))
-    assert run(azt.Framing(True, None), pieces) == (b"".join(parts), behind, True)
+    for many in (0, 4096):  # all chunks at one look, and one by one
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(azt, "MANY_CHUNKS_BYTES", many)
+            assert run(azt.Framing(True, None), pieces) == (b"".join(parts), behind, True)
 
 
 CHUNK_ALPHABET = st.sampled_from([b"0", b"1", b"2", b"a", b"\r\n", b"\r", b"\n", b";", b":", b" "])
@@ -1330,14 +1333,17 @@ def test_whole_and_split_agree_on_anything_chunk_like(
 ) -> None:
     coded = b"".join(parts)
 
-    def outcome(pieces: list[bytes]) -> object:
-        try:
-            return run(azt.Framing(True, None), pieces)
-        except ValueError:
-            return "refused"
+    def outcome(pieces: list[bytes], many: int) -> object:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(azt, "MANY_CHUNKS_BYTES", many)
+            try:
+                return run(azt.Framing(True, None), pieces)
+            except ValueError:
+                return "refused"
 
-    whole, split = outcome([coded]), outcome(data.draw(splits(coded)))
-    assert split == whole
+    pieces = data.draw(splits(coded))
+    expected = outcome([coded], 4096)
+    assert [outcome([coded], 0), outcome(pieces, 0), outcome(pieces, 4096)] == [expected] * 3
 
 
 # -- decoded --------------------------------------------------------------------------------------
