@@ -5665,7 +5665,12 @@ def responses_to_upstream(
     for name, reason in _RESPONSES_REFUSED.items():
         if body.get(name) not in (None, False):
             raise BadRequest(reason, name, "unsupported_parameter")
-    said = _chain(body, store, now)
+    stored, previous = None, body.get("previous_response_id")
+    if previous is not None and (stored := store.get(previous, now)) is None:
+        message = f"Previous response with id '{previous[:100]}' not found: azt keeps responses"
+        message += " for a day at most. Send the whole input instead."
+        raise BadRequest(message, "previous_response_id", "previous_response_not_found")
+    said = _chain(body, stored, lambda item_id: store.item(item_id, now))
     flat = list(_flat_tools(body, "tools"))
     for (
         tool,
@@ -5679,9 +5684,8 @@ def responses_to_upstream(
     upstream = _upstream_body(body, model, efforts.get(model, ()), said, tools, asked)
     include = [known for known in _INCLUDES if known in (body.get("include") or [])]
     upstream["include"] = [*dict.fromkeys((*include, REASONING_INCLUDE))]
-    previous = store.get(body.get("previous_response_id") or "", now)
-    if previous and previous.session and not body.get("prompt_cache_key"):
-        upstream["prompt_cache_key"] = previous.session
+    if stored and stored.session and not body.get("prompt_cache_key"):
+        upstream["prompt_cache_key"] = stored.session
     echo = {name: body[name] for name in _ECHO_DEFAULTS if body.get(name) is not None}
     text = {"format": {"type": "text"}, "verbosity": "medium", **_given(_get(body, "text", dict))}
     reasoning = {name: asked[name][0] for name in ("effort", "summary")}
@@ -5709,27 +5713,20 @@ def _is_closed(value: Any) -> bool:
     return schema.get("additionalProperties") is False and {*properties} <= {*map(str, required)}
 
 
-def _chain(body: Json, store: ResponseStore, now: float) -> tuple[str, list[_Placed]]:
+def _chain(
+    body: Json, stored: StoredResponse | None, find: Callable[[str], Json | None]
+) -> tuple[str, list[_Placed]]:
     """(instructions, the earlier and the new items in client shape, each with an id)."""
-    instructions, previous = body.get("instructions") or "", body.get("previous_response_id")
-    chain: list[_Placed] = []
-    if previous is not None:
-        stored = store.get(previous, now)
-        if stored is None:
-            message = f"Previous response with id '{previous[:100]}' not found: azt keeps responses"
-            message += " for a day at most. Send the whole input instead."
-            raise BadRequest(message, "previous_response_id", "previous_response_not_found")
-        earlier = stored.input_items + stored.output_items
-        chain = [(item, "previous_response_id") for item in earlier]
-    value = body.get("input")
+    instructions, value = body.get("instructions") or "", body.get("input")
     if value is None and body.get("messages") is not None:
         instructions, new = _chat_items(body)
     else:
-        value = [] if value is None and previous is not None else value
-        new = list(_client_items(value, lambda item_id: store.item(item_id, now)))
+        new = list(_client_items([] if value is None and stored else value, find))
+    earlier = stored.input_items + stored.output_items if stored else []
     # A client may send the previous id and, all the same, references to its items.
-    known = {item["id"] for item, _ in chain}
+    known = {item["id"] for item in earlier}
     placed = ((_with_id(item), path) for item, path in new)
+    chain = [(item, "previous_response_id") for item in earlier]
     return instructions, chain + [(item, path) for item, path in placed if item["id"] not in known]
 
 
