@@ -115,7 +115,7 @@ def counted(usage: azt.UsageStats) -> Counter[tuple[str, ...]]:
         rows = {("total",): tally.total}
         rows |= {(name, key): row for name, some in tally.by.items() for key, row in some.items()}
         for row, aggregate in rows.items():
-            for name, amount in zip(aggregate.NAMES, aggregate.counts, strict=True):
+            for name, amount in ((name, aggregate[name]) for name in azt.SUMS):
                 sums[(period, *row, name)] += amount
     return +sums
 
@@ -197,8 +197,8 @@ def test_names_that_callers_invent_do_not_fill_the_memory() -> None:
         usage.add(one, b"")
     rows = usage.settled().lifetime.by["byModel"]
     assert len(rows) == azt.USAGE_KEYS_MAX + 1
-    assert sum(row.counts[0] for row in rows.values()) == 1000
-    assert rows["other"].counts[0] == 1000 - azt.USAGE_KEYS_MAX
+    assert sum(row["requestCount"] for row in rows.values()) == 1000
+    assert rows["other"]["requestCount"] == 1000 - azt.USAGE_KEYS_MAX
 
 
 def test_a_disk_that_stays_full_costs_the_oldest_lines_and_no_more_memory() -> None:
@@ -218,7 +218,7 @@ def test_days_too_long_ago_lose_their_detail_and_then_go() -> None:
     assert len(days) == azt.USAGE_DAYS_MAX
     assert sum("byModel" in day for day in days.values()) == azt.USAGE_DETAIL_DAYS
     assert "byModel" in days[max(days)] and "byModel" not in days[min(days)]
-    assert usage.lifetime.total.counts[0] == azt.USAGE_DAYS_MAX + 10
+    assert usage.lifetime.total["requestCount"] == azt.USAGE_DAYS_MAX + 10
 
 
 def test_what_the_node_program_counted_goes_on(tmp_path: Path) -> None:
@@ -246,10 +246,13 @@ def test_what_the_node_program_counted_goes_on(tmp_path: Path) -> None:
     again.load(paths)
 
     for stats in (usage, again):
-        view = stats.lifetime.total.view()
+        view = azt.sums_view(stats.lifetime.total)
         assert (view["requestCount"], view["totalTokens"], view["imageCount"]) == (8, 151, 3)
-        assert stats.lifetime.by["byModel"]["gpt-5.4"].counts[0] == 8
-        assert stats.day("2026-11-01").total.view()["durationBuckets"] == {"1000": 6, "5000": 1}
+        assert stats.lifetime.by["byModel"]["gpt-5.4"]["requestCount"] == 8
+        assert azt.sums_view(stats.day("2026-11-01").total)["durationBuckets"] == {
+            "1000": 6,
+            "5000": 1,
+        }
 
 
 # -- Charts ---------------------------------------------------------------------------------------
