@@ -1966,8 +1966,8 @@ class SSEParser:
     """SSE bytes in any split -> the data of each complete event (WHATWG rules).
 
     Knows CRLF, CR and LF line ends, also mixed; a BOM; comments; `data` without a space; several
-    data lines. An event is complete at its blank line; what follows the last one is never reported,
-    and `has_rest` tells that the stream was cut. Event names are dropped: the JSON has a `type`.
+    data lines. An event is complete at its blank line; what follows the last one is never reported.
+    Event names are dropped: the JSON has a `type`.
 
     raises  UpstreamError when one event exceeds MAX_EVENT_BYTES
     """
@@ -1978,10 +1978,6 @@ class SSEParser:
         self._buffer = bytearray()
         self._at_start, self._after_cr = True, False
 
-    @property
-    def has_rest(self) -> bool:
-        return bool(self._buffer.strip(b"\n"))
-
     def feed(self, chunk: bytes) -> list[bytes]:
         """The data of every event that `chunk` completes."""
         if b"\r" in chunk or self._after_cr:
@@ -1989,13 +1985,6 @@ class SSEParser:
         buffer = self._buffer
         searched = max(len(buffer) - 1, 0)
         buffer += chunk
-        if self._at_start:
-            if len(buffer) < 3 and b"\xef\xbb\xbf".startswith(buffer):
-                return []
-            self._at_start = False
-            if buffer.startswith(b"\xef\xbb\xbf"):
-                del buffer[:3]
-                searched = 0
         end = buffer.rfind(b"\n\n", searched)
         if end < 0:
             if len(buffer) > MAX_EVENT_BYTES:
@@ -2004,6 +1993,8 @@ class SSEParser:
             return []
         blocks = bytes(buffer[:end])
         del buffer[: end + 2]
+        if self._at_start:
+            blocks, self._at_start = blocks.removeprefix(b"\xef\xbb\xbf"), False
         return [data for block in blocks.split(b"\n\n") if (data := _block_data(block)) is not None]
 
     def _newlines(self, chunk: bytes) -> bytes:
@@ -3732,22 +3723,22 @@ class Relay:
         self._watch()
         opening = self._loop.call_later(hold_s, self._open_late)
         try:
-            await self._ready
-        except asyncio.CancelledError:
-            self.cancel()
-            raise
+            await self._until(self._ready)
         finally:
             opening.cancel()
 
     async def whole(self) -> None:
         """Wait for the end of an absorbed answer. Raises its failure."""
+        await self._until(self._over)
+        if self.translator.failure is not None:
+            raise self.translator.failure
+
+    async def _until(self, future: asyncio.Future[None]) -> None:
         try:
-            await self._over
+            await future
         except asyncio.CancelledError:
             self.cancel()
             raise
-        if self.translator.failure is not None:
-            raise self.translator.failure
 
     # -- what the server calls (StreamBody)
 
@@ -8548,13 +8539,13 @@ _TWINS = {"0.0.0.0": "::1", "127.0.0.1": "::1", "::": "0.0.0.0", "::1": "127.0.0
 
 def _raise_file_limit() -> int:
     """Allow as many open files as the system lets us; how many that are."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY:
-        return 65536
-    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (65536 if one == resource.RLIM_INFINITY else one for one in limits)
     with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        wanted = max(soft, min(hard, 65536))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, limits[1]))
+        return wanted
+    return soft
 
 
 class HttpServer:

@@ -113,23 +113,6 @@ def test_any_stream_in_any_split_equals_the_reference(data: st.DataObject, strea
     assert parse(pieces) == reference(stream)
 
 
-@pytest.mark.parametrize(
-    "stream, has_rest",
-    [
-        (b"", False),
-        (b"data: a\n\n", False),
-        (b"data: a\r\n\r\n", False),
-        (b"data: a\n\n\n", False),
-        (b"data: a\n", True),
-        (b"data: a\n\ndata", True),
-    ],
-)
-def test_a_cut_event_leaves_a_rest(stream: bytes, has_rest: bool) -> None:
-    parser = azt.SSEParser()
-    parser.feed(stream)
-    assert parser.has_rest is has_rest
-
-
 def test_events_come_out_as_soon_as_they_are_complete() -> None:
     parser = azt.SSEParser()
     assert parser.feed(b"data: a\n") == []
