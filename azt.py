@@ -21,7 +21,7 @@ The file reads from top to bottom in rooms. A room uses only names from rooms ab
      5  Settings             defaults < file < environment < flags
      6  Outbound HTTP        TLS trust, proxy, connection pool; the only sockets out
      7  Event streams        JSON and SSE bytes <-> dicts, pure
-     8  Accounts             8a who is signed in, import, export; 8b Codex's own files
+     8  Accounts             8a who is signed in, quota, import, export; 8b Codex's own files
      9  OAuth                sign in and refresh
     10  Upstream             speak to the Codex backend for one given account
     11  Translators          dict to dict, pure: 11a chat, 11b responses
@@ -120,7 +120,7 @@ Json = dict[str, Any]
 
 OUTBOUND = {
     "auth.openai.com": "sign-in and sign-out, refresh of the tokens",
-    "chatgpt.com": "model calls and the model list",
+    "chatgpt.com": "model calls, the model list and the quota",
 }
 """Every host that azt calls, and what for. `open_response` refuses any other, unless the user named
 it himself: a proxy, or a base URL from the environment (mirrors, company relays, the demo)."""

@@ -57,6 +57,46 @@ def test_a_refused_token_is_renewed_and_counted(
     assert "x-azt-account" in answer.headers
 
 
+def test_the_turns_of_a_conversation_share_one_session(
+    client: Client, upstream: FakeUpstream
+) -> None:
+    first = client.responses("hi", instructions="Be brief.").json["id"]
+    second = client.responses("and now?", previous_response_id=first).json["id"]
+    client.responses("own", previous_response_id=second, prompt_cache_key="mine")
+    client.responses("hi", instructions="Be brief.")
+    client.responses("something else", instructions="Be brief.")
+
+    sessions = [seen.headers["session-id"] for seen in upstream.turns]
+    assert sessions == [seen.body["prompt_cache_key"] for seen in upstream.turns]
+    assert sessions[0] == sessions[1] == sessions[3] != sessions[4]
+    assert sessions[2] == "mine"
+
+
+def test_a_later_turn_goes_to_the_account_of_the_earlier_one(
+    new_gateway: NewGateway, upstream: FakeUpstream
+) -> None:
+    accounts = [account_file(f"acct-{n}", f"user-{n}") | {"label": f"no {n}"} for n in range(2)]
+    client = Client((gateway := new_gateway(accounts=accounts)).url)
+
+    def admin(path: str, change: Json) -> Json:
+        proof = gateway.proof()
+        answer: Json = client.request(
+            "PATCH", f"/_gateway/admin/{path}", change, headers=proof
+        ).json
+        return answer
+
+    admin("settings", {"values": {"autoSwitch.enabled": True}})
+    first = client.responses("hi").json["id"]
+    account = admin("accounts/no%200", {"excluded": True})
+    client.responses("another")
+    admin(f"accounts/{account['id']}", {"excluded": False})
+    client.responses("and now?", previous_response_id=first)
+    client.responses("a third")
+
+    asked = [seen.account for seen in upstream.turns]
+    assert asked == ["acct-0", "acct-1", "acct-0", "acct-1"]
+
+
 def test_the_log_names_account_model_and_no_words(client: Client, gateway: Gateway) -> None:
     answer = client.chat("a secret question")
 
