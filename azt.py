@@ -984,6 +984,8 @@ SETTINGS: dict[str, Setting] = {
     "autoSwitch.excludedIds": Setting([], *_WORDS),
     "autoSwitch.order": Setting("most_left", *_ORDER),
     "defaultModel": Setting("gpt-5.4", *_TEXT),
+    "image.freeAccountWebGenerationEnabled": Setting(False, *_YES_NO),
+    "image.orchestratorModel": Setting("", *_TEXT),
     "limits.bodyMb": Setting(128, *_number(1, 4096), "AZT_BODY_LIMIT_MB"),
     "log.keepDays": Setting(30, *_number(1, 3650)),
     "log.keepRows": Setting(2000, *_number(0, 100_000)),
@@ -3654,6 +3656,30 @@ def fetch_quota(
     if not reading:
         raise UpstreamError(502, "upstream_error", "The upstream's quota has an unknown shape.")
     return reading
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRequest:
+    """What `web_images` is asked for; a value of which nothing is left to check.
+
+    size        "auto" or "1024x1536": width x height in pixels
+    references  (content, media type such as "image/png") of each picture to start from
+    mask        the same, or None: where it is transparent the first reference may change
+    """
+
+    prompt: str = field(repr=False)
+    size: str = "auto"
+    n: int = 1
+    references: tuple[tuple[bytes, str], ...] = field(default=(), repr=False)
+    mask: tuple[bytes, str] | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageResult:
+    """Pictures as base64 PNG, and the prompt that they were made from in the end."""
+
+    images: tuple[str, ...] = field(repr=False)
+    revised_prompt: str = field(default="", repr=False)
 
 
 # Events that come before anything was generated, and those whose type begins with "codex." or
