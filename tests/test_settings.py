@@ -104,6 +104,8 @@ KEYS: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "autoSwitch.excludedIds": WORDS,
     "autoSwitch.order": (("most_left", "soonest_reset", "priority"), ("", "random", None, 1)),
     "defaultModel": TEXT,
+    "image.freeAccountWebGenerationEnabled": YES_NO,
+    "image.orchestratorModel": TEXT,
     "limits.bodyMb": ((1, 128, 4096), (0, 4097, -1, 1.5, "128", True, None)),
     "log.level": (("debug", "info", "warning", "error"), ("INFO", "trace", "", None, 1)),
     "networkProxy.enabled": YES_NO,
