@@ -197,7 +197,7 @@ def test_a_change_that_cannot_be_saved_is_refused_and_taken_back(new_gateway: Ne
     admin.set(apiKeys__loopbackExempt=True)
     new = account_file("acct-3", "user-3", "cy@example.com")
     before = {path: admin.read(path) for path in ("/accounts", "/settings", "/keys", "/models")}
-    files = {path.name: path.read_bytes() for path in admin.state.iterdir()}
+    files = {path.name: path.read_bytes() for path in admin.state.iterdir() if path.is_file()}
     changes: list[tuple[str, str, Any]] = [
         ("POST", "/accounts/import", {"payload": [new, account_file()]}),
         ("POST", f"/accounts/{ids[1]}/activate", {}),
@@ -217,7 +217,9 @@ def test_a_change_that_cannot_be_saved_is_refused_and_taken_back(new_gateway: Ne
     assert all(str(admin.state) in one.error["message"] for one in answers)
     assert during == before
     assert served.status == 200
-    assert {path.name: path.read_bytes() for path in admin.state.iterdir()} == files
+    assert {
+        path.name: path.read_bytes() for path in admin.state.iterdir() if path.is_file()
+    } == files
     assert admin.call("POST", f"/accounts/{ids[1]}/activate", {}).json["activeId"] == ids[1]
     assert admin.set(server__lanApi=False).json["values"]["server"]["lanApi"] is False
 
@@ -268,7 +270,11 @@ def test_without_a_good_copy_it_refuses_to_start_and_touches_nothing(
     used: Gateway, name: str
 ) -> None:
     damage(used, name, b"{broken", backup=True)
-    files = {path.name: path.read_bytes() for path in used.state.iterdir() if path.name != "lock"}
+    files = {
+        path.name: path.read_bytes()
+        for path in used.state.iterdir()
+        if path.is_file() and path.name != "lock"
+    }
 
     started = used.azt("start", "--no-open", *used.arguments)
     asked = used.azt("accounts", "list")
@@ -277,7 +283,9 @@ def test_without_a_good_copy_it_refuses_to_start_and_touches_nothing(
         assert (done.returncode, done.stdout) == (2, "")
         assert name in done.stderr and "Traceback" not in done.stderr
     assert {
-        path.name: path.read_bytes() for path in used.state.iterdir() if path.name != "lock"
+        path.name: path.read_bytes()
+        for path in used.state.iterdir()
+        if path.is_file() and path.name != "lock"
     } == files
 
 
