@@ -7,7 +7,8 @@
 
 What it does: `azt start` listens on one port and answers `/v1/models`, `/v1/chat/completions` and
 `/v1/responses` by calling the Codex backend with the account that you signed in; it translates the
-requests and streams every delta on as soon as it has arrived.
+requests and streams every delta on as soon as it has arrived. What Codex sends to `/codex/v1` goes
+through unchanged.
 
 What it does not do: no telemetry, no update check, no prompt or answer on disk, no call to any host
 that is not in the table `OUTBOUND` (room 1) unless you set it, no browser impersonation.
