@@ -6923,6 +6923,28 @@ def _parts(event: Json) -> tuple[list[str | None], dict[str, int]]:
     return keys, amounts
 
 
+class Batch:
+    """What some records say, worked out in a thread: on the loop it would take from every stream.
+
+    tallies  by day; lines: (day, line of its file of events), rows: lines of the request log
+    """
+
+    __slots__ = ("events", "lines", "rows", "tallies")
+
+    def __init__(self, records: Iterable[RequestRecord]) -> None:
+        self.tallies: dict[str, Tally] = {}
+        self.lines: list[tuple[str, bytes]] = []
+        self.events: list[Json] = []
+        self.rows: list[bytes] = []
+        for record in records:
+            event = record.event()
+            day = _day(event["at"])
+            self.tallies.setdefault(day, Tally()).add(*_parts(event))
+            self.lines.append((day, encode_json(event) + b"\n"))
+            self.rows.append(encode_json(record.row(event)) + b"\n")
+            self.events.append(event)
+
+
 class UsageStats:
     """The sums, and what is still to be written. Owned by the loop; the disk gets snapshots.
 
@@ -6934,27 +6956,16 @@ class UsageStats:
     def __init__(self) -> None:
         self.startup, self.lifetime = Tally(), Tally()
         self.days: dict[str, Tally | Json] = {}
-        self._fresh: dict[str, Tally] = {}  # by day, not yet part of the others
         self.through: dict[str, int] = {}
         self.pending: list[tuple[str, bytes]] = []  # (day, line)
-        self.lost = 0
         self._unsynced: set[Path] = set()
 
-    def add(self, event: Json, line: bytes) -> None:
-        day = _day(event["at"])
-        self._fresh.setdefault(day, Tally()).add(*_parts(event))
-        self.pending.append((day, line))
-        if len(self.pending) > USAGE_PENDING_MAX:  # the disk has been full for long
-            del self.pending[0]
-            self.lost += 1
-
-    def settled(self) -> UsageStats:
-        """Itself, with every event in each of its sums: adding to one alone is what is fast."""
-        for day, fresh in self._fresh.items():
+    def add(self, batch: Batch) -> None:
+        for day, fresh in batch.tallies.items():
             for tally in (self.startup, self.lifetime, self.day(day)):
                 tally.merge(fresh)
-        self._fresh.clear()
-        return self
+        self.pending += batch.lines
+        del self.pending[:-USAGE_PENDING_MAX]  # the disk has been full for long
 
     def day(self, name: str) -> Tally:
         """The sums of a day; parsed at their first use, for most are never asked for."""
@@ -6971,7 +6982,7 @@ class UsageStats:
 
     def snapshot(self) -> tuple[Json, Json]:
         """What goes into lifetime.json and daily.json: exactly the events handed out so far."""
-        names = sorted(self.settled().days)[-USAGE_DAYS_MAX:]
+        names = sorted(self.days)[-USAGE_DAYS_MAX:]
         self.days = {name: self.days[name] for name in names}
         days = {}
         for at, name in enumerate(names):
@@ -7117,9 +7128,11 @@ class RequestLog:
         self.pending: list[bytes] = []
         self.written = 0  # lines in the file, with those that are too many
 
-    def add(self, line: bytes) -> None:
-        self.lines.append(line)
-        self.pending.append(line)
+    def add(self, lines: list[bytes]) -> None:
+        self.lines.extend(lines)
+        self.pending += lines
+        most = self.lines.maxlen or 0
+        del self.pending[: -most or None]
 
     def rows(self) -> Iterator[Json]:
         """Newest first. Callable from any thread: a copy of a deque is taken at one stroke."""
@@ -7280,6 +7293,8 @@ class Gateway:
         self.usage = UsageStats()
         self.requests = RequestLog(0)
         self.events = Events()
+        self.ended: list[RequestRecord] = []  # and not counted yet
+        self._counting = asyncio.Lock()
         self._flushing: asyncio.Task[None] | None = None
         self._sums_saved_s = time.monotonic()
         self.listening: list[tuple[str, int]] = []
@@ -7359,19 +7374,15 @@ class Gateway:
     # -- what happened
 
     def recorded(self, record: RequestRecord) -> None:
-        """A request has ended: count it, log it, tell who watches. The disk follows."""
-        if not record.route:
-            return
-        event = record.event()
-        line = encode_json(event) + b"\n"
-        self.usage.add(event, line)
-        self.requests.add(encode_json(record.row(event)) + b"\n")
-        self.events.publish("request.finished", event)
-        if self._flushing is None or self._flushing.done():
-            self._flushing = asyncio.create_task(self._flush_soon())
+        """A request has ended. It is counted and written soon, with others, off the loop."""
+        if record.route:
+            self.ended.append(record)
+            if self._flushing is None or self._flushing.done():
+                self._flushing = asyncio.create_task(self._flush_soon())
 
     async def forget_requests(self, before_ms: int) -> int:
         """Take the rows before that time (0: all) out of the log, on disk too; how many."""
+        await self.counted()
         rows = self.requests
         lines = list(rows.lines)
         kept = [one for one in lines if before_ms and json.loads(one)["at"] >= before_ms]
@@ -7384,7 +7395,7 @@ class Gateway:
     async def _flush_soon(self) -> None:
         """Write what has ended, a batch at a time, and try again as long as the disk is full."""
         pause_s = FLUSH_PAUSE_S
-        while self.usage.pending or self.requests.pending:
+        while self.ended or self.usage.pending or self.requests.pending:
             await asyncio.sleep(pause_s)
             try:
                 await self.flush(time.monotonic() - self._sums_saved_s > SUMS_EVERY_S)
@@ -7393,21 +7404,37 @@ class Gateway:
                 log.error("%s The records of requests wait in memory.", error.message)
                 pause_s = min(pause_s * 2, 60.0)
 
-    async def flush(self, with_sums: bool) -> None:
-        """What has ended so far goes to disk; the sums as well, and what is too old goes."""
-        usage, rows, paths = self.usage, self.requests, self.paths
-        lines, usage.pending = usage.pending, []
-        sums = usage.snapshot() if with_sums else ()  # of exactly these lines and all before
-        try:
-            await in_thread(self.files, usage.save, paths, lines, sums)
-        except AztError:
-            usage.pending[:0] = lines
-            raise
-        new, rows.pending = rows.pending, []
-        await in_thread(self.files, rows.save, paths.requests, new, list(rows.lines))
-        if with_sums:
-            self._sums_saved_s = time.monotonic()
-            await in_thread(self.files, self._prune)
+    async def flush(self, with_sums: bool = False) -> UsageStats:
+        """Count what has ended so far, tell who watches, write it; the sums as well if asked.
+
+        raises  AztError when it is not on disk; it is counted all the same, and written later
+        """
+        async with self._counting:
+            usage, rows, paths = self.usage, self.requests, self.paths
+            records, self.ended = self.ended, []
+            batch = await in_thread(self.files, Batch, records)
+            usage.add(batch)
+            rows.add(batch.rows)
+            for event in batch.events:
+                self.events.publish("request.finished", event)
+            lines, usage.pending = usage.pending, []
+            sums = usage.snapshot() if with_sums else ()  # of exactly these lines and all before
+            try:
+                await in_thread(self.files, usage.save, paths, lines, sums)
+                new, rows.pending = rows.pending, []
+                await in_thread(self.files, rows.save, paths.requests, new, list(rows.lines))
+            finally:
+                usage.pending[:0] = lines  # `save` takes out what is on disk
+            if with_sums:
+                self._sums_saved_s = time.monotonic()
+                await in_thread(self.files, self._prune)
+            return usage
+
+    async def counted(self) -> UsageStats:
+        """The sums with everything that has ended. A full disk does not matter to who asks."""
+        with contextlib.suppress(AztError):
+            await self.flush()
+        return self.usage
 
     @blocking
     def _prune(self) -> None:
@@ -8800,6 +8827,16 @@ def _view(view: Callable[[Gateway, Request], Json]) -> Handler:
     return show
 
 
+def _counted_view(view: Callable[[Gateway, Request], Json]) -> Handler:
+    """The same, with every request in it that has ended."""
+
+    async def show(gw: Gateway, request: Request) -> Reply:
+        await gw.counted()
+        return _private_reply(view(gw, request))
+
+    return show
+
+
 async def read_object(gw: Gateway, request: Request) -> Json:
     """The body as a JSON object, whatever its content type says. Frees the raw bytes.
 
@@ -9572,7 +9609,7 @@ async def admin_patch_settings(gw: Gateway, request: Request) -> Reply:
     return await admin_get_settings(gw, request)
 
 
-@_view
+@_counted_view
 def admin_get_state(gw: Gateway, request: Request) -> Json:
     base, codex = gw.url, gw.codex_seen
     gateway = {
@@ -9599,7 +9636,7 @@ def admin_get_state(gw: Gateway, request: Request) -> Json:
         "jobs": [_job_view(job) for job in gw.jobs.values()],
         "accounts": [_account_view(gw, account) for account in gw.store.accounts.values()],
         "codex": {"takeover": codex["takeover"], "authAccountId": codex["auth"]["accountId"]},
-        "today": sums_view(gw.usage.settled().day(_day(int(time.time() * 1000))).total),
+        "today": sums_view(gw.usage.day(_day(int(time.time() * 1000))).total),
         "models": {**models, "source": catalogue.source},
         "notices": gw.notices,
         "removed": [
@@ -9675,10 +9712,10 @@ def _stretch(query: Mapping[str, str], days: int) -> tuple[int, int, tzinfo]:
     return int(at["from"]), int(at["to"]), zone
 
 
-@_view
+@_counted_view
 def admin_get_usage(gw: Gateway, request: Request) -> Json:
     """The sums; with `from` (and `to`), days, the rows and `range` are of that time alone."""
-    usage, now = gw.usage.settled(), int(time.time() * 1000)
+    usage, now = gw.usage, int(time.time() * 1000)
     today, first = _day(now), request.query.get("from", "")
     shown = usage.between(first, request.query.get("to") or today) if first else usage.lifetime
     names = {account.id: account.name for account in gw.store.accounts.values()}
@@ -9708,7 +9745,7 @@ async def _with_events(
     gw: Gateway, first_ms: int, last_ms: int, fold: Callable[[Iterator[Json]], T]
 ) -> T:
     """`fold` over the events of a stretch of time, in a thread."""
-    await gw.flush(with_sums=False)
+    await gw.counted()
     days = _day(first_ms - 86_400_000), _day(last_ms + 86_400_000)
     paths = sorted(path for path in gw.paths.usage_events.glob("*.jsonl"))
 
@@ -9801,10 +9838,11 @@ async def admin_get_requests(gw: Gateway, request: Request) -> Reply:
         kept = {"kept": len(everything), "oldestAt": oldest}
         return {"items": items, "next": more, **kept, "facets": facets}
 
+    await gw.counted()
     return _private_reply(await in_thread(gw.short, page))
 
 
-@_view
+@_counted_view
 def admin_get_request(gw: Gateway, request: Request) -> Json:
     wanted = request.params["id"]
     row = next((row for row in gw.requests.rows() if row["id"] == wanted), None)
@@ -9815,6 +9853,7 @@ def admin_get_request(gw: Gateway, request: Request) -> Json:
 
 
 async def admin_get_requests_export(gw: Gateway, request: Request) -> Reply:
+    await gw.counted()
     lines = [encode_json(row) + b"\n" for row in _rows(gw, request.query)]
     return _file_reply(b"".join(lines), "application/x-ndjson", "azt-requests.jsonl")
 
@@ -9833,7 +9872,7 @@ async def admin_get_events(gw: Gateway, request: Request) -> Reply:
 
 async def get_metrics(gw: Gateway, request: Request) -> Reply:
     """Prometheus text. Counters are of this process; who may read it is row 13 of trust.md 2."""
-    startup, now = gw.usage.settled().startup, time.time()
+    startup, now = (await gw.counted()).startup, time.time()
     total, accounts = startup.total, gw.store.accounts.values()
     left = {account.name: percent_left(account.quota, now) for account in accounts}
     kinds = ("input", "cachedInput", "output", "reasoning")
@@ -10368,7 +10407,8 @@ async def _serving(gw: Gateway, host: str, port: int) -> AsyncIterator[tuple[Htt
     finally:
         gw.listening = []
         await gw.save_now()
-        await gw.flush(with_sums=bool(gw.usage.settled().startup.total["requestCount"]))
+        with contextlib.suppress(AztError):
+            await gw.flush(with_sums=bool(gw.ended or gw.usage.startup.total))
 
 
 async def _serve(gw: Gateway, lock: HomeLock, opens_browser: bool) -> None:

@@ -49,8 +49,8 @@ def line(one: Json) -> bytes:
 
 # -- The sums -------------------------------------------------------------------------------------
 
-EVENTS = st.builds(
-    lambda day, model, account, result, tokens, images, took, ttft, client: event(
+RECORDS = st.builds(
+    lambda day, model, account, result, tokens, images, took, ttft, client: record(
         NOON_MS - day * DAY_MS,
         model=model,
         account_id=account,
@@ -109,7 +109,6 @@ def plain(events: list[Json]) -> Counter[tuple[str, ...]]:
 
 def counted(usage: azt.UsageStats) -> Counter[tuple[str, ...]]:
     sums: Counter[tuple[str, ...]] = Counter()
-    usage.settled()
     for period in ("lifetime", *usage.days):
         tally = usage.lifetime if period == "lifetime" else usage.day(period)
         rows = {("total",): tally.total}
@@ -127,7 +126,7 @@ def on_disk(paths: azt.Paths) -> list[Json]:
 
 STEPS = st.lists(
     st.one_of(
-        st.lists(EVENTS, max_size=6),
+        st.lists(RECORDS, max_size=6),
         st.sampled_from(["flush", "save", "restart", "crash"]),
     ),
     max_size=14,
@@ -154,9 +153,8 @@ def test_the_sums_equal_a_plain_fold_over_the_events(
 
     for step in steps:
         if isinstance(step, list):
-            for one in step:
-                usage.add(one, line(one))
-                waiting.append(one)
+            usage.add(azt.Batch(step))
+            waiting += [one.event() for one in step]
         elif step in ("flush", "save"):
             flush(step == "save")
         else:
@@ -177,9 +175,8 @@ def test_the_sums_equal_a_plain_fold_over_the_events(
 @pytest.mark.parametrize("file", ["lifetime.json", "daily.json"])
 def test_damaged_sums_are_made_anew_from_the_events(tmp_path: Path, file: str) -> None:
     paths, usage = paths_in(tmp_path), azt.UsageStats()
-    events = [event(NOON_MS + n, attempts=1) for n in range(5)]
-    for one in events:
-        usage.add(one, line(one))
+    records = [record(NOON_MS + n, attempts=1) for n in range(5)]
+    usage.add(azt.Batch(records))
     usage.save(paths, usage.pending, usage.snapshot())
     for name in (file, f"{file}.bak"):
         (paths.usage_events.parent / name).write_bytes(b'{"version": 1, "aggr')
@@ -187,15 +184,16 @@ def test_damaged_sums_are_made_anew_from_the_events(tmp_path: Path, file: str) -
     again = azt.UsageStats()
     again.load(paths)
 
-    assert counted(again) == plain(events)
+    assert counted(again) == plain([one.event() for one in records])
 
 
 def test_names_that_callers_invent_do_not_fill_the_memory() -> None:
     usage = azt.UsageStats()
-    for number in range(1000):
-        one = event(NOON_MS, model=f"model-{number}")
-        usage.add(one, b"")
-    rows = usage.settled().lifetime.by["byModel"]
+    for start in range(0, 1000, 40):
+        usage.add(
+            azt.Batch(record(NOON_MS, model=f"model-{start + number}") for number in range(40))
+        )
+    rows = usage.lifetime.by["byModel"]
     assert len(rows) == azt.USAGE_KEYS_MAX + 1
     assert sum(row["requestCount"] for row in rows.values()) == 1000
     assert rows["other"]["requestCount"] == 1000 - azt.USAGE_KEYS_MAX
@@ -203,16 +201,19 @@ def test_names_that_callers_invent_do_not_fill_the_memory() -> None:
 
 def test_a_disk_that_stays_full_costs_the_oldest_lines_and_no_more_memory() -> None:
     usage = azt.UsageStats()
-    for number in range(azt.USAGE_PENDING_MAX + 5):
-        usage.add(event(NOON_MS), b"%d\n" % number)
-    assert (len(usage.pending), usage.lost) == (azt.USAGE_PENDING_MAX, 5)
-    assert usage.pending[0][1] == b"5\n"
+    batch = azt.Batch([])
+    batch.lines = [("2026-11-22", b"%d\n" % number) for number in range(azt.USAGE_PENDING_MAX)]
+    usage.add(batch)
+    batch.lines = [("2026-11-22", b"new\n")] * 5
+    usage.add(batch)
+    assert len(usage.pending) == azt.USAGE_PENDING_MAX
+    assert usage.pending[0][1] == b"5\n" and usage.pending[-1][1] == b"new\n"
 
 
 def test_days_too_long_ago_lose_their_detail_and_then_go() -> None:
     usage = azt.UsageStats()
     for day in range(azt.USAGE_DAYS_MAX + 10):
-        usage.add(event(NOON_MS - day * DAY_MS), b"")
+        usage.add(azt.Batch([record(NOON_MS - day * DAY_MS)]))
     _lifetime, daily = usage.snapshot()
     days = daily["days"]
     assert len(days) == azt.USAGE_DAYS_MAX
@@ -239,8 +240,8 @@ def test_what_the_node_program_counted_goes_on(tmp_path: Path) -> None:
 
     usage = azt.UsageStats()
     usage.load(paths)
-    one = event(NOON_MS, model="gpt-5.4", usage={"input_tokens": 1}, attempts=1)
-    usage.add(one, line(one))
+    one = record(NOON_MS, model="gpt-5.4", usage={"input_tokens": 1}, attempts=1)
+    usage.add(azt.Batch([one]))
     usage.save(paths, usage.pending, usage.snapshot())
     again = azt.UsageStats()
     again.load(paths)
@@ -275,8 +276,9 @@ def test_a_day_is_as_long_as_its_zone_makes_it(first: str, hours: int) -> None:
     assert {b - a for a, b in zip(in_hours, in_hours[1:], strict=False)} == {3_600_000}
 
 
-@given(st.lists(EVENTS, max_size=40), st.sampled_from(["model", "client", "result"]))
-def test_a_chart_shows_every_event_once(events: list[Json], by: str) -> None:
+@given(st.lists(RECORDS, max_size=40), st.sampled_from(["model", "client", "result"]))
+def test_a_chart_shows_every_event_once(records: list[azt.RequestRecord], by: str) -> None:
+    events = [one.event() for one in records]
     first, last = NOON_MS - 5 * DAY_MS, NOON_MS + DAY_MS
     starts = azt.bucket_starts(first, last, "hour", UTC)
     chart = azt.series(events, starts, by, "requests", 1)
@@ -331,7 +333,7 @@ def test_the_log_keeps_the_newest_rows_and_its_file_stays_small(tmp_path: Path) 
     file = paths_in(tmp_path).requests
     log = azt.RequestLog(200)
     for number in range(1500):
-        log.add(line({"id": f"req_{number}", "at": NOON_MS + number}))
+        log.add([line({"id": f"req_{number}", "at": NOON_MS + number})])
         if number % 50 == 49:
             new, log.pending = log.pending, []
             log.save(file, new, list(log.lines))
@@ -441,8 +443,7 @@ def test_any_body_has_a_summary(body: Json) -> None:
 
 def test_files_of_usage_are_for_their_owner_alone(tmp_path: Path) -> None:
     paths, usage = paths_in(tmp_path), azt.UsageStats()
-    one = event(NOON_MS)
-    usage.add(one, line(one))
+    usage.add(azt.Batch([record(NOON_MS)]))
     usage.save(paths, usage.pending, usage.snapshot())
     files = [path for path in paths.usage_events.parent.rglob("*") if path.is_file()]
     assert len(files) == 5  # two sums with their copies, one day of events
