@@ -73,6 +73,7 @@ import signal
 import socket
 import ssl
 import stat
+import struct
 import sys
 import tempfile
 import threading
@@ -120,11 +121,13 @@ Json = dict[str, Any]
 """A JSON object from outside: checked once where it enters, trusted inside."""
 
 OUTBOUND = {
+    "*.oaiusercontent.com": "pictures to and from the ChatGPT web site, where that is on",
     "auth.openai.com": "sign-in and sign-out, refresh of the tokens",
     "chatgpt.com": "model calls, the model list and the quota",
 }
-"""Every host that azt calls, and what for. `open_response` refuses any other, unless the user named
-it himself: a proxy, or a base URL from the environment (mirrors, company relays, the demo)."""
+"""Every host that azt calls, and what for; "*" is one name. `open_response` refuses any other,
+unless the user named it himself: a proxy, or a base URL from the environment (mirrors, company
+relays, the demo)."""
 
 CODEX_BASE_URL = "https://chatgpt.com/backend-api/codex"
 CHATGPT_BASE_URL = "https://chatgpt.com/backend-api"
@@ -169,6 +172,10 @@ HALF_CLOSE_CHECKS_S = (0.02, 0.06, 0.15)
 CONNECT_TIMEOUT_S, RESOLVE_TIMEOUT_S = 10.0, 5.0
 UPSTREAM_HEAD_TIMEOUT_S, UPSTREAM_IDLE_TIMEOUT_S = 180.0, 300.0
 POOL_IDLE_S, HOLD_BACK_S, HEARTBEAT_S, REFRESH_AHEAD_S = 90.0, 15.0, 15.0, 300.0
+
+# Pictures of the ChatGPT web site: the largest one, how often and how long it is asked for them.
+MAX_WEB_PICTURE_BYTES = 20 * MIB
+WEB_POLL_S, WEB_POLLS_S = 4.0, 120.0
 
 IMPORT_MAX_FILES, PREVIEW_TTL_S, UNDO_TTL_S, SHELF_MAX = 50, 900.0, 600.0, 16
 
@@ -1164,7 +1171,8 @@ def flattened(tree: Mapping[str, Any], prefix: str = "") -> Json:
 class Call:
     """One outbound request. A plain value, so that it may cross threads and be sent again.
 
-    once  it carries something single use: a fresh connection, and never sent a second time
+    once       it carries something single use: a fresh connection, and never sent a second time
+    bytes_max  the largest body of an answer that is no stream
     """
 
     method: str
@@ -1173,6 +1181,7 @@ class Call:
     body: bytes | bytearray = b""
     head_timeout_s: float = UPSTREAM_HEAD_TIMEOUT_S
     once: bool = False
+    bytes_max: int = MAX_REPLY_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -1248,12 +1257,16 @@ class ConnectionPool:
 
     def key(self, url: str) -> _Key:
         """What connects to `url`. Raises UpstreamError for a host that nobody has named."""
-        parts = urllib.parse.urlsplit(url)
-        host = parts.hostname or ""
-        if host not in OUTBOUND and host not in self.egress.own_hosts:
-            text = f"azt does not call {host}: it is not in its table of hosts."
-            raise UpstreamError(502, "upstream_unreachable", text)
-        return parts.scheme, host, parts.port or _PORTS[parts.scheme]
+        host = "what is no http address"
+        with contextlib.suppress(KeyError, ValueError):  # an answer may have named it
+            parts = urllib.parse.urlsplit(url)
+            key = parts.scheme, parts.hostname or "", parts.port or _PORTS[parts.scheme]
+            host = key[1]
+            is_known = not {host, "*." + host.partition(".")[2]}.isdisjoint(OUTBOUND)
+            if host in self.egress.own_hosts or (is_known and key == ("https", host, 443)):
+                return key
+        text = f"azt does not call {host[:80]}: it is not in its table of hosts."
+        raise UpstreamError(502, "upstream_unreachable", text)
 
     def settle(self, answer: Answer, key: _Key, sock: socket.socket) -> Answer:
         """The answer with its connection when it is a stream, which is kept or closed otherwise."""
@@ -1462,9 +1475,10 @@ class _Reply:
     raises  ValueError for what is no valid HTTP, or is cut; _Unanswered when nothing had come
     """
 
-    __slots__ = ("_body", "_head_bytes", "_unread", "answer")
+    __slots__ = ("_body", "_bytes_max", "_head_bytes", "_unread", "answer")
 
-    def __init__(self) -> None:
+    def __init__(self, bytes_max: int = MAX_REPLY_BYTES) -> None:
+        self._bytes_max = bytes_max
         self._unread, self._body = b"", bytearray()
         self._head_bytes = 0  # of interim answers
         self.answer: Answer | None = None
@@ -1511,7 +1525,7 @@ class _Reply:
                 return answer
         framing = answer.framing
         self._body += framing.feed(data)
-        if len(self._body) > MAX_REPLY_BYTES:
+        if len(self._body) > self._bytes_max:
             raise ValueError("an answer larger than azt accepts")
         if is_over and not framing.ended and framing.left >= 0:
             raise ValueError("cut in the body")
@@ -1583,7 +1597,7 @@ async def open_answer(
             wire.attach(sock)
             answer = await _exchange(sock, call)
             if coding := answer.headers.get("content-encoding"):
-                unpack = (decoded, answer.body, coding, MAX_REPLY_BYTES)
+                unpack = (decoded, answer.body, coding, call.bytes_max)
                 answer.body = bytes(await in_thread(workers, *unpack))
             wire.attach(None)
             return pool.settle(answer, key, sock)
@@ -1607,7 +1621,7 @@ def open_response(pool: ConnectionPool, call: Call, wire: Wire) -> Answer:
 async def _exchange(sock: socket.socket, call: Call) -> Answer:
     loop, number = asyncio.get_running_loop(), sock.fileno()
     over: asyncio.Future[Answer] = loop.create_future()
-    reply, unsent = _Reply(), [memoryview(piece) for piece in _request(call)]
+    reply, unsent = _Reply(call.bytes_max), [memoryview(piece) for piece in _request(call)]
 
     def moved() -> None:
         """From now on only the upstream is waited for."""
@@ -2034,7 +2048,7 @@ def event_type(data: bytes) -> str:
         return found[1].decode("utf-8", "replace")
     event = parse_event(data) or {}
     kind = event.get("type")
-    return kind if isinstance(kind, str) else "error" if "error" in event else ""
+    return kind if isinstance(kind, str) else "error" if event.get("error") else ""
 
 
 def parse_event(data: bytes | bytearray) -> Json | None:
@@ -3347,7 +3361,8 @@ def event_error(event: Json, now: float) -> UpstreamError:
     response = event.get("response")
     inner = response.get("error") if isinstance(response, dict) else event.get("error")
     if not isinstance(inner, dict):
-        inner = {name: event.get(name) for name in ("code", "message", "param")}
+        text = inner if isinstance(inner, str) else event.get("message")
+        inner = {"code": event.get("code"), "message": text, "param": event.get("param")}
     status = event.get("status", event.get("status_code"))
     error = _classify(status if isinstance(status, int) else 0, inner, None, now)
     error.quota = quota_from_headers(_as_object(event.get("headers")), now)
@@ -4164,6 +4179,301 @@ class Passthrough(Relay):
         super()._report()
         if sink is not None:
             (sink.cut if self.is_broken else sink.finish)()
+
+
+# -- pictures by way of the ChatGPT web site: the plain calls of codex-upstream.md 10 under azt's
+#    own name. Its step 1 is left out: that page only serves to pass for a browser.
+
+_ASSET = re.compile(r"(file-service|sediment)://([\w-]{1,128})", re.ASCII)
+
+
+def _picture_size(data: bytes) -> tuple[int, int]:
+    """Width and height as the head of a PNG, JPEG or WEBP tells them; (0, 0) for all else."""
+    at, kind = 2, data[8:16] if data[:4] == b"RIFF" else b""
+    width = height = marker = 0
+    with contextlib.suppress(struct.error):  # cut
+        if data.startswith(b"\x89PNG\r\n\x1a\n"):
+            width, height = struct.unpack_from(">II", data, 16)
+        elif kind == b"WEBPVP8 ":
+            width, height = struct.unpack_from("<HH", data, 26)
+        elif kind == b"WEBPVP8L":
+            [bits] = struct.unpack_from("<I", data, 21)
+            width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+        elif kind == b"WEBPVP8X":
+            width, height = (int.from_bytes(data[i : i + 3], "little") + 1 for i in (24, 27))
+        while data.startswith(b"\xff\xd8") and not width:  # the segments of a JPEG
+            marker, size, height, width = struct.unpack_from(">HHxHH", data, at)
+            is_frame = 0xFFC0 <= marker <= 0xFFCF and marker not in (0xFFC4, 0xFFC8, 0xFFCC)
+            at, width = at + 2 + size, width if is_frame else 0
+    return (width, height) if width else (0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Site:
+    """The ChatGPT web site for one given account."""
+
+    pool: ConnectionPool
+    workers: WorkerPool
+    base_url: str
+    credentials: Credentials
+
+    async def send(
+        self, method: str, url: str, body: Json | bytes = b"", headers: Mapping[str, str] = {}
+    ) -> Answer:
+        """One call. `url`: a path below the base, or an address that an answer named.
+
+        raises  UpstreamError for what is no 2xx; 403 `browser_check_required`
+        """
+        url = self.base_url + url if url.startswith("/") else url
+        # Nobody but the site itself gets the token (trust.md 1.6).
+        is_site = self.pool.key(url) == self.pool.key(self.base_url)
+        own = self.credentials.headers("application/json") if is_site else {**OWN_HEADERS}
+        if isinstance(body, dict):
+            body, own["content-type"] = encode_json(body), "application/json"
+        call = Call(method, url, {**own, **headers}, body, bytes_max=MAX_WEB_PICTURE_BYTES)
+        answer = await open_answer(self.pool, self.workers, call)
+        if 200 <= answer.status < 300 and answer.is_stream == ("x-conduit-token" in headers):
+            return answer
+        answer.close()
+        is_page = answer.status == 403 and "html" in answer.headers.get("content-type", "")
+        if is_page or "cf-mitigated" in answer.headers:
+            raise _browser_check()
+        if is_site:
+            raise upstream_error(answer.status, answer.headers, answer.body, time.time())
+        message = f"{self.pool.key(url)[1]} answered {answer.status} instead of taking or giving a"
+        raise UpstreamError(502, "image_generation_failed", f"{message} picture. Try again.")
+
+    async def fetch(
+        self, method: str, url: str, body: Json | bytes = b"", headers: Mapping[str, str] = {}
+    ) -> Json:
+        return parse_event((await self.send(method, url, body, headers)).body) or {}
+
+    async def admission(self) -> dict[str, str]:
+        """The headers that open a conversation, where the site gives them without a check."""
+        # "p" is where a browser proves to be one. azt has nothing to say there.
+        told = await self.fetch("POST", "/sentinel/chat-requirements", {"p": ""})
+        checks = (_as_object(told.get(one)) for one in ("proofofwork", "turnstile", "arkose"))
+        if any(one.get("required") for one in checks):
+            raise _browser_check()
+        return {"openai-sentinel-chat-requirements-token": _told(told, "token")}
+
+    async def upload(self, at: int, content: bytes, media_type: str) -> Json:
+        """One picture to start from; how a message names it as an attachment."""
+        width, height = _picture_size(content)
+        if not width or len(content) > MAX_WEB_PICTURE_BYTES:
+            message = "The ChatGPT web site takes PNG, JPEG and WEBP up to 20 MiB. Convert picture"
+            raise BadRequest(f"{message} {at}.", "image", "unsupported_value")
+        name = f"picture-{at}.{media_type.rpartition('/')[2]}"
+        about = {"file_name": name, "file_size": len(content), "use_case": "multimodal"}
+        told = await self.fetch("POST", "/files", about | {"width": width, "height": height})
+        blob = {"content-type": media_type, "x-ms-blob-type": "BlockBlob"}
+        file_id = _told(told, "file_id")
+        blob["x-ms-version"] = "2020-04-08"
+        await self.send("PUT", _told(told, "upload_url"), content, blob)
+        await self.send("POST", f"/files/{urllib.parse.quote(file_id, '')}/uploaded", {})
+        size = {"size": len(content), "width": width, "height": height}
+        return {"id": file_id, "name": name, "mimeType": media_type, **size}
+
+    async def converse(self, admitted: dict[str, str], prompt: str, files: list[Json]) -> list[str]:
+        """One conversation: its pictures as base64."""
+        keys = "asset_pointer", "size_bytes", "width", "height"
+        values = ((f"file-service://{one['id']}", *list(one.values())[3:]) for one in files)
+        parts: list[Any] = [
+            {"content_type": "image_asset_pointer", **dict(zip(keys, value, strict=True))}
+            for value in values
+        ]
+        text: Json = {"content_type": "text", "parts": [prompt]}
+        content = {"content_type": "multimodal_text", "parts": [*parts, prompt]} if parts else text
+        message = {"id": str(uuid.uuid4()), "author": {"role": "user"}}
+        shared = {
+            "action": "next",
+            "conversation_mode": {"kind": "primary_assistant"},
+            "model": "auto",
+            "parent_message_id": str(uuid.uuid4()),
+            "supported_encodings": [],  # whole messages, not the changes of them
+            "supports_buffering": False,
+            "system_hints": ["picture_v2"],
+            "timezone": "UTC",
+            "timezone_offset_min": 0,
+        }
+        asked = shared | {"partial_query": message | {"content": text}}
+        told = await self.fetch("POST", "/f/conversation/prepare", asked, admitted)
+        headers = {**admitted, "accept": "text/event-stream"}
+        headers["x-conduit-token"] = _told(told, "conduit_token")
+        message |= {"content": content, "metadata": {"attachments": files}}
+        asked = shared | {"client_contextual_info": {"app_name": "azt"}, "messages": [message]}
+        answer = await self.send("POST", "/f/conversation", asked, headers)
+        try:
+            return await self._pictures(answer)
+        except UpstreamError as error:
+            error.fault = "request"  # what has begun is not begun again elsewhere
+            raise
+
+    async def _pictures(self, answer: Answer) -> list[str]:
+        loop, turn = asyncio.get_running_loop(), _WebTurn()
+        relay = Relay(self.pool, answer, turn, streaming=False)
+        try:
+            await relay.ready(HOLD_BACK_S)
+            await relay.whole()
+        finally:
+            relay.cancel()
+        path = f"/conversation/{urllib.parse.quote(_told(vars(turn), 'conversation_id'), '')}"
+        until = loop.time() + WEB_POLLS_S
+        while not (turn.assets or (turn.is_idle and turn.said)) and loop.time() < until:
+            await asyncio.sleep(WEB_POLL_S)
+            try:
+                turn.note(await self.fetch("GET", path))
+            except UpstreamError as error:
+                if error.fault not in ("network", "transient"):
+                    raise
+        if not turn.assets:
+            raise no_picture(turn.said)
+        pictures = []
+        for kind, name in turn.assets:
+            source = "/files" if kind == "file-service" else f"{path}/attachment"
+            told = await self.fetch("GET", f"{source}/{name}/download")
+            content = (await self.send("GET", _told(told, "download_url"))).body
+            if _picture_size(content) == (0, 0):
+                raise no_picture("")
+            pictures.append(base64.b64encode(content).decode())
+        return pictures
+
+
+def _told(answer: Mapping[str, Any], name: str) -> str:
+    """A member that the next call needs."""
+    value = answer.get(name)
+    if isinstance(value, str) and value:
+        return value
+    raise UpstreamError(502, "upstream_error", f"The ChatGPT web site told no {name}. Try again.")
+
+
+def _browser_check() -> UpstreamError:
+    message = (
+        "The ChatGPT web site asks for a browser check. azt is no browser and does not answer such "
+        "checks. Make the picture at chatgpt.com, or with an account on a paid plan."
+    )
+    return UpstreamError(403, "browser_check_required", message)
+
+
+def no_picture(said: str, code: str = "image_refused") -> UpstreamError:
+    """No picture came. said: the model's own words, a refusal or a limit, where there are any."""
+    kind = "image_generation_user_error"
+    if said:
+        return UpstreamError(400, code, said[:2048], type=kind)
+    message = "The upstream made no picture. Send the request again."
+    return UpstreamError(502, "image_generation_failed", message)
+
+
+class _WebTurn:
+    """What the events of a conversation, and then the conversation itself, tell. A `Translator`.
+
+    assets   (kind, id) of each picture, in order
+    said     the newest text of the assistant
+    is_idle  the site says that no tool is at work
+    """
+
+    stopped = False
+    usage: Json | None = None
+    limits: Json | None = None
+
+    def __init__(self) -> None:
+        self.done = self.is_idle = False
+        self.failure: AztError | None = None
+        self.conversation_id = self.said = ""
+        self.assets: dict[tuple[str, str], None] = {}
+
+    def feed(self, data: bytes) -> bytes:
+        event = parse_event(data) or {}
+        if event.get("error"):
+            self.failure = event_error(event, time.time())
+        self.note(event)
+        self.done = data == b"[DONE]" or self.failure is not None
+        return b""
+
+    absorb = feed
+
+    def fail(self, error: AztError) -> bytes:
+        if not self.conversation_id:  # else the conversation can be asked for
+            self.failure = error
+        return b""
+
+    def result(self) -> Json:
+        return {}
+
+    def note(self, told: Json) -> None:
+        values: list[Any] = [told]
+        for value in values:  # grows meanwhile, so that no nesting is too deep
+            if isinstance(value, dict):
+                self._note(value)
+            values += (
+                value.values()
+                if isinstance(value, dict)
+                else value
+                if isinstance(value, list)
+                else ()
+            )
+
+    def _note(self, told: Json) -> None:
+        role, about = _as_object(told.get("author")).get("role"), _as_object(told.get("metadata"))
+        parts = _as_object(told.get("content")).get("parts")
+        parts = parts if isinstance(parts, list) else []
+        if isinstance(named := told.get("conversation_id"), str):
+            self.conversation_id = named or self.conversation_id
+        if role == "assistant":
+            said = "".join(one for one in parts if isinstance(one, str)).strip()
+            self.said = said or self.said
+        elif role == "tool" and about.get("async_task_type") == "image_gen":
+            pointers = (str(_as_object(one).get("asset_pointer")) for one in parts)
+            found = (_ASSET.fullmatch(one) for one in pointers)
+            self.assets |= {(one[1], one[2]): None for one in found if one}
+        if told.get("type") == "server_ste_metadata":
+            self.is_idle = about.get("tool_invoked") is False
+        elif told.get("type") == "moderation" and (
+            _as_object(told.get("moderation_response")) | told
+        ).get("blocked"):
+            said = self.said or "The moderation of the ChatGPT web site blocked this request."
+            self.failure = no_picture(said, "moderation_blocked")
+
+
+async def web_images(
+    pool: ConnectionPool,
+    workers: WorkerPool,
+    base_url: str,
+    credentials: Credentials,
+    asked: ImageRequest,
+    on_progress: Callable[[str], None],
+) -> ImageResult:
+    """Pictures as the ChatGPT web site makes them: for accounts that have no image tool.
+
+    raises  UpstreamError; BadRequest for a picture that the site does not take
+    """
+    site, prompt, pictures = (
+        _Site(pool, workers, base_url, credentials),
+        asked.prompt,
+        asked.references,
+    )
+    on_progress("asking the ChatGPT web site")
+    admitted = await site.admission()
+    if asked.size != "auto":
+        width, height = map(int, asked.size.split("x"))
+        shared = math.gcd(width, height)
+        prompt += f"\n\nAspect ratio: {width // shared}:{height // shared}."
+    if asked.mask is not None:
+        pictures = (*pictures, asked.mask)
+        prompt += (
+            "\n\nThe last picture is a mask: change the first one only where it is transparent."
+        )
+    if pictures:
+        on_progress("sending the pictures")
+    files = [await site.upload(at, *one) for at, one in enumerate(pictures, 1)]
+    on_progress("making the picture")
+    turns = [asyncio.create_task(site.converse(admitted, prompt, files)) for _ in range(asked.n)]
+    try:
+        made = await asyncio.gather(*turns)
+    finally:
+        for turn in turns:
+            turn.cancel()
+    return ImageResult(tuple(itertools.chain(*made)), asked.prompt)
 
 
 # ==================================================================================================

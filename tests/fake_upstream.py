@@ -20,6 +20,7 @@ import argparse
 import asyncio
 import base64
 import contextlib
+import functools
 import gzip
 import hashlib
 import html
@@ -1073,6 +1074,174 @@ class Gone(Exception):
     """The client closed the connection, or a script said to reset it."""
 
 
+# -- The ChatGPT web site -------------------------------------------------------------------------
+
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
+)
+
+
+class WebSite:
+    """The calls of codex-upstream.md 10, strict: each wants what the ones before it gave.
+
+    check      "proofofwork", "turnstile" or "arkose": what only a browser can answer
+    moderated  the stream says that the request was blocked
+    polls      how many times the conversation is asked for before its picture is there
+    idle       no tool was invoked
+    said       what the assistant says in the stream
+    scheme     of the pointers: "file-service" or "sediment"
+    pictures   how many one conversation makes
+    blob       where pictures are put and fetched; another host than that of the site
+    """
+
+    def __init__(self, url: str) -> None:
+        self.check = self.said = ""
+        self.moderated = self.idle = False
+        self.polls = 0
+        self.pictures = 1
+        self.scheme = "sediment"
+        self.blob = url.replace("127.0.0.1", "localhost")
+        self.uploads: dict[str, str] = {}
+        self.stored: dict[str, bytes] = {}
+        self._asked: dict[str, int] = {}
+        self._parts: list[list[Any]] = []
+
+    def find(self, seen: Seen) -> Callable[[Seen], Reply] | None:
+        """What answers this call, if it is one of the site."""
+        for method, pattern, answer in (
+            ("POST", "/backend-api/sentinel/chat-requirements", self._requirements),
+            ("POST", "/backend-api/files", self._file),
+            ("PUT", "/blob/([\\w-]+)", self._put),
+            ("GET", "/blob/([\\w-]+)", self._get),
+            ("POST", "/backend-api/files/([\\w-]+)/uploaded", self._uploaded),
+            ("POST", "/backend-api/f/conversation/prepare", self._prepare),
+            ("POST", "/backend-api/f/conversation", self._conversation),
+            ("GET", "/backend-api/conversation/([\\w-]+)", self._poll),
+            ("GET", "/backend-api/files/([\\w-]+)/download", self._download),
+            (
+                "GET",
+                "/backend-api/conversation/conv-\\d+/attachment/([\\w-]+)/download",
+                self._download,
+            ),
+        ):
+            found = re.fullmatch(pattern, seen.path)
+            if found and seen.method == method:
+                return functools.partial(answer, *found.groups())
+        return None
+
+    def _requirements(self, seen: Seen) -> Reply:
+        _wants(seen.body, {"p"})
+        checks: Json = {self.check: {"required": True}} if self.check else {}
+        return Reply(json={"token": "admitted", "persona": "free", **checks})
+
+    def _file(self, seen: Seen) -> Reply:
+        _wants(seen.body, {"file_name", "file_size", "use_case", "width", "height"})
+        name = f"file-{len(self.uploads) + 1}"
+        self.uploads[name] = "named"
+        return Reply(json={"file_id": name, "upload_url": f"{self.blob}/blob/{name}"})
+
+    def _put(self, name: str, seen: Seen) -> Reply:
+        _no_secret(seen)
+        if self.uploads.get(name) != "named" or seen.headers.get("x-ms-blob-type") != "BlockBlob":
+            raise Refused(400, {"detail": "no such blob"})
+        if not seen.headers.get("x-ms-version") or "image/" not in seen.headers["content-type"]:
+            raise Refused(400, {"detail": "no picture"})
+        self.uploads[name], self.stored[name] = "put", seen.raw
+        return Reply(status=201, body=b"")
+
+    def _get(self, name: str, seen: Seen) -> Reply:
+        _no_secret(seen)
+        return Reply(body=PNG, headers={"content-type": "image/png"})
+
+    def _uploaded(self, name: str, seen: Seen) -> Reply:
+        if self.uploads.get(name) != "put" or seen.body != {}:
+            raise Refused(404, {"detail": "File not found"})
+        self.uploads[name] = "uploaded"
+        return Reply(json={"status": "success"})
+
+    def _check_turn(self, seen: Seen, *more: str) -> None:
+        if seen.headers.get("openai-sentinel-chat-requirements-token") != "admitted":
+            raise Refused(403, {"detail": "Unusual activity has been detected from your device."})
+        _wants(
+            seen.body,
+            {"action", "conversation_mode", "model", "parent_message_id", "supported_encodings"}
+            | {"supports_buffering", "system_hints", "timezone", "timezone_offset_min", *more},
+        )
+        if seen.body["action"] != "next" or seen.body["system_hints"] != ["picture_v2"]:
+            raise Refused(422, {"detail": "no picture is asked for"})
+
+    def _prepare(self, seen: Seen) -> Reply:
+        self._check_turn(seen, "partial_query")
+        return Reply(json={"status": "ok", "conduit_token": "conduit"})
+
+    def _conversation(self, seen: Seen) -> Reply:
+        self._check_turn(seen, "client_contextual_info", "messages")
+        if seen.headers.get("x-conduit-token") != "conduit":
+            raise Refused(403, {"detail": "no conduit"})
+        [message] = seen.body["messages"]
+        pointers = [one for one in message["content"]["parts"] if isinstance(one, dict)]
+        attached = [f"file-service://{one['id']}" for one in message["metadata"]["attachments"]]
+        known = [one for one in attached if self.uploads.get(one[15:]) == "uploaded"]
+        if [one["asset_pointer"] for one in pointers] != known or known != attached:
+            raise Refused(404, {"detail": "File not found"})
+        self._parts.append(message["content"]["parts"])
+        name = f"conv-{len(self._parts)}"
+        self._asked[name] = 0
+        shared = {"conversation_id": name, "error": None}
+        told: list[Json] = [{"message": _web_message("user", "text", *message["content"]["parts"])}]
+        if self.said:
+            told.append({"message": _web_message("assistant", "text", self.said)})
+        if self.moderated:
+            told.append({"type": "moderation", "moderation_response": {"blocked": True}})
+        if not (self.polls or self.idle or self.moderated):
+            told.append({"message": self._picture_message(name)})
+        about = {"tool_invoked": not self.idle, "turn_use_case": "image gen"}
+        told.append({"type": "server_ste_metadata", "metadata": about})
+        lines = [f"data: {jsonlib.dumps(one | shared)}\n\n".encode() for one in told]
+        return Reply(events=[*lines], done=True, vendor=False)
+
+    def _picture_message(self, name: str) -> Json:
+        parts = [
+            {"content_type": "image_asset_pointer", "asset_pointer": f"{self.scheme}://{name}-{at}"}
+            for at in range(self.pictures)
+        ]
+        message = _web_message("tool", "multimodal_text", *parts)
+        return message | {"metadata": {"async_task_type": "image_gen"}}
+
+    def _poll(self, name: str, seen: Seen) -> Reply:
+        if name not in self._asked:
+            raise Refused(404, {"detail": "conversation_not_found"})
+        self._asked[name] += 1
+        is_there = 0 < self.polls <= self._asked[name]
+        messages = [_web_message("user", "multimodal_text", *self._parts[-1])]
+        messages += [self._picture_message(name)] if is_there else []
+        mapping = {f"node-{at}": {"message": one} for at, one in enumerate(messages)}
+        return Reply(
+            json={"conversation_id": name, "mapping": {"root": {"message": None}, **mapping}}
+        )
+
+    def _download(self, name: str, seen: Seen) -> Reply:
+        if ("/attachment/" in seen.path) != (self.scheme == "sediment"):
+            raise Refused(404, {"detail": "File not found"})
+        return Reply(json={"status": "success", "download_url": f"{self.blob}/blob/{name}"})
+
+
+def _web_message(role: str, kind: str, *parts: Any) -> Json:
+    content = {"content_type": kind, "parts": [*parts]}
+    return {"id": _new_id("m"), "author": {"role": role}, "content": content, "metadata": {}}
+
+
+def _wants(body: Any, keys: set[str]) -> None:
+    if not isinstance(body, dict) or set(body) != keys:
+        raise Refused(422, {"detail": f"Expected {sorted(keys)}, got {body}"})
+
+
+def _no_secret(seen: Seen) -> None:
+    secret = {"authorization", "chatgpt-account-id", "cookie"} & set(seen.headers)
+    if secret:
+        raise Refused(400, {"detail": f"{sorted(secret)} is for the site alone"})
+
+
 # -- The server -----------------------------------------------------------------------------------
 
 
@@ -1089,6 +1258,7 @@ class FakeUpstream:
     device_answer          what the issuer adds to the code for a device (`interval`, `expires_in`)
     codes                  code -> what it was given out for; a used one is None
     devices                user code -> "pending", "approved" or "used"
+    web                    the ChatGPT web site and its pictures
     """
 
     def __init__(self, port: int = 0) -> None:
@@ -1115,6 +1285,7 @@ class FakeUpstream:
         self.device_answer: Json = {"interval": "1"}
         self.codes: dict[str, Json | None] = {}
         self.devices: dict[str, str] = {}
+        self.web = WebSite(self.url)
         self.revoked: set[str] = set()
         self.turn_states: dict[str, str | None] = {}
         self._used: set[str] = set()
@@ -1232,7 +1403,7 @@ class FakeUpstream:
     def reply_to(self, seen: Seen) -> Reply:
         """The checks of the backend, then the script, then the default answer."""
         try:
-            if not seen.path.startswith(("/oauth/", "/codex/", DEVICE)):
+            if not seen.path.startswith(("/oauth/", "/codex/", "/blob/", DEVICE)):
                 self._check_token(seen)
                 seen.turn_state = seen.headers.get("x-codex-turn-state", "")
                 check_origin(seen, self)
@@ -1250,7 +1421,7 @@ class FakeUpstream:
             if _is_for(reply, seen):
                 self._script.remove(reply)
                 return reply
-        builtin = self._builtins().get((seen.method, seen.path))
+        builtin = self._builtins().get((seen.method, seen.path)) or self.web.find(seen)
         try:
             return builtin(seen) if builtin else Reply(status=404, json={"detail": "Not Found"})
         except Refused as refused:

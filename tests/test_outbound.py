@@ -15,7 +15,7 @@ import time
 import zlib
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import trustme
@@ -48,16 +48,21 @@ def answered(pool: azt.ConnectionPool, call: azt.Call, wire: azt.Wire | None = N
 
 
 def fetch(
-    pool: azt.ConnectionPool, url: str, body: bytes = b"", wire: azt.Wire | None = None
+    pool: azt.ConnectionPool,
+    url: str,
+    body: bytes = b"",
+    wire: azt.Wire | None = None,
+    bytes_max: int = azt.MAX_REPLY_BYTES,
 ) -> azt.Answer:
     """One GET, or a POST when there is a body."""
-    call = azt.Call("POST" if body else "GET", url, {"x-test": "1"}, body, head_timeout_s=5.0)
+    method = "POST" if body else "GET"
+    call = azt.Call(method, url, {"x-test": "1"}, body, head_timeout_s=5.0, bytes_max=bytes_max)
     return answered(pool, call, wire)
 
 
-def refused(pool: azt.ConnectionPool, url: str, body: bytes = b"") -> azt.UpstreamError:
+def refused(pool: azt.ConnectionPool, url: str, body: bytes = b"", **how: Any) -> azt.UpstreamError:
     with pytest.raises(azt.UpstreamError) as caught:
-        fetch(pool, url, body)
+        fetch(pool, url, body, **how)
     return caught.value
 
 
@@ -259,14 +264,11 @@ def test_what_follows_a_body_spoils_the_connection(pool: azt.ConnectionPool) -> 
         assert server.connections == 2
 
 
-def test_an_answer_beyond_the_limit_is_refused(
-    pool: azt.ConnectionPool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(azt, "MAX_REPLY_BYTES", 1000)
+def test_an_answer_beyond_the_limit_is_refused(pool: azt.ConnectionPool) -> None:
     with served(answer(sized(b"x" * 1000)), answer(sized(b"x" * 1001))) as server:
-        assert len(fetch(pool, server.url).body) == 1000
+        assert len(fetch(pool, server.url, bytes_max=1000).body) == 1000
         pool.close()
-        assert refused(pool, server.url).status == 502
+        assert refused(pool, server.url, bytes_max=1000).status == 502
 
 
 @pytest.mark.parametrize(
@@ -288,13 +290,10 @@ def test_a_compressed_answer_is_decoded(
         assert fetch(pool, server.url).body == b"text" * 999
 
 
-def test_a_compressed_answer_stops_at_the_limit(
-    pool: azt.ConnectionPool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(azt, "MAX_REPLY_BYTES", 100_000)
+def test_a_compressed_answer_stops_at_the_limit(pool: azt.ConnectionPool) -> None:
     bomb = gzip.compress(bytes(100_001))
     with served(answer(sized(bomb, head=b"Content-Encoding: gzip\r\n"))) as server:
-        assert refused(pool, server.url).status == 502
+        assert refused(pool, server.url, bytes_max=100_000).status == 502
 
 
 def test_a_redirect_is_an_answer_like_any_other(pool: azt.ConnectionPool) -> None:

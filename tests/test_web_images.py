@@ -1,0 +1,359 @@
+"""Pictures by way of the ChatGPT web site: the plain calls, and what becomes of a refused one."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import struct
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fake_upstream import CHALLENGE_PAGE, PNG, FakeUpstream, Json, make_token
+
+import azt
+
+OWN_HOSTS = frozenset({"127.0.0.1", "localhost"})
+ME = azt.Credentials(make_token(plan="free"), "acct-1")
+SITE = "/backend-api"
+
+
+@pytest.fixture(autouse=True)
+def quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(azt, "WEB_POLL_S", 0.01)
+    monkeypatch.setattr(azt, "WEB_POLLS_S", 0.5)
+
+
+class Painter:
+    """`web_images` against the scripted site."""
+
+    def __init__(self, upstream: FakeUpstream) -> None:
+        self.upstream = upstream
+        self.progress: list[str] = []
+
+    async def images(self, prompt: str = "a fox", **how: Any) -> azt.ImageResult:
+        pool = azt.ConnectionPool(azt.Egress(own_hosts=OWN_HOSTS))
+        asked = azt.ImageRequest(prompt, **how)
+        base = self.upstream.url + SITE
+        try:
+            workers = azt.WorkerPool("call", 8)
+            return await azt.web_images(pool, workers, base, ME, asked, self.progress.append)
+        finally:
+            pool.close()
+
+    def make(self, prompt: str = "a fox", **how: Any) -> azt.ImageResult:
+        return asyncio.run(self.images(prompt, **how))
+
+    def refused(self, **how: Any) -> azt.AztError:
+        with pytest.raises(azt.AztError) as caught:
+            self.make(**how)
+        return caught.value
+
+    @property
+    def calls(self) -> list[str]:
+        return [f"{one.method} {one.path}" for one in self.upstream.requests]
+
+    @property
+    def turn(self) -> Json:
+        [seen] = [one for one in self.upstream.requests if one.path.endswith("/f/conversation")]
+        body: Json = seen.body
+        return body
+
+
+@pytest.fixture
+def painter(upstream: FakeUpstream) -> Iterator[Painter]:
+    yield Painter(upstream)
+
+
+def test_a_picture_takes_these_calls_and_no_other(painter: Painter) -> None:
+    made = painter.make()
+
+    assert [base64.b64decode(one) for one in made.images] == [PNG]
+    assert made.revised_prompt == "a fox"
+    assert painter.calls == [
+        f"POST {SITE}/sentinel/chat-requirements",
+        f"POST {SITE}/f/conversation/prepare",
+        f"POST {SITE}/f/conversation",
+        f"GET {SITE}/conversation/conv-1/attachment/conv-1-0/download",
+        "GET /blob/conv-1-0",
+    ]
+    assert painter.turn["messages"][0]["content"]["parts"] == ["a fox"]
+
+
+def test_azt_goes_by_its_own_name_and_shows_its_token_to_the_site_alone(painter: Painter) -> None:
+    painter.make(references=((PNG, "image/png"),))
+
+    for seen in painter.upstream.requests:
+        assert seen.headers["user-agent"].startswith("azt/")
+        assert not {"cookie", "origin", "referer", "sec-ch-ua"} & set(seen.headers)
+        assert ("authorization" in seen.headers) == seen.path.startswith(SITE)
+
+
+@pytest.mark.parametrize("check", ["proofofwork", "turnstile", "arkose"])
+def test_a_demanded_browser_check_ends_it(painter: Painter, check: str) -> None:
+    painter.upstream.web.check = check
+
+    error = painter.refused(references=((PNG, "image/png"),))
+
+    assert (error.status, error.code) == (403, "browser_check_required")
+    assert "does not answer such checks" in error.message and "chatgpt.com" in error.message
+    assert len(painter.calls) == 1  # and nothing of the person's was sent
+
+
+@pytest.mark.parametrize("path", ["/chat-requirements", "/prepare", "/f/conversation", "/download"])
+def test_a_challenge_page_anywhere_is_a_browser_check(painter: Painter, path: str) -> None:
+    page = {"content-type": "text/html", "cf-mitigated": "challenge"}
+    painter.upstream.script(path=path, status=403, body=CHALLENGE_PAGE, headers=page)
+
+    error = painter.refused()
+
+    assert (error.code, getattr(error, "fault", "")) == ("browser_check_required", "request")
+
+
+@pytest.mark.parametrize("scheme", ["file-service", "sediment"])
+def test_the_pictures_of_a_conversation_are_all_fetched(painter: Painter, scheme: str) -> None:
+    painter.upstream.web.scheme, painter.upstream.web.pictures = scheme, 2
+
+    assert len(painter.make().images) == 2
+
+
+def test_several_pictures_are_as_many_conversations(painter: Painter) -> None:
+    assert len(painter.make(n=3).images) == 3
+    assert len([one for one in painter.calls if one.endswith("/f/conversation")]) == 3
+
+
+def test_a_picture_that_comes_at_the_fifth_poll_is_waited_for(painter: Painter) -> None:
+    painter.upstream.web.polls = 5
+    polled = f"GET {SITE}/conversation/conv-1"
+    painter.upstream.script(path="/conversation/conv-1", status=500, json={"detail": "again"})
+
+    assert len(painter.make().images) == 1
+    assert painter.calls.count(polled) == 6  # one failed, which is no reason to give up
+
+
+def test_a_picture_that_never_comes_is_given_up(painter: Painter) -> None:
+    painter.upstream.web.polls = 10_000
+
+    error = painter.refused()
+
+    assert (error.status, error.code) == (502, "image_generation_failed")
+
+
+def test_what_the_model_said_instead_of_a_picture_is_told_at_once(painter: Painter) -> None:
+    said = "You have reached your limit for pictures. It resets in 3 hours."
+    painter.upstream.web.said, painter.upstream.web.idle = said, True
+
+    error = painter.refused()
+
+    assert (error.status, error.type) == (400, "image_generation_user_error")
+    assert error.message == said
+    assert f"GET {SITE}/conversation/conv-1" not in painter.calls
+
+
+def test_a_request_that_moderation_blocks_says_so(painter: Painter) -> None:
+    painter.upstream.web.moderated = True
+
+    error = painter.refused()
+
+    assert (error.status, error.code) == (400, "moderation_blocked")
+    assert error.type == "image_generation_user_error"
+
+
+def test_an_error_in_the_stream_keeps_its_text(painter: Painter) -> None:
+    event = b'data: {"message": null, "conversation_id": "c", "error": "Something broke"}\n\n'
+    painter.upstream.script([event], path="/f/conversation", vendor=False)
+
+    error = painter.refused()
+
+    assert "Something broke" in error.message
+    assert getattr(error, "fault", "") == "request"  # what has begun is not begun elsewhere
+
+
+def test_a_stream_that_breaks_off_is_asked_on_for_by_polls(painter: Painter) -> None:
+    event = b'data: {"conversation_id": "conv-1"}\n\n'
+    painter.upstream.script([event], path="/f/conversation", vendor=False, cut=True)
+    painter.upstream.web._asked["conv-1"], painter.upstream.web.polls = 0, 1
+    painter.upstream.web._parts.append(["a fox"])
+
+    assert len(painter.make().images) == 1
+
+
+@pytest.mark.parametrize("status", [403, 404, 302])
+def test_a_refused_download_names_the_host_and_the_status(painter: Painter, status: int) -> None:
+    where = {"location": "http://127.0.0.1:1/"}
+    painter.upstream.script(path="/blob/conv-1-0", status=status, body=b"<Error/>", headers=where)
+
+    error = painter.refused()
+
+    assert (error.status, error.code) == (502, "image_generation_failed")
+    assert f"localhost answered {status}" in error.message
+
+
+@pytest.mark.parametrize("body", [b"", b"<html>", b"\xff\xd8\xff", b"RIFF", b"\x89PNG\r\n\x1a\n"])
+def test_a_download_that_is_no_picture_is_refused(painter: Painter, body: bytes) -> None:
+    painter.upstream.script(path="/blob/conv-1-0", body=body)
+
+    assert painter.refused().code == "image_generation_failed"
+
+
+def test_a_download_larger_than_20_mib_is_not_read_on(painter: Painter) -> None:
+    for size, is_fine in ((20 * azt.MIB, True), (20 * azt.MIB + 1, False)):
+        painter.upstream.reset()
+        painter.upstream.script(path="/blob/conv-1-0", body=PNG.ljust(size, b"\0"))
+        if is_fine:
+            assert len(base64.b64decode(painter.make().images[0])) == size
+        else:
+            assert "larger than azt accepts" in painter.refused().message
+
+
+@pytest.mark.parametrize(
+    "blob",
+    [
+        "https://evil.example",
+        "https://chatgpt.com.evil.example",
+        "https://chatgpt.com@evil.example",
+        "https://oaiusercontent.com.evil.example",
+        "https://evil-oaiusercontent.com",
+        "http://files.oaiusercontent.com",
+        "https://files.oaiusercontent.com:8443",
+        "https://169.254.169.254",
+        "http://[::1",
+        "http://127.0.0.1:99999",
+        "ftp://127.0.0.1",
+        "file:///etc/passwd?",
+    ],
+)
+@pytest.mark.parametrize("is_upload", [True, False])
+def test_a_hostile_address_is_never_called(painter: Painter, blob: str, is_upload: bool) -> None:
+    painter.upstream.web.blob = blob
+
+    error = painter.refused(references=((PNG, "image/png"),) if is_upload else ())
+
+    assert (error.status, error.code) == (502, "upstream_unreachable")
+    assert "not in its table of hosts" in error.message
+
+
+def test_the_hosts_of_pictures_are_known_by_the_end_of_their_name() -> None:
+    pool = azt.ConnectionPool(azt.Egress())
+
+    assert pool.key("https://files.oaiusercontent.com/file-1?sig=x")[1:] == (
+        "files.oaiusercontent.com",
+        443,
+    )
+    with pytest.raises(azt.UpstreamError):
+        pool.key("https://a.b.oaiusercontent.com/")
+
+
+JPEG = (
+    b"\xff\xd8\xff\xe0\x00\x10JFIF\0\x01\x01\0\0\x01\0\x01\0\0\xff\xc0\x00\x0b\x08"
+    + struct.pack(">HH", 20, 30)
+    + b"\x01\x01\x11\0"
+)
+WEBP = b"RIFF\0\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0" + b"\x1d\0\0" + b"\x13\0\0"
+LOSSLESS = b"RIFF\0\0\0\0WEBPVP8L\0\0\0\0\x2f" + (29 | 19 << 14).to_bytes(4, "little")
+LOSSY = b"RIFF\0\0\0\0WEBPVP8 \0\0\0\0\0\0\0\x9d\x01\x2a" + struct.pack("<HH", 30, 20)
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "size"),
+    [
+        (PNG, "png", (1, 1)),
+        (JPEG, "jpeg", (30, 20)),
+        (WEBP, "webp", (30, 20)),
+        (LOSSLESS, "webp", (30, 20)),
+        (LOSSY, "webp", (30, 20)),
+    ],
+)
+def test_a_reference_is_uploaded_and_attached(
+    painter: Painter, content: bytes, kind: str, size: tuple[int, int]
+) -> None:
+    painter.make(references=((content, f"image/{kind}"),))
+
+    assert painter.calls[1:4] == [
+        f"POST {SITE}/files",
+        "PUT /blob/file-1",
+        f"POST {SITE}/files/file-1/uploaded",
+    ]
+    assert painter.upstream.web.stored == {"file-1": content}
+    [pointer, prompt] = painter.turn["messages"][0]["content"]["parts"]
+    assert (pointer["width"], pointer["height"]) == size
+    assert (pointer["size_bytes"], prompt) == (len(content), "a fox")
+
+
+def test_a_mask_goes_last_and_the_prompt_says_what_it_is(painter: Painter) -> None:
+    painter.make(references=((PNG, "image/png"), (JPEG, "image/jpeg")), mask=(PNG, "image/png"))
+
+    *pictures, prompt = painter.turn["messages"][0]["content"]["parts"]
+    assert len(pictures) == 3
+    assert prompt.startswith("a fox\n\n") and "mask" in prompt
+
+
+@pytest.mark.parametrize("content", [b"GIF89a", PNG.ljust(20 * azt.MIB + 1, b"\0")])
+def test_a_reference_that_the_site_does_not_take_is_refused(
+    painter: Painter, content: bytes
+) -> None:
+    error = painter.refused(references=((content, "image/png"),))
+
+    assert (error.status, error.code, error.param) == (400, "unsupported_value", "image")
+
+
+@pytest.mark.parametrize(
+    ("size", "ratio"), [("1536x1024", "3:2"), ("1024x1024", "1:1"), ("auto", None)]
+)
+def test_a_size_becomes_a_sentence(painter: Painter, size: str, ratio: str | None) -> None:
+    painter.make(size=size)
+
+    [prompt] = painter.turn["messages"][0]["content"]["parts"]
+    assert prompt == ("a fox" if ratio is None else f"a fox\n\nAspect ratio: {ratio}.")
+
+
+@pytest.mark.parametrize("name", ["token", "conduit_token", "download_url"])
+def test_an_answer_without_what_the_next_call_needs_is_an_error(
+    painter: Painter, name: str
+) -> None:
+    path = {"token": "/chat-requirements", "conduit_token": "/prepare"}.get(name, "/download")
+    for value in ({}, {name: ""}, {name: ["x"]}):
+        painter.upstream.reset()
+        painter.upstream.script(path=path, json=value)
+        error = painter.refused()
+        assert (error.status, error.code) == (502, "upstream_error")
+        assert name in error.message
+
+
+def test_a_limit_keeps_its_wait(painter: Painter) -> None:
+    told = {"detail": {"code": "rate_limit_exceeded", "message": "Slow down"}}
+    painter.upstream.script(path="/prepare", status=429, json=told, headers={"retry-after": "40"})
+
+    error = painter.refused()
+
+    assert (error.status, error.headers["retry-after"]) == (429, "40")
+
+
+@pytest.mark.parametrize("phase", ["stream", "poll"])
+def test_a_caller_that_leaves_ends_the_upstream_call_at_once(painter: Painter, phase: str) -> None:
+    upstream = painter.upstream
+    if phase == "stream":
+        event = b'data: {"conversation_id": "conv-1"}\n\n'
+        upstream.script([event], path="/f/conversation", vendor=False, stall=True)
+    else:
+        upstream.web.polls = 10_000
+        upstream.script(path="/conversation/conv-1", json={}, delay=60.0)
+    path = "/f/conversation" if phase == "stream" else "/conversation/conv-1"
+
+    async def leave() -> float:
+        task = asyncio.create_task(painter.images())
+        await asyncio.to_thread(
+            upstream.wait_until,
+            lambda: upstream.requests and upstream.requests[-1].path == SITE + path,
+        )
+        await asyncio.sleep(0.05)
+        task.cancel()
+        left = time.monotonic()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return left
+
+    left = asyncio.run(leave())
+    closed = upstream.wait_until(lambda: upstream.requests[-1].closed_at)
+    assert closed - left < 0.25
