@@ -107,6 +107,8 @@ KEYS: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "image.freeAccountWebGenerationEnabled": YES_NO,
     "image.orchestratorModel": TEXT,
     "limits.bodyMb": ((1, 128, 4096), (0, 4097, -1, 1.5, "128", True, None)),
+    "log.keepDays": ((1, 30, 3650), (0, 3651, 1.5, "30", True, None)),
+    "log.keepRows": ((0, 2000, 100_000), (-1, 100_001, 0.5, "5", True, None)),
     "log.level": (("debug", "info", "warning", "error"), ("INFO", "trace", "", None, 1)),
     "networkProxy.enabled": YES_NO,
     "networkProxy.noProxy": TEXT,
@@ -124,6 +126,8 @@ KEYS: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "server.host": (("0.0.0.0", "::1", "127.0.0.1"), (None, 5, True, "a\0b")),
     "server.lanApi": YES_NO,
     "server.port": ((0, 1, 8787, 65535), (-1, 65536, "1", 1.0, True, None)),
+    "usage.keepDays": ((1, 365, 3650), (0, 3651, 1.5, "30", True, None)),
+    "usage.keepMb": ((1, 512, 100_000), (0, 100_001, 0.5, "5", True, None)),
 }
 GOOD = [(key, value) for key, (good, _) in KEYS.items() for value in good]
 BAD = [(key, value) for key, (_, bad) in KEYS.items() for value in bad]
