@@ -4597,6 +4597,47 @@ def _data_url(url: str, param: str, code: str) -> str:
     return url[:start] + payload + "=" * (-len(payload) % 4)
 
 
+def picture_content(url: Any, param: str) -> tuple[bytes, str]:
+    """Content and media type of a picture for the ChatGPT web site, which follows no links."""
+    found = re.match(r"(?i)data:(image/[\w.+-]+);base64,", url) if isinstance(url, str) else None
+    if found is None:
+        message = f"On this account '{param}' must be the picture itself, as a data URL."
+        raise BadRequest(message, param, "unsupported_value")
+    data = _data_url(found.string, param, "invalid_base64_image")
+    return base64.b64decode(data[found.end() :]), found[1].lower()
+
+
+def codex_picture(body: Any) -> ImageRequest | None:
+    """What a Responses request that can only call the image tool asks for; None for any other.
+
+    Only the last user message counts: the ChatGPT web site gets a new conversation.
+    raises  BadRequest for a picture that is linked to
+    """
+    body = _as_object(body)
+    choice, tools = body.get("tool_choice"), body.get("tools")
+    tools = [_as_object(one) for one in tools] if isinstance(tools, list) else []
+    is_forced = _as_object(choice).get("type") == "image_generation"
+    tool: Json = next((one for one in tools if one.get("type") == "image_generation"), {})
+    if not (is_forced or (tools == [tool] and choice != "none")):
+        return None
+    given, said, pictures = body.get("input"), "", []
+    given = given if isinstance(given, list) else [{"role": "user", "content": given}]
+    for at, item in enumerate(given):
+        content = item.get("content") if _as_object(item).get("role") == "user" else None
+        if content:
+            parts = content if isinstance(content, list) else [{"text": content}]
+            parts = [_as_object(one) for one in parts]
+            said = "\n".join(str(one["text"]) for one in parts if one.get("text"))
+            pictures = [
+                picture_content(one.get("image_url"), f"input[{at}].content[{index}].image_url")
+                for index, one in enumerate(parts)
+                if one.get("type") == "input_image"
+            ]
+    size = str(tool.get("size"))
+    size = size if re.fullmatch(r"[1-9]\d{1,3}x[1-9]\d{1,3}", size) else "auto"
+    return ImageRequest(said, size, references=tuple(pictures)) if said else None
+
+
 def _image_part(part: Json, path: str) -> Json:
     """Chat `image_url` (object, string), Responses `input_image`, Anthropic `source`, `image`."""
     url, param = _first(part, "image_url.url image_url image source.url source.data", path)
@@ -9359,8 +9400,13 @@ async def codex_call(gw: Gateway, request: Request) -> Reply:
     record.route = f"/codex/v1/{name}" if name in _CODEX_CALLS else record.route
     keys = tuple(sent[name] for name in _KEPT_WITH if sent.get(name))
     turn = Turn(b"", "", on_news=functools.partial(_note_turn, record), keys=keys)
-    relay = await _codex_answer(gw, request, turn)
+    picture = await _asked_picture(gw, request) if name == "responses" else None
+    relay = await _codex_answer(gw, request, turn, picture)
     request.release()
+    if isinstance(relay, asyncio.Task):
+        record.streams, record.image_route = True, "chatgpt-web"
+        record.model = record.asked_model = "gpt-image-2"
+        return Reply(200, web_stream(record, relay), _STREAM_HEADERS + _own_headers(request))
     answer, owner = relay.answer, cast(Account, turn.account)
     record.streams = answer.is_stream
     record.head_ms = round((time.monotonic() - record.complete_s) * 1000)
@@ -9382,16 +9428,88 @@ async def codex_call(gw: Gateway, request: Request) -> Reply:
     return Reply(answer.status, answer.body, headers)
 
 
-async def _codex_answer(gw: Gateway, request: Request, turn: Turn) -> Passthrough:
+async def _asked_picture(gw: Gateway, request: Request) -> ImageRequest | None:
+    """What a request of Codex asks of the ChatGPT web site, where that is on; else None."""
+
+    def look() -> ImageRequest | None:
+        coding = request.headers.get("content-encoding", "")
+        with contextlib.suppress(ValueError):  # zstd without a decoder, say: that is relayed
+            raw = decoded(request.body, coding, MAX_BODY_BYTES)
+            return codex_picture(parse_json(raw)) if b"image_generation" in raw else None
+        return None
+
+    if not gw.settings.flag("image.freeAccountWebGenerationEnabled") or request.method != "POST":
+        return None
+    has_free = any(one.plan == "free" for one in gw.store.accounts.values())
+    return await in_thread(gw.short, look) if has_free else None
+
+
+async def web_stream(
+    record: RequestRecord, made: asyncio.Task[ImageResult]
+) -> AsyncGenerator[bytes]:
+    """Pictures of the ChatGPT web site as the events that Codex knows; heartbeats meanwhile."""
+    response: Json = {"id": f"resp_{secrets.token_hex(12)}", "object": "response", "output": []}
+    response |= {"created_at": int(time.time()), "model": record.model, "status": "in_progress"}
+    numbers = itertools.count()
+
+    def event(kind: str, **more: Any) -> bytes:
+        named = {"type": f"response.{kind}", "sequence_number": next(numbers)}
+        return encode_event(named | more)
+
+    try:
+        yield event("created", response=response)
+        while not (await asyncio.wait({made}, timeout=HEARTBEAT_S))[0]:
+            yield HEARTBEAT
+        result = made.result()
+        for at, picture in enumerate(result.images):
+            item = {"id": f"ig_{secrets.token_hex(12)}", "type": "image_generation_call"}
+            item["status"] = "in_progress"
+            yield event("output_item.added", output_index=at, item=item)
+            item |= {"status": "completed", "result": picture}
+            item["revised_prompt"] = result.revised_prompt
+            yield event("output_item.done", output_index=at, item=item)
+            response["output"].append(item)
+        record.images = len(result.images)
+        yield event("completed", response=response | {"status": "completed", "usage": None})
+    except AztError as error:
+        record.result, record.error_code = "failed", error.code
+        why = {"code": error.code, "message": mask(error.message)}
+        yield event("failed", response=response | {"status": "failed", "error": why})
+    finally:
+        made.cancel()
+
+
+async def _web_attempt(
+    gw: Gateway, asked: ImageRequest, account: Account, hold_s: float
+) -> asyncio.Task[ImageResult]:
+    """Pictures in the making: what failed within `hold_s` is raised, so that another may try."""
+    base, credentials = (
+        gw.environment.chatgpt_base_url,
+        Credentials(account.access_token, account.account_id),
+    )
+    call = web_images(gw.pool, gw.calls, base, credentials, asked, lambda text: None)
+    made = asyncio.create_task(call)
+    try:
+        if (await asyncio.wait({made}, timeout=hold_s))[0]:
+            made.result()
+    except asyncio.CancelledError:
+        made.cancel()
+        raise
+    return made
+
+
+async def _codex_answer(
+    gw: Gateway, request: Request, turn: Turn, picture: ImageRequest | None
+) -> Passthrough | asyncio.Task[ImageResult]:
     """What the first account has that can serve, else the failure that says most to Codex.
 
     Never a 401 about an account of azt, nor "none is signed in": Codex would renew its own sign-in
     again and again. A 400 ends its turn at once, and it prints the text.
     """
     failures: list[tuple[UpstreamError, Passthrough]] = []
-    relay = None
+    relay: Passthrough | asyncio.Task[ImageResult] | None = None
     try:
-        attempt = functools.partial(_codex_attempt, gw, request, failures)
+        attempt = functools.partial(_codex_attempt, gw, request, failures, picture)
         relay = await gw.rotation.try_accounts(turn, attempt)
     except AztError as error:
         if error.status == 401 or error.code == "no_account":
@@ -9402,7 +9520,7 @@ async def _codex_answer(gw: Gateway, request: Request, turn: Turn) -> Passthroug
         if not told:
             raise
         relay, request.record.error_code = told[0][1], error.code
-        relay.pass_on()
+        told[0][1].pass_on()
     finally:
         for _, failed in failures:
             if failed is not relay:
@@ -9414,9 +9532,12 @@ async def _codex_attempt(
     gw: Gateway,
     request: Request,
     failures: list[tuple[UpstreamError, Passthrough]],
+    picture: ImageRequest | None,
     account: Account,
     hold_s: float,
-) -> Passthrough:
+) -> Passthrough | asyncio.Task[ImageResult]:
+    if picture is not None and account.plan == "free":
+        return await _web_attempt(gw, picture, account, hold_s)
     name, (_, mark, query) = request.params.get("rest", ""), request.target.partition("?")
     path = urllib.parse.quote(name or "responses/compact", safe="/:@!$&'()*+,;=~") + mark + query
     credentials = Credentials(account.access_token, account.account_id)

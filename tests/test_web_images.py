@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gzip
+import json
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from fake_upstream import CHALLENGE_PAGE, PNG, FakeUpstream, Json, make_token
+import zstandard
+from fake_upstream import (
+    CHALLENGE_PAGE,
+    CODEX,
+    PNG,
+    FakeUpstream,
+    Json,
+    account_file,
+    limit_reached,
+    make_token,
+)
+from harness import MODEL, Client, Gateway
 
 import azt
 
@@ -357,3 +370,235 @@ def test_a_caller_that_leaves_ends_the_upstream_call_at_once(painter: Painter, p
     left = asyncio.run(leave())
     closed = upstream.wait_until(lambda: upstream.requests[-1].closed_at)
     assert closed - left < 0.25
+
+
+# -- Codex asks for a picture ---------------------------------------------------------------------
+
+TOOL = {"type": "image_generation", "size": "1536x1024"}
+SETTING = "image.freeAccountWebGenerationEnabled"
+DATA_URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
+FREE = account_file(plan="free")
+NewGateway = Callable[..., Gateway]
+
+
+def wish(*parts: Json, **fields: Any) -> Json:
+    content = [{"type": "input_text", "text": "a fox"}, *parts]
+    item = {"type": "message", "role": "user", "content": content}
+    shared = {"model": MODEL, "stream": True, "store": False, "input": [item], "tools": [TOOL]}
+    return shared | fields
+
+
+class Studio:
+    """A gateway for pictures, as Codex meets it."""
+
+    def __init__(self, new_gateway: NewGateway, upstream: FakeUpstream) -> None:
+        # The host of the blobs is known as that of another base URL.
+        self.variables = {"AZT_AUTH_BASE_URL": upstream.url.replace("127.0.0.1", "localhost")}
+        self._new_gateway = new_gateway
+
+    def open(self, *accounts: Json, is_on: bool = True) -> Client:
+        self.gateway = self._new_gateway(accounts=[*accounts] or [FREE], variables=self.variables)
+        self.set(SETTING, str(is_on).lower())
+        return Client(self.gateway.url)
+
+    def set(self, name: str, value: str) -> None:
+        assert self.gateway.azt("settings", "set", name, value).returncode == 0
+
+
+@pytest.fixture
+def studio(new_gateway: NewGateway, upstream: FakeUpstream) -> Studio:
+    return Studio(new_gateway, upstream)
+
+
+def asked(upstream: FakeUpstream) -> list[str]:
+    """Which of the two ways was taken, call for call."""
+    ways = {f"{CODEX}/responses": "codex", f"{SITE}/f/conversation": "web"}
+    return [ways[seen.path] for seen in upstream.requests if seen.path in ways]
+
+
+def test_codex_gets_the_events_of_a_response(studio: Studio, upstream: FakeUpstream) -> None:
+    client = studio.open()
+    upstream.web.pictures = 2
+
+    answer = client.post(
+        "/codex/v1/responses", wish({"type": "input_image", "image_url": DATA_URL})
+    )
+
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.types == [
+        "response.created",
+        "response.output_item.added",
+        "response.output_item.done",
+        "response.output_item.added",
+        "response.output_item.done",
+        "response.completed",
+    ]
+    assert [event["sequence_number"] for event in answer.events] == list(range(6))
+    first, last = answer.events[2], answer.events[-1]["response"]
+    assert first["item"]["type"] == "image_generation_call"
+    assert base64.b64decode(first["item"]["result"]) == PNG
+    assert (last["status"], last["id"]) == ("completed", answer.events[0]["response"]["id"])
+    assert last["output"][0] == first["item"]
+    assert upstream.web.stored == {"file-1": PNG}
+    assert asked(upstream) == ["web"]
+
+
+@pytest.mark.parametrize("coding", ["identity", "gzip", "zstd"])
+def test_a_compressed_wish_is_looked_into_where_a_decoder_is(
+    studio: Studio, upstream: FakeUpstream, coding: str
+) -> None:
+    pack = {"gzip": gzip.compress, "zstd": zstandard.ZstdCompressor().compress}.get(coding, bytes)
+    client = studio.open()
+
+    raw = pack(json.dumps(wish()).encode())
+    answer = client.post("/codex/v1/responses", body=raw, headers={"Content-Encoding": coding})
+
+    can_read = coding != "zstd" or azt.find_zstd() is not None
+    assert asked(upstream) == ["web" if can_read else "codex"]
+    assert answer.types[-1] == "response.completed"
+
+
+@pytest.mark.parametrize(
+    ("fields", "way"),
+    [
+        ({}, "web"),
+        ({"tools": [TOOL, {"type": "web_search"}]}, "codex"),
+        ({"tools": [TOOL, {"type": "web_search"}], "tool_choice": TOOL}, "web"),
+        ({"tool_choice": "none"}, "codex"),
+        ({"tools": [{"type": "web_search"}]}, "codex"),
+        ({"tools": []}, "codex"),
+    ],
+)
+def test_only_a_wish_for_nothing_but_a_picture_takes_the_web_way(fields: Json, way: str) -> None:
+    picture = azt.codex_picture(wish(**fields))
+
+    assert (picture is not None) == (way == "web")
+    if picture is not None:
+        assert (picture.prompt, picture.size) == ("a fox", "1536x1024")
+
+
+@pytest.mark.parametrize("body", [[], None, "x", {"tools": TOOL}, {"tools": [TOOL], "input": [[]]}])
+def test_a_body_of_another_shape_is_no_wish(body: Any) -> None:
+    assert azt.codex_picture(body) is None
+
+
+def test_a_linked_picture_is_refused_by_the_name_of_its_field() -> None:
+    linked = {"type": "input_image", "image_url": "https://example.com/x.png"}
+
+    with pytest.raises(azt.BadRequest) as caught:
+        azt.codex_picture(wish(linked))
+
+    assert (caught.value.status, caught.value.code) == (400, "unsupported_value")
+    assert caught.value.param == "input[0].content[1].image_url"
+
+
+def test_with_the_setting_off_codex_is_relayed(studio: Studio, upstream: FakeUpstream) -> None:
+    client = studio.open(is_on=False)
+
+    client.post("/codex/v1/responses", wish())
+
+    assert asked(upstream) == ["codex"]
+
+
+def test_a_paid_plan_is_relayed(studio: Studio, upstream: FakeUpstream) -> None:
+    client = studio.open(account_file(), account_file("acct-2", "user-2", "b@example.com", "free"))
+
+    client.post("/codex/v1/responses", wish())
+
+    assert asked(upstream) == ["codex"]
+
+
+def test_a_limit_of_the_site_moves_on_to_the_next_account(
+    studio: Studio, upstream: FakeUpstream
+) -> None:
+    client = studio.open(FREE, account_file("acct-2", "user-2", "b@example.com", "plus"))
+    studio.set("autoSwitch.enabled", "true")
+    upstream.script(path="/chat-requirements", status=429, json=limit_reached(7200))
+
+    answer = client.post("/codex/v1/responses", wish())
+
+    assert answer.status == 200
+    assert asked(upstream) == ["codex"]
+    assert [one.account for one in upstream.requests][-2:] == ["acct-1", "acct-2"]
+
+
+def test_codex_is_told_of_a_browser_check_with_a_status(
+    studio: Studio, upstream: FakeUpstream
+) -> None:
+    client = studio.open()
+    upstream.web.check = "turnstile"
+
+    answer = client.post("/codex/v1/responses", wish())
+
+    assert (answer.status, answer.error["code"]) == (403, "browser_check_required")
+
+
+def test_codex_that_leaves_ends_the_conversation(studio: Studio, upstream: FakeUpstream) -> None:
+    client = studio.open()
+    upstream.script([], path="/f/conversation", vendor=False, stall=True)
+
+    connection = client.connect()
+    connection.request("POST", "/codex/v1/responses", json.dumps(wish()))
+    upstream.wait_until(lambda: asked(upstream))
+    connection.close()
+    left = time.monotonic()
+
+    closed = upstream.wait_until(lambda: upstream.requests[-1].closed_at)
+    assert closed - left < 0.5
+
+
+def stream_of(
+    monkeypatch: pytest.MonkeyPatch, made: Callable[[], Any]
+) -> tuple[bytes, azt.RequestRecord]:
+    """What Codex reads while pictures are made slowly."""
+    monkeypatch.setattr(azt, "HEARTBEAT_S", 0.02)
+    record = azt.RequestRecord("req_1", "POST", "/codex/v1/responses", 0.0)
+
+    async def slowly() -> azt.ImageResult:
+        await asyncio.sleep(0.1)
+        result: azt.ImageResult = made()
+        return result
+
+    async def read() -> bytes:
+        task = asyncio.create_task(slowly())
+        return b"".join([piece async for piece in azt.web_stream(record, task)])
+
+    return asyncio.run(read()), record
+
+
+def test_comments_are_the_heartbeat_while_a_picture_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sent, record = stream_of(monkeypatch, lambda: azt.ImageResult(("aGk=",), "a fox"))
+
+    created, *beats, rest = sent.split(azt.HEARTBEAT)
+    assert created.startswith(b"event: response.created\n")
+    assert len(beats) >= 2 and not any(beats)
+    assert rest.startswith(b"event: response.output_item.added\n")
+    assert record.images == 1
+
+
+def test_codex_that_leaves_later_ends_the_making() -> None:
+    record = azt.RequestRecord("req_1", "POST", "/codex/v1/responses", 0.0)
+
+    async def leave() -> asyncio.Task[Any]:
+        made = asyncio.create_task(asyncio.sleep(60))
+        body = azt.web_stream(record, made)  # type: ignore[arg-type]
+        assert (await anext(body)).startswith(b"event: response.created")
+        await body.aclose()
+        await asyncio.wait({made})
+        return made
+
+    assert asyncio.run(leave()).cancelled()
+
+
+def test_a_late_failure_is_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise azt.UpstreamError(400, "moderation_blocked", "No. rt_secretsecret")
+
+    sent, record = stream_of(monkeypatch, fail)
+
+    *_, last = [json.loads(one) for one in azt.SSEParser().feed(sent)]
+    assert last["type"] == "response.failed"
+    assert last["response"]["error"] == {"code": "moderation_blocked", "message": "No. rt_***"}
+    assert (record.result, record.error_code) == ("failed", "moderation_blocked")
