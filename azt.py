@@ -810,14 +810,13 @@ def in_database(path: Path, sql: str, copy: Path | None = None) -> int:
 @blocking
 def read_or_make_secret(path: Path) -> str:
     """A 256-bit secret in a 0600 file, made at its first use."""
-    secret = ""
     with contextlib.suppress(FileNotFoundError):
         secret = _read_own_file(path).decode("ascii", "replace").strip()
-        if len(secret) < 32:
-            log.error("%s was damaged; a new secret takes its place", path)
-    if len(secret) < 32:
-        secret = "azt_admin_" + secrets.token_urlsafe(32)
-        write_bytes(path, secret.encode() + b"\n")
+        if len(secret) >= 32:
+            return secret
+        log.error("%s was damaged; a new secret takes its place", path)
+    secret = "azt_admin_" + secrets.token_urlsafe(32)
+    write_bytes(path, secret.encode() + b"\n")
     return secret
 
 
@@ -2121,7 +2120,6 @@ def quota_from_headers(headers: Mapping[str, str], now: float) -> Json:
 
 def quota_from_body(body: Json, now: float) -> Json:
     """A reading out of a `codex.rate_limits` event or an answer of `wham/usage` (4.11, 5.4)."""
-    is_event = "rate_limits" in body
     name = body.get("metered_limit_name") or body.get("limit_name") or "codex"
     limits = {str(name): body.get("rate_limits") or body.get("rate_limit")}
     limits["code_review"] = body.get("code_review_rate_limits") or body.get(
@@ -2133,7 +2131,7 @@ def quota_from_body(body: Json, now: float) -> Json:
             str(one.get("metered_feature") or one.get("limit_name")): one.get("rate_limit")
             for one in map(_as_object, more)
         }
-    source = "rate_limit_event" if is_event else "usage_endpoint"
+    source = "rate_limit_event" if "rate_limits" in body else "usage_endpoint"
     credit = _as_object(body.get("credits"))
     return _reading(source, limits | _as_object(more), credit, body.get("plan_type"), now)
 
@@ -2145,13 +2143,12 @@ def _reading(source: str, limits: Mapping[str, Any], credit: Json, plan: Any, no
             "left", "until"}; a window is {"key", "minutes", "used", "resets_at"}, unix seconds.
             `left` (percent of the tightest window) holds until `until`, the first reset
     """
-    kept: dict[bool, list[Json]] = {True: [], False: []}
+    reading: Json = {"windows": [], "extra": []}
     for name, limit in limits.items():
         for key in ("primary", "secondary"):
             raw = _as_object(limit).get(key) or _as_object(limit).get(f"{key}_window")
             if window := _window(key if name == "codex" else name, _as_object(raw), now):
-                kept[name == "codex"].append(window)
-    reading: Json = {"windows": kept[True], "extra": kept[False]}
+                reading["windows" if name == "codex" else "extra"].append(window)
     words = [str(credit.get(name)).lower() for name in ("has_credits", "unlimited")]
     if {*words} <= {"true", "false", "1", "0"}:
         has, unlimited = (word in ("true", "1") for word in words)
@@ -2164,9 +2161,8 @@ def _reading(source: str, limits: Mapping[str, Any], credit: Json, plan: Any, no
 
 def _window(key: str, raw: Json, now: float) -> Json | None:
     """One window, out of numbers or of their texts; None for one that says nothing."""
-    names = ("used_percent", "window_minutes", "limit_window_seconds", "reset_at")
-    used, minutes, seconds, resets_at = (_quantity(raw.get(name)) for name in names)
-    after = _quantity(raw.get("reset_after_seconds"))
+    names = "used_percent window_minutes limit_window_seconds reset_at reset_after_seconds".split()
+    used, minutes, seconds, resets_at, after = (_quantity(raw.get(name)) for name in names)
     minutes = minutes or math.ceil((seconds or 0) / 60)
     if used is None or not (used or minutes or resets_at or after):
         return None
@@ -2178,11 +2174,10 @@ def _window(key: str, raw: Json, now: float) -> Json | None:
 
 
 def _quantity(value: Any) -> float | None:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return number if 0 <= number < 1e11 and value is not True else None
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if value is not True and 0 <= float(value) < 1e11:
+            return float(value)
+    return None
 
 
 def learn_quota(account: Account, reading: Json) -> None:
@@ -2410,12 +2405,12 @@ def _entries(file: str, document: Any) -> list[Found]:
     return [(file, entry) for entry in entries[: IMPORT_MAX_ENTRIES + 1]]
 
 
-# Our field -> the spellings in use (Codex, other gateways, the Node program).
+# Every field of an export -> the spellings in use (ours, Codex, other gateways, the Node program).
 _IMPORT_NAMES = {
     "access_token": ("access_token", "accessToken", "access"),
     "account_id": ("account_id", "accountId", "chatgpt_account_id"),
     "email": ("email",),
-    "expires": ("expires_at", "expiresAt", "expired", "expires"),
+    "expires_at": ("expires_at", "expiresAt", "expired", "expires"),
     "id_token": ("id_token", "idToken"),
     "label": ("label",),
     "plan": ("plan", "plan_type", "planType"),
@@ -2463,7 +2458,7 @@ def _account(file: str, entry: Any, now: float) -> list[Found]:
     account.id = account_id_of(account.account_id, account.user_id)
     if not _ACCOUNT_ID.fullmatch(account.account_id):
         raise _bad_file("no_account_id", "It names no account id.")
-    account.expires_at = account.expires_at or _expiry(fields["expires"])
+    account.expires_at = account.expires_at or _expiry(fields["expires_at"])
     fields["label"] = _shown(fields["label"] or "", 64).strip()
     for name, (is_good, _, empty) in USER_FIELDS.items():
         setattr(account, name, fields[name] if is_good(fields[name]) else empty)
@@ -2491,15 +2486,9 @@ def import_accounts(store: AccountStore, found: Mapping[int, Found], now: float)
     return items
 
 
-_EXPORTED = (
-    *("access_token", "refresh_token", "id_token", "account_id", "user_id", "expires_at"),
-    *("email", "label", "plan", "priority"),
-)
-
-
 def export_accounts(accounts: Sequence[Account], as_zip: bool = False) -> bytes:
     """A file that `read_accounts` takes: one account, a bundle, or a ZIP with a file for each."""
-    entries = [{name: getattr(account, name) for name in _EXPORTED} for account in accounts]
+    entries = [{name: getattr(account, name) for name in _IMPORT_NAMES} for account in accounts]
     if not as_zip:
         bundle = entries[0] if len(entries) == 1 else {"profiles": entries}
         return json.dumps(bundle, indent=1).encode() + b"\n"
@@ -2598,14 +2587,12 @@ def _expiry(value: Any) -> int:
     """Unix seconds out of seconds, milliseconds or an ISO date; 0 where nothing is said."""
     if value is None or isinstance(value, bool):
         return 0
-    try:
+    seconds = -1.0
+    with contextlib.suppress(ValueError, OverflowError):
+        seconds = datetime.fromisoformat(str(value)).timestamp()
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
         seconds = float(value)
         seconds = seconds / 1000 if seconds > 1e11 else seconds
-    except (TypeError, ValueError, OverflowError):
-        try:
-            seconds = datetime.fromisoformat(str(value)).timestamp()
-        except (ValueError, OverflowError):
-            seconds = -1.0
     if not 0 <= seconds < _YEAR_2200_S:
         raise _bad_file("bad_expiry", "Its expiry is no time between 1970 and 2200.")
     return int(seconds)
@@ -2625,10 +2612,13 @@ def _codex_keys(mode: str, base_url: str) -> dict[_KeyPath, Any]:
     """What Codex has to be told (codex-upstream.md 2.2). A table's last key first."""
     if mode == "openai":
         return {("model_provider",): mode, ("openai_base_url",): base_url}
-    table: Json = {"supports_websockets": False, "wire_api": "responses", "base_url": base_url}
-    table["name"] = "AI Zero Token"
-    keys: dict[_KeyPath, Any] = {("model_provider",): mode}
-    return keys | {("model_providers", mode, name): value for name, value in table.items()}
+    return {
+        ("model_provider",): mode,
+        ("model_providers", mode, "supports_websockets"): False,
+        ("model_providers", mode, "wire_api"): "responses",
+        ("model_providers", mode, "base_url"): base_url,
+        ("model_providers", mode, "name"): "AI Zero Token",
+    }
 
 
 def parse_toml(text: str | bytes) -> Json:
@@ -2777,15 +2767,10 @@ def _auth_of(raw: bytes | None) -> Json:
 @blocking
 def read_codex_sign_in(path: Path) -> Account | None:
     """The account in Codex's auth.json; None where it is missing, foreign or holds no tokens."""
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid():
-            return None
-        raw = read_foreign(path, IMPORT_MEMBER_MAX_BYTES)
-        found = [one for _, one in read_accounts([("", raw)], time.time())]
-    except OSError:
-        return None
-    return found[0] if found and isinstance(found[0], Account) else None
+    with contextlib.suppress(AztError):
+        for _, found in read_accounts([("", find_foreign(path))], time.time()):
+            return found if isinstance(found, Account) else None
+    return None
 
 
 class CodexFiles:
@@ -2927,8 +2912,7 @@ class CodexFiles:
             write_json(self._paths.codex, saved | {"takeover": None})
         texts = text.splitlines(), (after or "").splitlines()
         lines = [*difflib.unified_diff(*texts, n=2, lineterm="")][2:]
-        shown = (line for line in lines if not line.startswith("@@"))
-        diff = [{"op": line[0], "text": mask(line[1:])} for line in shown]
+        diff = [{"op": line[0], "text": mask(line[1:])} for line in lines if line[0] != "@"]
         return done | {"diff": diff, "history": self._history()}
 
     @blocking
