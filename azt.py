@@ -4192,6 +4192,12 @@ def _picture_size(data: bytes) -> tuple[int, int]:
     return (width, height) if width else (0, 0)
 
 
+_BROWSER_CHECK = (
+    "The ChatGPT web site asks for a browser check. azt is no browser and does not answer such "
+    "checks. Make the picture at chatgpt.com, or with an account on a paid plan."
+)
+
+
 @dataclass(frozen=True, slots=True)
 class _Site:
     """The ChatGPT web site for one given account."""
@@ -4221,70 +4227,65 @@ class _Site:
         answer.close()
         is_page = answer.status == 403 and "html" in answer.headers.get("content-type", "")
         if is_page or "cf-mitigated" in answer.headers:
-            raise _browser_check()
+            raise UpstreamError(403, "browser_check_required", _BROWSER_CHECK)
         if is_site:
             raise upstream_error(answer.status, answer.headers, answer.body, time.time())
         message = f"{self.pool.key(url)[1]} answered {answer.status} instead of taking or giving a"
         raise UpstreamError(502, "image_generation_failed", f"{message} picture. Try again.")
 
-    async def fetch(
-        self, method: str, url: str, body: Json | bytes = b"", headers: Mapping[str, str] = {}
-    ) -> Json:
-        return parse_event((await self.send(method, url, body, headers)).body) or {}
+    async def told(self, name: str, *call: Any) -> str:
+        """What a call answers under a name, for the next call."""
+        return _member(parse_event((await self.send(*call)).body) or {}, name)
 
     async def admission(self) -> dict[str, str]:
         """The headers that open a conversation, where the site gives them without a check."""
         # "p" is where a browser proves to be one. azt has nothing to say there.
-        told = await self.fetch("POST", "/sentinel/chat-requirements", {"p": ""})
-        checks = (_as_object(told.get(one)) for one in ("proofofwork", "turnstile", "arkose"))
+        answer = await self.send("POST", "/sentinel/chat-requirements", {"p": ""})
+        given = parse_event(answer.body) or {}
+        checks = (_as_object(given.get(one)) for one in ("proofofwork", "turnstile", "arkose"))
         if any(one.get("required") for one in checks):
-            raise _browser_check()
-        return {"openai-sentinel-chat-requirements-token": _told(told, "token")}
+            raise UpstreamError(403, "browser_check_required", _BROWSER_CHECK)
+        return {"openai-sentinel-chat-requirements-token": _member(given, "token")}
 
-    async def upload(self, at: int, content: bytes, media_type: str) -> Json:
-        """One picture to start from; how a message names it as an attachment."""
+    async def upload(self, at: int, content: bytes, media_type: str) -> tuple[Json, Json]:
+        """One picture to start from, as a message names it: among its attachments, in its parts."""
         width, height = _picture_size(content)
         if not width or len(content) > MAX_WEB_PICTURE_BYTES:
-            message = "The ChatGPT web site takes PNG, JPEG and WEBP up to 20 MiB. Convert picture"
+            message = "The ChatGPT web site takes PNG, JPEG and WebP up to 20 MiB. Convert picture"
             raise BadRequest(f"{message} {at}.", "image", "unsupported_value")
-        name = f"picture-{at}.{media_type.rpartition('/')[2]}"
-        about = {"file_name": name, "file_size": len(content), "use_case": "multimodal"}
-        told = await self.fetch("POST", "/files", about | {"width": width, "height": height})
-        blob = {"content-type": media_type, "x-ms-blob-type": "BlockBlob"}
-        file_id = _told(told, "file_id")
-        blob["x-ms-version"] = "2020-04-08"
-        await self.send("PUT", _told(told, "upload_url"), content, blob)
-        await self.send("POST", f"/files/{urllib.parse.quote(file_id, '')}/uploaded", {})
-        size = {"size": len(content), "width": width, "height": height}
-        return {"id": file_id, "name": name, "mimeType": media_type, **size}
+        name, size = f"picture-{at}", {"width": width, "height": height}
+        about = {"file_name": name, "file_size": len(content), "use_case": "multimodal", **size}
+        file = parse_event((await self.send("POST", "/files", about)).body) or {}
+        blob = {"x-ms-blob-type": "BlockBlob", "x-ms-version": "2020-04-08"}
+        blob["content-type"] = media_type
+        await self.send("PUT", _member(file, "upload_url"), content, blob)
+        path = f"/files/{urllib.parse.quote(_member(file, 'file_id'), '')}/uploaded"
+        await self.send("POST", path, {})
+        attached = {"id": file["file_id"], "name": name, "mimeType": media_type}
+        pointer = {"asset_pointer": f"file-service://{file['file_id']}", "size_bytes": len(content)}
+        pointer["content_type"] = "image_asset_pointer"
+        return {**attached, "size": len(content), **size}, {**pointer, **size}
 
-    async def converse(self, admitted: dict[str, str], prompt: str, files: list[Json]) -> list[str]:
+    async def converse(
+        self, admitted: dict[str, str], prompt: str, files: list[tuple[Json, Json]]
+    ) -> list[str]:
         """One conversation: its pictures as base64."""
-        keys = "asset_pointer", "size_bytes", "width", "height"
-        values = ((f"file-service://{one['id']}", *list(one.values())[3:]) for one in files)
-        parts: list[Any] = [
-            {"content_type": "image_asset_pointer", **dict(zip(keys, value, strict=True))}
-            for value in values
-        ]
         text: Json = {"content_type": "text", "parts": [prompt]}
-        content = {"content_type": "multimodal_text", "parts": [*parts, prompt]} if parts else text
+        parts = [*(pointer for _, pointer in files), prompt]
+        content = {"content_type": "multimodal_text", "parts": parts} if files else text
         message = {"id": str(uuid.uuid4()), "author": {"role": "user"}}
         shared = {
-            "action": "next",
-            "conversation_mode": {"kind": "primary_assistant"},
-            "model": "auto",
-            "parent_message_id": str(uuid.uuid4()),
-            "supported_encodings": [],  # whole messages, not the changes of them
-            "supports_buffering": False,
-            "system_hints": ["picture_v2"],
-            "timezone": "UTC",
-            "timezone_offset_min": 0,
+            **{"action": "next", "conversation_mode": {"kind": "primary_assistant"}},
+            **{"model": "auto", "parent_message_id": str(uuid.uuid4())},
+            **{"system_hints": ["picture_v2"], "timezone": "UTC", "timezone_offset_min": 0},
+            # Whole messages, not the changes of them.
+            **{"supported_encodings": [], "supports_buffering": False},
         }
         asked = shared | {"partial_query": message | {"content": text}}
-        told = await self.fetch("POST", "/f/conversation/prepare", asked, admitted)
         headers = {**admitted, "accept": "text/event-stream"}
-        headers["x-conduit-token"] = _told(told, "conduit_token")
-        message |= {"content": content, "metadata": {"attachments": files}}
+        prepare = "POST", "/f/conversation/prepare", asked, admitted
+        headers["x-conduit-token"] = await self.told("conduit_token", *prepare)
+        message |= {"content": content, "metadata": {"attachments": [one for one, _ in files]}}
         asked = shared | {"client_contextual_info": {"app_name": "azt"}, "messages": [message]}
         answer = await self.send("POST", "/f/conversation", asked, headers)
         try:
@@ -4294,114 +4295,87 @@ class _Site:
             raise
 
     async def _pictures(self, answer: Answer) -> list[str]:
-        loop, turn = asyncio.get_running_loop(), _WebTurn()
+        loop, turn = asyncio.get_running_loop(), _WebTurn(time.time())
         relay = Relay(self.pool, answer, turn, streaming=False)
         try:
             await relay.ready(HOLD_BACK_S)
             await relay.whole()
         finally:
             relay.cancel()
-        path = f"/conversation/{urllib.parse.quote(_told(vars(turn), 'conversation_id'), '')}"
+        path = f"/conversation/{urllib.parse.quote(_member(vars(turn), 'conversation_id'), '')}"
         until = loop.time() + WEB_POLLS_S
         while not (turn.assets or (turn.is_idle and turn.said)) and loop.time() < until:
             await asyncio.sleep(WEB_POLL_S)
             try:
-                turn.note(await self.fetch("GET", path))
+                turn.absorb((await self.send("GET", path)).body)
             except UpstreamError as error:
                 if error.fault not in ("network", "transient"):
                     raise
-        if not turn.assets:
-            raise no_picture(turn.said)
         pictures = []
         for kind, name in turn.assets:
             source = "/files" if kind == "file-service" else f"{path}/attachment"
-            told = await self.fetch("GET", f"{source}/{name}/download")
-            content = (await self.send("GET", _told(told, "download_url"))).body
+            url = await self.told("download_url", "GET", f"{source}/{name}/download")
+            content = (await self.send("GET", url)).body
             if _picture_size(content) == (0, 0):
                 raise no_picture("")
             pictures.append(base64.b64encode(content).decode())
+        if not pictures:
+            raise no_picture(turn.said)
         return pictures
 
 
-def _told(answer: Mapping[str, Any], name: str) -> str:
-    """A member that the next call needs."""
+def _member(answer: Mapping[str, Any], name: str) -> str:
     value = answer.get(name)
     if isinstance(value, str) and value:
         return value
     raise UpstreamError(502, "upstream_error", f"The ChatGPT web site told no {name}. Try again.")
 
 
-def _browser_check() -> UpstreamError:
-    message = (
-        "The ChatGPT web site asks for a browser check. azt is no browser and does not answer such "
-        "checks. Make the picture at chatgpt.com, or with an account on a paid plan."
-    )
-    return UpstreamError(403, "browser_check_required", message)
-
-
 def no_picture(said: str, code: str = "image_refused") -> UpstreamError:
     """No picture came. said: the model's own words, a refusal or a limit, where there are any."""
-    kind = "image_generation_user_error"
     if said:
-        return UpstreamError(400, code, said[:2048], type=kind)
+        return UpstreamError(400, code, said[:2048], type="image_generation_user_error")
     message = "The upstream made no picture. Send the request again."
     return UpstreamError(502, "image_generation_failed", message)
 
 
-class _WebTurn:
-    """What the events of a conversation, and then the conversation itself, tell. A `Translator`.
+class _WebTurn(Scanner):
+    """What the events of a conversation, and then the conversation itself, tell.
 
     assets   (kind, id) of each picture, in order
     said     the newest text of the assistant
     is_idle  the site says that no tool is at work
     """
 
-    stopped = False
-    usage: Json | None = None
-    limits: Json | None = None
-
-    def __init__(self) -> None:
+    def __init__(self, now: float) -> None:
+        super().__init__(now)
         self.done = self.is_idle = False
-        self.failure: AztError | None = None
         self.conversation_id = self.said = ""
         self.assets: dict[tuple[str, str], None] = {}
 
-    def feed(self, data: bytes) -> bytes:
-        event = parse_event(data) or {}
-        if event.get("error"):
-            self.failure = event_error(event, time.time())
-        self.note(event)
+    def absorb(self, data: bytes) -> bytes:
+        values: list[Any] = [parse_event(data)]
+        for value in values:  # grows meanwhile, so that no nesting is too deep
+            if isinstance(value, dict):
+                self.note(value)
+                values += value.values()
+            elif isinstance(value, list):
+                values += value
+        if values[0] and values[0].get("error"):
+            self.failure = event_error(values[0], self._now)
         self.done = data == b"[DONE]" or self.failure is not None
         return b""
 
-    absorb = feed
-
     def fail(self, error: AztError) -> bytes:
-        if not self.conversation_id:  # else the conversation can be asked for
-            self.failure = error
-        return b""
+        # Where a conversation is known, it can be asked for what the stream did not tell.
+        return b"" if self.conversation_id else super().fail(error)
 
-    def result(self) -> Json:
-        return {}
-
-    def note(self, told: Json) -> None:
-        values: list[Any] = [told]
-        for value in values:  # grows meanwhile, so that no nesting is too deep
-            if isinstance(value, dict):
-                self._note(value)
-            values += (
-                value.values()
-                if isinstance(value, dict)
-                else value
-                if isinstance(value, list)
-                else ()
-            )
-
-    def _note(self, told: Json) -> None:
-        role, about = _as_object(told.get("author")).get("role"), _as_object(told.get("metadata"))
-        parts = _as_object(told.get("content")).get("parts")
+    def note(self, event: Json) -> None:
+        role, about = _as_object(event.get("author")).get("role"), _as_object(event.get("metadata"))
+        parts = _as_object(event.get("content")).get("parts")
         parts = parts if isinstance(parts, list) else []
-        if isinstance(named := told.get("conversation_id"), str):
+        kind, blocked = event.get("type"), _as_object(event.get("moderation_response")) | event
+        if isinstance(named := event.get("conversation_id"), str):
             self.conversation_id = named or self.conversation_id
         if role == "assistant":
             said = "".join(one for one in parts if isinstance(one, str)).strip()
@@ -4410,11 +4384,9 @@ class _WebTurn:
             pointers = (str(_as_object(one).get("asset_pointer")) for one in parts)
             found = (_ASSET.fullmatch(one) for one in pointers)
             self.assets |= {(one[1], one[2]): None for one in found if one}
-        if told.get("type") == "server_ste_metadata":
+        elif kind == "server_ste_metadata":
             self.is_idle = about.get("tool_invoked") is False
-        elif told.get("type") == "moderation" and (
-            _as_object(told.get("moderation_response")) | told
-        ).get("blocked"):
+        elif kind == "moderation" and blocked.get("blocked"):
             said = self.said or "The moderation of the ChatGPT web site blocked this request."
             self.failure = no_picture(said, "moderation_blocked")
 
@@ -4431,24 +4403,17 @@ async def web_images(
 
     raises  UpstreamError; BadRequest for a picture that the site does not take
     """
-    site, prompt, pictures = (
-        _Site(pool, workers, base_url, credentials),
-        asked.prompt,
-        asked.references,
-    )
+    site, prompt = _Site(pool, workers, base_url, credentials), asked.prompt
     on_progress("asking the ChatGPT web site")
     admitted = await site.admission()
     if asked.size != "auto":
         width, height = map(int, asked.size.split("x"))
         shared = math.gcd(width, height)
         prompt += f"\n\nAspect ratio: {width // shared}:{height // shared}."
+    pictures = asked.references
     if asked.mask is not None:
         pictures = (*pictures, asked.mask)
-        prompt += (
-            "\n\nThe last picture is a mask: change the first one only where it is transparent."
-        )
-    if pictures:
-        on_progress("sending the pictures")
+        prompt += "\n\nThe last picture is a mask: change the first one where it is transparent."
     files = [await site.upload(at, *one) for at, one in enumerate(pictures, 1)]
     on_progress("making the picture")
     turns = [asyncio.create_task(site.converse(admitted, prompt, files)) for _ in range(asked.n)]
@@ -4604,19 +4569,20 @@ def codex_picture(body: Any) -> ImageRequest | None:
     tool: Json = next((one for one in tools if one.get("type") == "image_generation"), {})
     if not (is_forced or (tools == [tool] and choice != "none")):
         return None
-    given, said, pictures = body.get("input"), "", []
+    given = body.get("input")
     given = given if isinstance(given, list) else [{"role": "user", "content": given}]
-    for at, item in enumerate(given):
-        content = item.get("content") if _as_object(item).get("role") == "user" else None
-        if content:
-            parts = content if isinstance(content, list) else [{"text": content}]
-            parts = [_as_object(one) for one in parts]
-            said = "\n".join(str(one["text"]) for one in parts if one.get("text"))
-            pictures = [
-                picture_content(one.get("image_url"), f"input[{at}].content[{index}].image_url")
-                for index, one in enumerate(parts)
-                if one.get("type") == "input_image"
-            ]
+    users = (at for at, one in enumerate(given) if _as_object(one).get("role") == "user")
+    if (at := max(users, default=-1)) < 0:
+        return None
+    parts = given[at].get("content") or []
+    parts = parts if isinstance(parts, list) else [{"text": parts}]
+    parts = [_as_object(one) for one in parts]
+    said = "\n".join(str(one["text"]) for one in parts if one.get("text"))
+    pictures = [
+        picture_content(one.get("image_url"), f"input[{at}].content[{index}].image_url")
+        for index, one in enumerate(parts)
+        if one.get("type") == "input_image"
+    ]
     size = str(tool.get("size"))
     size = size if re.fullmatch(r"[1-9]\d{1,3}x[1-9]\d{1,3}", size) else "auto"
     return ImageRequest(said, size, references=tuple(pictures)) if said else None
@@ -9437,28 +9403,27 @@ async def web_stream(
     numbers = itertools.count()
 
     def event(kind: str, **more: Any) -> bytes:
-        named = {"type": f"response.{kind}", "sequence_number": next(numbers)}
-        return encode_event(named | more)
+        return encode_event({"type": kind, "sequence_number": next(numbers), **more})
 
     try:
-        yield event("created", response=response)
+        yield event("response.created", response=response)
         while not (await asyncio.wait({made}, timeout=HEARTBEAT_S))[0]:
             yield HEARTBEAT
         result = made.result()
         for at, picture in enumerate(result.images):
             item = {"id": f"ig_{secrets.token_hex(12)}", "type": "image_generation_call"}
-            item["status"] = "in_progress"
-            yield event("output_item.added", output_index=at, item=item)
+            begun = item | {"status": "in_progress"}
+            yield event("response.output_item.added", output_index=at, item=begun)
             item |= {"status": "completed", "result": picture}
             item["revised_prompt"] = result.revised_prompt
-            yield event("output_item.done", output_index=at, item=item)
+            yield event("response.output_item.done", output_index=at, item=item)
             response["output"].append(item)
         record.images = len(result.images)
-        yield event("completed", response=response | {"status": "completed", "usage": None})
+        yield event("response.completed", response=response | {"status": "completed"})
     except AztError as error:
         record.result, record.error_code = "failed", error.code
         why = {"code": error.code, "message": mask(error.message)}
-        yield event("failed", response=response | {"status": "failed", "error": why})
+        yield event("response.failed", response=response | {"status": "failed", "error": why})
     finally:
         made.cancel()
 
@@ -9467,12 +9432,9 @@ async def _web_attempt(
     gw: Gateway, asked: ImageRequest, account: Account, hold_s: float
 ) -> asyncio.Task[ImageResult]:
     """Pictures in the making: what failed within `hold_s` is raised, so that another may try."""
-    base, credentials = (
-        gw.environment.chatgpt_base_url,
-        Credentials(account.access_token, account.account_id),
-    )
-    call = web_images(gw.pool, gw.calls, base, credentials, asked, lambda text: None)
-    made = asyncio.create_task(call)
+    credentials = Credentials(account.access_token, account.account_id)
+    way = gw.pool, gw.calls, gw.environment.chatgpt_base_url, credentials
+    made = asyncio.create_task(web_images(*way, asked, lambda text: None))
     try:
         if (await asyncio.wait({made}, timeout=hold_s))[0]:
             made.result()
