@@ -2114,8 +2114,7 @@ def quota_from_headers(headers: Mapping[str, str], now: float) -> Json:
             window[found[3].replace("-", "_")] = value
     names = {"has_credits": "has-credits", "unlimited": "unlimited", "balance": "balance"}
     credit = {ours: headers.get(f"x-codex-credits-{name}") for ours, name in names.items()}
-    plan = headers.get("x-codex-plan-type")
-    return _reading("response_headers", limits, credit, plan, now)
+    return _reading("response_headers", limits, credit, headers.get("x-codex-plan-type"), now)
 
 
 def quota_from_body(body: Json, now: float) -> Json:
@@ -2358,7 +2357,7 @@ def _unpacked(file: str, raw: Any, deadline: float) -> list[Found]:
     raw = bytes(raw)
     if not raw.startswith(b"PK"):
         return [(file, raw)]
-    if bytes(raw).count(b"PK\x01\x02") > IMPORT_MAX_ENTRIES:  # before anything looks at each
+    if raw.count(b"PK\x01\x02") > IMPORT_MAX_ENTRIES:  # before anything looks at each
         raise _bad_file("too_large", "The ZIP file has too many members.")
     try:
         with zipfile.ZipFile(io.BytesIO(raw)) as archive:
@@ -2398,10 +2397,9 @@ def _entries(file: str, document: Any) -> list[Found]:
         document = parse_json(document) if isinstance(document, bytes) else document
     except ValueError as error:
         raise _bad_file("not_json", f"This is no valid JSON ({error}).") from None
-    profiles = document.get("profiles") if isinstance(document, dict) else None
-    if isinstance(profiles, (dict, list)):
-        document = list(profiles.values()) if isinstance(profiles, dict) else profiles
-    entries = document if isinstance(document, list) else [document]
+    inner = document.get("profiles") if isinstance(document, dict) else document
+    inner = [*inner.values()] if isinstance(inner, dict) else inner
+    entries = inner if isinstance(inner, list) else [document]
     return [(file, entry) for entry in entries[: IMPORT_MAX_ENTRIES + 1]]
 
 
@@ -2722,16 +2720,15 @@ def put_back(text: str, after: str, before: str) -> str:
     changes = difflib.SequenceMatcher(None, plain[1], plain[2]).get_opcodes()
 
     def merged(brings_all: bool) -> str:
-        lines = list(now)
-        for tag, start, end, *span in reversed(changes):
+        lines = [[line] for line in now]
+        for tag, start, end, *span in changes:
             at = [place[line] for line in range(start, end) if line in place]
-            if tag == "equal" or not at:
-                continue
-            for line in reversed(at[1:]):
-                del lines[line]
-            is_whole = brings_all or len(at) == end - start
-            lines[at[0] : at[0] + 1] = old[span[0] : span[1]] if is_whole else []
-        return mark + "\n".join(lines).removesuffix("\r")
+            if tag != "equal" and at:
+                is_whole = brings_all or len(at) == end - start
+                for line in at:
+                    lines[line] = []
+                lines[at[0]] = old[slice(*span)] if is_whole else []
+        return mark + "\n".join(itertools.chain(*lines)).removesuffix("\r")
 
     # A change of which the person has rewritten a part may take the old lines back, or not.
     return _proved(map(merged, (True, False)), wanted, rest, wanted)
@@ -2836,10 +2833,10 @@ class CodexFiles:
         found = []
         for path in self._paths.codex_backups.glob("*-*-*"):
             file, at, reason = path.name.rsplit("-", 2)
-            item = {"id": path.name, "file": file, "at": int(at), "reason": reason}
             account = read_codex_sign_in(path) if file == "auth.json" else None
-            email = account.email if account else None
-            found.append(item | {"email": email, "size": path.stat().st_size})
+            item = {"id": path.name, "file": file, "at": int(at), "reason": reason}
+            item |= {"email": account.email if account else None, "size": path.stat().st_size}
+            found.append(item)
         backups = sorted(found, key=lambda one: str(one["at"]), reverse=True)
         return {"backups": backups, "history": self._history()}
 
