@@ -6860,6 +6860,7 @@ def _without_reasoning(body: bytes) -> bytes:
 USAGE_KEYS_MAX, USAGE_DAYS_MAX, USAGE_DETAIL_DAYS = 64, 400, 92
 USAGE_PENDING_MAX, USAGE_SERIES_MAX = 20_000, 2_000
 _DURATIONS_MS = (100, 300, 500, 1000, 2000, 5000, 10_000, 30_000, 60_000, 120_000)
+_BUCKET_KEYS = (*map(str, _DURATIONS_MS), "inf")
 
 # How a client is known: the first match in its user agent, originator, referer or title.
 _CLIENTS = [
@@ -6956,12 +6957,9 @@ class RequestRecord:
         log.info("%s account=%s model=%s %s%s", request, self.account, self.model, spent, why)
         return True
 
-    @property
-    def _failure(self) -> str:
-        return _shown(self.error_code or f"http_{self.status}", 64)
-
     def event(self) -> Json:
         """The line of `usage/events/`, which is also what the lists show (console.md 6.6)."""
+        failure = _shown(self.error_code or f"http_{self.status}", 64)
         return {
             "id": self.id,
             "at": int(self.at * 1000),
@@ -6975,7 +6973,7 @@ class RequestRecord:
             "client": self.client,
             "status": self.status,
             "result": self.result,
-            "errorType": None if self.result == "ok" else self._failure,
+            "errorType": None if self.result == "ok" else failure,
             "stream": self.streams,
             "attempts": self.attempts,
             "durationMs": self.total_ms,
@@ -7127,11 +7125,21 @@ def read_sums(value: Json) -> Sums:
     return sums
 
 
+def _nested(sums: Sums) -> Json:
+    """What is not zero, as JSON; a bucket inside of its histogram."""
+    value: Json = {}
+    for name, amount in sums.items():
+        if " " in name:
+            histogram, key = name.split()
+            value.setdefault(histogram, {})[key] = amount
+        elif amount:
+            value[name] = amount
+    return value
+
+
 def sums_view(sums: Sums) -> Json:
     """Every member of console.md 6.9, the derived ones as well."""
-    view: Json = {name: sums[name] for name in SUMS} | {name: {} for name in _BUCKETS}
-    for name, key in (bucket.split() for bucket in sums if " " in bucket):
-        view[name][key] = sums[f"{name} {key}"]
+    view: Json = dict.fromkeys(SUMS, 0) | {name: {} for name in _BUCKETS} | _nested(sums)
     view["averageDurationMs"] = round(sums["totalDurationMs"] / (sums["requestCount"] or 1))
     view["p95DurationMs"] = _quantile(view["durationBuckets"], 0.95) or 0
     view["firstTokenMedianMs"] = _quantile(view["firstTokenBuckets"], 0.5)
@@ -7139,18 +7147,15 @@ def sums_view(sums: Sums) -> Json:
 
 
 def _bucket(duration_ms: int) -> str:
-    at = bisect.bisect_left(_DURATIONS_MS, duration_ms)
-    return str(_DURATIONS_MS[at]) if at < len(_DURATIONS_MS) else "inf"
+    return _BUCKET_KEYS[bisect.bisect_left(_DURATIONS_MS, duration_ms)]
 
 
 def _quantile(buckets: Mapping[str, int], part: float) -> int | None:
     """The upper bound of the bucket in which this part of all lies; None where there are none."""
-    wanted, seen = math.ceil(sum(buckets.values()) * part), 0
-    for limit in _DURATIONS_MS if wanted else ():
-        seen += buckets.get(str(limit), 0)
-        if seen >= wanted:
-            return limit
-    return _DURATIONS_MS[-1] if wanted else None
+    wanted = math.ceil(sum(buckets.values()) * part)
+    seen = itertools.accumulate(buckets.get(key, 0) for key in _BUCKET_KEYS[:-1])
+    limits = (limit for limit, count in zip(_DURATIONS_MS, seen, strict=True) if count >= wanted)
+    return next(limits, _DURATIONS_MS[-1]) if wanted else None
 
 
 class Tally:
@@ -7193,14 +7198,10 @@ class Tally:
                 self._grow(self._row(self.by[name], key), row)
 
     def to_json(self) -> Json:
-        def row(sums: Sums) -> Json:
-            value: Json = {name: n for name, n in sums.items() if n and " " not in name}
-            for name, key in (bucket.split() for bucket in sums if " " in bucket):
-                value.setdefault(name, {})[key] = sums[f"{name} {key}"]
-            return {"aggregate": value}
-
-        by = {name: {key: row(sums) for key, sums in self.by[name].items()} for name in self.by}
-        return row(self.total) | by
+        value: Json = {"aggregate": _nested(self.total)}
+        for name, rows in self.by.items():
+            value[name] = {key: {"aggregate": _nested(row)} for key, row in rows.items()}
+        return value
 
 
 def _parts(event: Json) -> tuple[list[str | None], dict[str, int]]:
@@ -7294,29 +7295,24 @@ class UsageStats:
     @blocking
     def load(self, paths: Paths) -> None:
         """The sums as they were saved, and every event since."""
-        loaded: dict[Path, Json] = {}
-        for path in (paths.usage_lifetime, paths.usage_daily):
+        for sums in (paths.usage_lifetime, paths.usage_daily):
+            before = paths.before / "usage" / sums.name  # at the first start after the Node program
             try:
-                saved = read_json(path, 1, Tally) or self._of_before(paths, path)
+                saved = read_json(sums, 1, Tally) or read_json(before, 1, Tally) or {}
             except AztError as error:  # nothing is lost: the events are counted again
                 log.error("%s The sums are made anew from the events.", error.message)
                 saved = {}
-            loaded[path] = saved
-        lifetime, daily = loaded.values()
-        self.lifetime, self.days = Tally(lifetime), dict(daily.get("days", {}))
-        for saved, of_days in ((lifetime, False), (daily, True)):
+            if sums == paths.usage_daily:
+                self.days = dict(saved.get("days", {}))
+            else:
+                self.lifetime = Tally(saved)
             through = saved.get("through", {})
             for path in sorted(paths.usage_events.glob("*.jsonl")):
                 for event in read_events(path, through.get(path.name, 0)):
-                    tally = self.day(_day(event["at"])) if of_days else self.lifetime
+                    is_daily = sums == paths.usage_daily
+                    tally = self.day(_day(event["at"])) if is_daily else self.lifetime
                     tally.add(*_parts(event))
                 self.through[path.name] = path.stat().st_size
-
-    @staticmethod
-    def _of_before(paths: Paths, path: Path) -> Json:
-        """What the Node program counted, at the first start after it."""
-        before = paths.before / "usage" / path.name
-        return (read_json(before, 1, Tally) if before.exists() else None) or {}
 
     @blocking
     def save(self, paths: Paths, lines: list[tuple[str, bytes]], sums: Sequence[Json]) -> None:
@@ -7611,7 +7607,7 @@ class Gateway:
         host, port = self.settings.text("server.host"), self.settings.number("server.port")
         host, port = self.listening[0] if self.listening else (host, port)
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        return f"http://{_address(host, port)}"
 
     async def with_codex(self, work: Callable[..., Json], *arguments: Any) -> Json:
         """One piece of work on Codex's files, in the thread that all file work shares."""
@@ -7891,6 +7887,10 @@ class Gateway:
         await in_thread(self.files, write_json, self.paths.models, catalogue.to_json())
         self.catalogue = catalogue
         return True
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _egress(environment: Environment, settings: Settings) -> Egress:
@@ -9116,23 +9116,18 @@ def _private_reply(value: Json, status: int = 200) -> Reply:
     return json_reply(value, status, [("cache-control", "no-store")])
 
 
-def _view(view: Callable[[Gateway, Request], Json]) -> Handler:
+def _view(view: Callable[[Gateway, Request], Json], is_counted: bool = False) -> Handler:
     """The handler that answers with a view of what is in memory."""
 
     async def show(gw: Gateway, request: Request) -> Reply:
+        if is_counted:  # every request that has ended is in it
+            await gw.counted()
         return _private_reply(view(gw, request))
 
     return show
 
 
-def _counted_view(view: Callable[[Gateway, Request], Json]) -> Handler:
-    """The same, with every request in it that has ended."""
-
-    async def show(gw: Gateway, request: Request) -> Reply:
-        await gw.counted()
-        return _private_reply(view(gw, request))
-
-    return show
+_counted_view = functools.partial(_view, is_counted=True)
 
 
 async def read_object(gw: Gateway, request: Request) -> Json:
@@ -9597,11 +9592,19 @@ def _job_view(job: Job) -> Json:
     }
 
 
-def _job(gw: Gateway, request: Request) -> Job:
-    job = gw.jobs.get(request.params["id"])
-    if job is None:
-        raise AztError(404, "job_not_found", "There is no such job, or it ended some time ago.")
-    return job
+_GONE = {
+    "flow_not_found": "There is no such sign-in any more: start anew.",
+    "job_not_found": "There is no such job, or it ended some time ago.",
+    "preview_expired": "This preview is gone: send the files again.",
+    "undo_expired": "It is too late to undo this: import them again.",
+}
+
+
+def _found(kept: Mapping[str, T], name: Any, code: str) -> T:
+    """What is kept under that name. Raises AztError 404, with that code, when it is gone."""
+    if str(name) not in kept:
+        raise AztError(404, code, _GONE[code])
+    return kept[str(name)]
 
 
 def _account_view(gw: Gateway, account: Account) -> Json:
@@ -9640,6 +9643,13 @@ _SAMPLE = Account("", "optional", "", "eyJ...", "rt_...", "eyJ...", "you@example
 get_template = _view(lambda gw, request: parse_json(export_accounts([_SAMPLE])))
 
 
+def _file_reply(body: bytes, content_type: str, name: str = "") -> Reply:
+    headers = [("content-type", content_type), ("cache-control", "no-store")]
+    if name:
+        headers.append(("content-disposition", f'attachment; filename="{name}"'))
+    return Reply(200, body, headers)
+
+
 def _shelve(shelf: dict[str, Any], value: Any, ttl_s: float) -> Json:
     """Keep a value in memory for a while, under a name that cannot be guessed."""
     if len(shelf) >= SHELF_MAX:
@@ -9661,9 +9671,7 @@ async def _sent_accounts(gw: Gateway, request: Request) -> tuple[dict[int, Found
         files = [("", body.get("payload"))]
     if "previewId" not in body:
         return dict(enumerate(await in_thread(gw.short, read_accounts, files, time.time()))), body
-    if (preview := gw.previews.get(str(body["previewId"]))) is None:
-        raise AztError(404, "preview_expired", "This preview is gone: send the files again.")
-    return preview, body
+    return _found(gw.previews, body["previewId"], "preview_expired"), body
 
 
 async def admin_post_import(gw: Gateway, request: Request) -> Reply:
@@ -9728,9 +9736,7 @@ async def admin_post_export(gw: Gateway, request: Request) -> Reply:
     log.info("audit: exported as %s: %s", kind, ", ".join(one.name for one in chosen))
     raw = await in_thread(gw.short, export_accounts, chosen, kind == "zip")
     name = time.strftime(f"azt-accounts-%Y-%m-%d.{kind}")
-    headers = {"content-type": f"application/{kind}", "cache-control": "no-store"}
-    headers["content-disposition"] = f'attachment; filename="{name}"'
-    return Reply(200, raw, [*headers.items()])
+    return _file_reply(raw, f"application/{kind}", name)
 
 
 async def _exclude(gw: Gateway, account: Account, changes: Json) -> None:
@@ -9796,11 +9802,13 @@ async def admin_post_refresh_quotas(gw: Gateway, request: Request) -> Reply:
     return _private_reply({"job": _job_view(gw.refresh_quotas(chosen))}, 202)
 
 
-admin_get_job = _view(lambda gw, request: _job_view(_job(gw, request)))
+@_view
+def admin_get_job(gw: Gateway, request: Request) -> Json:
+    return _job_view(_found(gw.jobs, request.params["id"], "job_not_found"))
 
 
 async def admin_delete_job(gw: Gateway, request: Request) -> Reply:
-    job = _job(gw, request)
+    job = _found(gw.jobs, request.params["id"], "job_not_found")
     if job.task is not None:
         job.task.cancel()
     return _private_reply(_job_view(job), 202)
@@ -9824,9 +9832,7 @@ async def admin_post_remove(gw: Gateway, request: Request) -> Reply:
 async def admin_post_restore(gw: Gateway, request: Request) -> Reply:
     """Undo a removal, also who served, unless that was changed since."""
     name = str((await read_object(gw, request)).get("token"))
-    if name not in gw.removed:
-        raise AztError(404, "undo_expired", "It is too late to undo this: import them again.")
-    accounts, serving, then, _ = gw.removed[name]
+    accounts, serving, then, _ = _found(gw.removed, name, "undo_expired")
 
     def restore(store: AccountStore) -> list[Account]:
         back = [account for account in accounts if account.id not in store.accounts]
@@ -9879,10 +9885,8 @@ async def admin_post_login(gw: Gateway, request: Request) -> Reply:
 async def admin_login(gw: Gateway, request: Request) -> Reply:
     """Look at a sign-in, or go on with it: open, callback (what was pasted, or keep), DELETE."""
     body = await read_object(gw, request) if request.method == "POST" else {}
-    login = gw.logins.flows.get(request.params["id"])
+    login = _found(gw.logins.flows, request.params["id"], "flow_not_found")
     last = request.path.rstrip("/").rpartition("/")[2]
-    if login is None:
-        raise AztError(404, "flow_not_found", "There is no such sign-in any more: start anew.")
     if request.method == "DELETE":
         await gw.logins.give_up(login)
         return Reply(204)
@@ -9990,9 +9994,7 @@ def admin_get_state(gw: Gateway, request: Request) -> Json:
         "version": VERSION,
         "startedAt": _ms(gw.started_at),
         "pid": os.getpid(),
-        "listen": [
-            f"[{host}]:{at}" if ":" in host else f"{host}:{at}" for host, at in gw.listening
-        ],
+        "listen": [_address(*one) for one in gw.listening],
         "baseUrl": f"{base}/v1",
         "codexBaseUrl": f"{base}/codex/v1",
         "adminUrl": f"{base}/",
@@ -10121,11 +10123,11 @@ async def _with_events(
     """`fold` over the events of a stretch of time, in a thread."""
     await gw.counted()
     days = _day(first_ms - 86_400_000), _day(last_ms + 86_400_000)
-    paths = sorted(path for path in gw.paths.usage_events.glob("*.jsonl"))
 
     def run() -> T:
+        paths = sorted(gw.paths.usage_events.glob("*.jsonl"))
         some = (read_events(path) for path in paths if days[0] <= path.stem <= days[1])
-        events = (event for file in some for event in file)
+        events = itertools.chain.from_iterable(some)
         return fold(event for event in events if first_ms <= event["at"] < last_ms)
 
     return await in_thread(gw.short, run)
@@ -10162,26 +10164,13 @@ async def admin_get_usage_export(gw: Gateway, request: Request) -> Reply:
     return _file_reply(text.getvalue().encode(), "text/csv; charset=utf-8", "azt-usage.csv")
 
 
-def _file_reply(body: bytes, content_type: str, name: str) -> Reply:
-    disposition = f'attachment; filename="{name}"'
-    headers = [("content-type", content_type), ("content-disposition", disposition)]
-    return Reply(200, body, [*headers, ("cache-control", "no-store")])
-
-
-_ROW_FILTERS = {
-    "account": "accountId",
-    "client": "client",
-    "endpoint": "endpoint",
-    "errorType": "errorType",
-    "model": "model",
-    "result": "result",
-    "status": "status",
-}
+_ROW_FILTERS = ("accountId", "client", "endpoint", "errorType", "model", "result", "status")
 
 
 def _rows(gw: Gateway, query: Mapping[str, str]) -> Iterator[Json]:
     """The rows of the request log that a query asks for, newest first."""
-    wanted = {field: query[name] for name, field in _ROW_FILTERS.items() if query.get(name)}
+    asked = {**query, "accountId": query.get("account")}
+    wanted = {name: value for name in _ROW_FILTERS if (value := asked.get(name))}
     since, until = (_number_in(query, name, 0) for name in ("since", "until"))
     text, is_after = query.get("q", "").casefold(), not query.get("before")
     for row in gw.requests.rows():
@@ -10263,9 +10252,9 @@ async def get_metrics(gw: Gateway, request: Request) -> Reply:
     }
     for name, value in (await in_thread(gw.short, process_figures)).items():
         families[f"process_{name} gauge "] = {"": value}
-    limits = [(str(limit), str(limit / 1000)) for limit in _DURATIONS_MS] + [("inf", "+Inf")]
-    counts = itertools.accumulate(total[f"firstTokenBuckets {key}"] for key, _ in limits)
-    below = dict(zip((shown for _, shown in limits), counts, strict=True))
+    limits = [*(str(limit / 1000) for limit in _DURATIONS_MS), "+Inf"]
+    counts = itertools.accumulate(total[f"firstTokenBuckets {key}"] for key in _BUCKET_KEYS)
+    below = dict(zip(limits, counts, strict=True))
     families["first_token_seconds_bucket histogram le"] = cast(dict[str, float], below)
     families["first_token_seconds_count  "] = {"": below["+Inf"]}
     lines = []
@@ -10275,9 +10264,8 @@ async def get_metrics(gw: Gateway, request: Request) -> Reply:
         for key, sample in samples.items():
             safe = key.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
             lines.append(f"azt_{name}" + (f'{{{label}="{safe}"}}' if label else "") + f" {sample}")
-    headers = [("content-type", "text/plain; version=0.0.4; charset=utf-8")]
     body = "\n".join([*lines, ""]).encode()
-    return Reply(200, body, [*headers, ("cache-control", "no-store")])
+    return _file_reply(body, "text/plain; version=0.0.4; charset=utf-8")
 
 
 async def admin_get_codex(gw: Gateway, request: Request) -> Reply:
@@ -10780,9 +10768,11 @@ async def _serving(gw: Gateway, host: str, port: int) -> AsyncIterator[tuple[Htt
         yield server, gw.url
     finally:
         gw.listening = []
+        await gw.renewals.settle()
         await gw.save_now()
         with contextlib.suppress(AztError):
             await gw.flush(with_sums=bool(gw.ended or gw.usage.startup.total))
+        gw.pool.close()
 
 
 async def _serve(gw: Gateway, lock: HomeLock, opens_browser: bool) -> None:
@@ -10833,10 +10823,8 @@ async def _run(environment: Environment, flags: Json, opens_browser: bool) -> No
     try:
         await in_thread(gw.files, gw.load)
         await _serve(gw, lock, opens_browser)
-        await gw.renewals.settle()
     finally:
         lock.release()
-        gw.pool.close()
 
 
 async def _run_demo(environment: Environment, flags: Json, opens_browser: bool) -> None:
@@ -10874,38 +10862,46 @@ def _start(args: argparse.Namespace) -> int:
 # -- Speaking to a gateway -------------------------------------------------------------------------
 
 
-_Call = Callable[..., Answer]
-"""`_open_call` with its gateway: method, path and body to send -> the answer."""
-
 _Body = Json | list[Found] | None
 """JSON, or files (name, bytes) for a form."""
 
 
-@blocking
-def _open_call(url: str, admin_token: str, method: str, path: str, body: _Body = None) -> Answer:
+@dataclass(frozen=True, slots=True)
+class _Link:
     """HTTP to a gateway of this home, with proof. Raises AztError in the gateway's words."""
-    kind, raw = "application/json", b""
-    if isinstance(body, list):
-        mark = secrets.token_hex(16)
-        kind = f"multipart/form-data; boundary={mark}"
-        field = f'--{mark}\r\nContent-Disposition: form-data; name="file"; filename='
-        for name, content in body:
-            raw += f"{field}{_json(mask(name))}\r\n\r\n".encode() + content + b"\r\n"
-        raw += f"--{mark}--\r\n".encode()
-    elif body is not None:
-        raw = encode_json(body)
-    headers = {
-        "authorization": f"Bearer {admin_token}",
-        "content-type": kind,
-        "user-agent": f"azt-cli/{VERSION}",
-        "x-azt-admin": "1",
-    }
-    pool = ConnectionPool(Egress(own_hosts=frozenset({urllib.parse.urlsplit(url).hostname or ""})))
-    answer = open_response(pool, Call(method, url + path, headers, raw), Wire())
-    pool.close()
-    if answer.status >= 400:
-        raise _answered(answer.status, parse_event(answer.body) or {})
-    return answer
+
+    url: str
+    admin_token: str = field(repr=False)
+
+    @blocking
+    def open(self, method: str, path: str, body: _Body = None) -> Answer:
+        kind, raw = "application/json", b""
+        if isinstance(body, list):
+            mark = secrets.token_hex(16)
+            kind = f"multipart/form-data; boundary={mark}"
+            head = f'--{mark}\r\nContent-Disposition: form-data; name="file"; filename='
+            for name, content in body:
+                raw += f"{head}{_json(mask(name))}\r\n\r\n".encode() + content + b"\r\n"
+            raw += f"--{mark}--\r\n".encode()
+        elif body is not None:
+            raw = encode_json(body)
+        headers = {
+            "authorization": f"Bearer {self.admin_token}",
+            "content-type": kind,
+            "user-agent": f"azt-cli/{VERSION}",
+            "x-azt-admin": "1",
+        }
+        host = urllib.parse.urlsplit(self.url).hostname or ""
+        pool = ConnectionPool(Egress(own_hosts=frozenset({host})))
+        answer = open_response(pool, Call(method, self.url + path, headers, raw), Wire())
+        pool.close()
+        if answer.status >= 400:
+            raise _answered(answer.status, parse_event(answer.body) or {})
+        return answer
+
+    def admin(self, method: str, path: str, body: _Body = None) -> Json:
+        """One call of the administration and its JSON answer."""
+        return parse_event(self.open(method, ADMIN + path, body).body) or {}
 
 
 @blocking
@@ -10927,17 +10923,16 @@ def _answered(status: int, value: Json) -> AztError:
     return AztError(status, inner.get("code"), message)
 
 
-def _on_gateway(function: Callable[[_Call], T], must_run: bool = False) -> T:
+def _on_gateway(function: Callable[[_Link], T], must_run: bool = False) -> T:
     """Run `function` with the running gateway to call, else with a private one just for it."""
     environment = read_environment()
     prepare_home(environment.paths)
     lock = HomeLock(environment.paths.lock)
-    holder = lock.acquire()
     for _ in range(50):
+        holder = lock.acquire()
         if holder is None or holder.get("url"):
             break
         time.sleep(0.1)  # another command is at work; it takes a moment
-        holder = lock.acquire()
     try:
         if holder is None:
             if must_run:
@@ -10946,21 +10941,16 @@ def _on_gateway(function: Callable[[_Call], T], must_run: bool = False) -> T:
         if not holder.get("url"):
             raise StateError(f"Another azt (pid {holder['pid']}) is using this home. Try again.")
         admin_token = read_or_make_secret(environment.paths.admin_token)
-        return function(functools.partial(_open_call, str(holder["url"]), admin_token))
+        return function(_Link(str(holder["url"]), admin_token))
     finally:
         lock.release()
 
 
 def _admin_call(method: str, path: str, body: _Body = None, must_run: bool = False) -> Json:
-    """One call of the administration and its JSON answer."""
-
-    def fetch(call: _Call) -> Json:
-        return parse_event(call(method, ADMIN + path, body).body) or {}
-
-    return _on_gateway(fetch, must_run)
+    return _on_gateway(lambda link: link.admin(method, path, body), must_run)
 
 
-async def _privately(environment: Environment, function: Callable[[_Call], T]) -> T:
+async def _privately(environment: Environment, function: Callable[[_Link], T]) -> T:
     """A gateway on a free loopback port for as long as `function` runs, in a thread."""
     gw = Gateway(environment, {})
     start_logging("warning")
@@ -10969,12 +10959,9 @@ async def _privately(environment: Environment, function: Callable[[_Call], T]) -
     async with _serving(gw, "127.0.0.1", 0) as (server, url):
         gw.listening = []  # what it says of itself is about the next `azt start`
         try:
-            call = functools.partial(_open_call, url, gw.admin_token)
-            return await in_thread(gw.short, function, call)
+            return await in_thread(gw.short, function, _Link(url, gw.admin_token))
         finally:
             await server.drain(1.0)
-            await gw.renewals.settle()
-            gw.pool.close()
 
 
 # -- Commands --------------------------------------------------------------------------------------
@@ -11066,8 +11053,8 @@ def _ask(args: argparse.Namespace) -> int:
         body["model"] = args.model
     parts: list[str] = []
 
-    def converse(call: _Call) -> None:
-        for chunk in _events(call("POST", "/v1/chat/completions", body)):
+    def converse(link: _Link) -> None:
+        for chunk in _events(link.open("POST", "/v1/chat/completions", body)):
             if "error" in chunk:
                 raise _answered(502, chunk)
             for choice in chunk.get("choices", []):
@@ -11086,12 +11073,10 @@ _TEXT_BROWSERS = {"elinks", "links", "lynx", "w3m", "www-browser"}
 def _sign_in(args: argparse.Namespace) -> int:
     tell = functools.partial(say, to_stderr=args.json)
 
-    def run(call: _Call) -> Json:
-        def ask(method: str, path: str, body: Json | None = None) -> Json:
-            return parse_event(call(method, f"{ADMIN}/login{path}", body).body) or {}
-
-        flow = ask("POST", "", {"method": "device" if args.device else "browser"})
-        path = f"/{flow['flowId']}"
+    def run(link: _Link) -> Json:
+        ask = link.admin
+        flow = ask("POST", "/login", {"method": "device" if args.device else "browser"})
+        path = f"/login/{flow['flowId']}"
         reads = not args.device and sys.stdin is not None and sys.stdin.isatty()
         try:
             if args.device:
@@ -11108,8 +11093,8 @@ def _sign_in(args: argparse.Namespace) -> int:
                 is_wanted = not (args.device or args.no_browser)
                 if is_wanted and getattr(webbrowser.get(), "name", "") not in _TEXT_BROWSERS:
                     # In a thread: some commands last as long as their browser.
-                    link = (flow["authorizeUrl"],)
-                    threading.Thread(target=webbrowser.open, args=link, daemon=True).start()
+                    page = (flow["authorizeUrl"],)
+                    threading.Thread(target=webbrowser.open, args=page, daemon=True).start()
             while flow["status"] in ("waiting", "exchanging"):
                 typed = select.select([sys.stdin] if reads else [], [], [], LOGIN_POLL_S)[0]
                 line = sys.stdin.readline() if typed else " "
@@ -11165,7 +11150,7 @@ def _export(args: argparse.Namespace) -> int:
     if args.output != "-" and os.path.lexists(path) and not args.force:
         raise BadRequest(f"{path} exists. Name another file with `-o`, or add `--force`.")
     body = {"ids": args.account, "all": args.all, "format": kind}
-    raw = _on_gateway(lambda call: call("POST", f"{ADMIN}/accounts/export", body).body)
+    raw = _on_gateway(lambda link: link.open("POST", f"{ADMIN}/accounts/export", body).body)
     if args.output == "-":
         say(raw.decode(), end="")
         return EXIT_OK
@@ -11200,10 +11185,6 @@ def _new_key_lines(result: Json) -> list[str]:
         told.append("From now on every call needs a key, also on this machine.")
         told.append("`azt settings set apiKeys.loopbackExempt true` exempts this machine.")
     return told
-
-
-def _now_serving(result: Json) -> list[str]:
-    return [f"{result['account']['email'] or result['activeId']} serves the API now."]
 
 
 def _state_cell(account: Json) -> str:
@@ -11303,10 +11284,10 @@ def _usage(args: argparse.Namespace) -> int:
     """The sums of three periods; with --by the rows of one dimension beside each other."""
     now, shown = time.time() * 1000, {}
 
-    def fetch(call: _Call) -> None:
+    def fetch(link: _Link) -> None:
         for period, days in _PERIODS.items():
             query = f"?from={_day(int(now - (days - 1) * 86_400_000))}" if days else ""
-            shown[period] = parse_event(call("GET", f"{ADMIN}/usage{query}").body) or {}
+            shown[period] = link.admin("GET", f"/usage{query}")
 
     _on_gateway(fetch)
     if args.by:
@@ -11353,11 +11334,10 @@ def _log_line(row: Json) -> str:
 
 
 def _log(args: argparse.Namespace) -> int:
-    def follow(call: _Call) -> None:
-        page = parse_event(call("GET", f"{ADMIN}/requests?limit=50").body) or {}
-        rows: Iterable[Json] = reversed(page["items"])
+    def follow(link: _Link) -> None:
+        rows: Iterable[Json] = reversed(link.admin("GET", "/requests?limit=50")["items"])
         if args.follow:
-            live = _events(call("GET", f"{ADMIN}/events"))
+            live = _events(link.open("GET", f"{ADMIN}/events"))
             rows = itertools.chain(rows, (event for event in live if "durationMs" in event))
         for row in rows:
             say(json.dumps(row) if args.json else _log_line(row))
@@ -11383,19 +11363,16 @@ def _row(account: Json) -> list[str]:
 
 
 def _refresh_quotas(args: argparse.Namespace) -> int:
-    def work(call: _Call) -> tuple[Json, Json]:
-        def ask(method: str, path: str, body: Json | None = None) -> Json:
-            return parse_event(call(method, ADMIN + path, body).body) or {}
-
-        job = ask("POST", "/accounts/refresh-quotas", {"ids": args.account or None})["job"]
+    def work(link: _Link) -> tuple[Json, Json]:
+        job = link.admin("POST", "/accounts/refresh-quotas", {"ids": args.account or None})["job"]
         while job["state"] == "running":
             time.sleep(0.1)
-            job = ask("GET", f"/jobs/{job['id']}")
+            job = link.admin("GET", f"/jobs/{job['id']}")
             if not args.json:
                 say(f"\r{job['done']} of {job['total']}", end="", to_stderr=True)
         if not args.json:
             say("", to_stderr=True)
-        return job, ask("GET", "/accounts")
+        return job, link.admin("GET", "/accounts")
 
     job, accounts = _on_gateway(work)
     missed = [f"{one['id']}: {one['message']}" for one in job["failures"]]
@@ -11408,16 +11385,43 @@ def _models(args: argparse.Namespace) -> int:
     return _admin(method, path, _model_lines)(args)
 
 
-# Every argument of every command, in argparse's terms.
-_ARGUMENTS: dict[str, Json] = {
-    "--all": {"action": "store_true", "help": "all accounts"},
+_use = _admin(
+    "POST",
+    "/accounts/{account}/activate",
+    lambda done: [f"{done['account']['email'] or done['activeId']} serves the API now."],
+)
+_label = _admin(
+    "PATCH",
+    "/accounts/{account}",
+    lambda one: [f"{one['email'] or one['id']} is called {one['label'] or one['id']} now."],
+    lambda args: {"label": args.label},
+)
+_logout = _admin("POST", "/accounts/logout", _signed_out, lambda args: {"id": args.account})
+_remove = _admin(
+    "POST",
+    "/accounts/remove",
+    lambda done: [f"Removed: {done['removed']}."],
+    lambda args: {"ids": args.account},
+)
+_leave_out = _admin("PATCH", "/accounts/{account}", _row, lambda _: {"excluded": True})
+_include = _admin("PATCH", "/accounts/{account}", _row, lambda _: {"excluded": False})
+_codex = _admin("GET", "/codex", _codex_lines)
+_restore = _admin("POST", "/codex/backups/{backup}/restore", lambda done: [f"Back: {done['id']}"])
+_add_key = _admin("POST", "/keys", _new_key_lines, lambda args: {"name": args.name})
+_revoke_key = _admin("DELETE", "/keys/{name}", lambda _: ["It is revoked."])
+
+# Every argument of every command: a switch (`-`) or a word by what it is for, the rest in
+# argparse's terms. A word's last sign tells how many: `*` any number, `...` one or more, `?` one
+# or none.
+_ARGUMENTS: dict[str, str | Json] = {
+    "--all": "all accounts",
     "--by": {"choices": ("model", "account", "client", "endpoint"), "help": "split the sums"},
-    "--demo": {"action": "store_true", "help": "play the upstream too: no account, no network"},
-    "--device": {"action": "store_true", "help": "sign in with a code, on any device"},
-    "--dry-run": {"action": "store_true", "help": "only show what would change"},
-    "--force": {"action": "store_true", "help": "replace a file that exists"},
+    "--demo": "play the upstream too: no account, no network",
+    "--device": "sign in with a code, on any device",
+    "--dry-run": "only show what would change",
+    "--force": "replace a file that exists",
     "--host": {"help": "address to listen on (default 0.0.0.0)"},
-    "--json": {"action": "store_true", "help": "print JSON instead of text"},
+    "--json": "print JSON instead of text",
     "--log-level": {
         "choices": ("debug", "info", "warning", "error"),
         "help": "how much to log (default info)",
@@ -11428,117 +11432,65 @@ _ARGUMENTS: dict[str, Json] = {
         "help": "openai keeps Codex's list of conversations, ai-zero-token begins one of its own",
     },
     "--model": {"help": "the model to ask (default: the setting defaultModel)"},
-    "--move-history": {
-        "action": "store_true",
-        "help": "list what was said under ai-zero-token under openai again (copied first)",
-    },
-    "--no-browser": {"action": "store_true", "help": "print the link, open no browser"},
-    "--no-open": {"action": "store_true", "help": "do not open azt's page in a browser"},
+    "--move-history": "list what was said under ai-zero-token under openai again (copied first)",
+    "--no-browser": "print the link, open no browser",
+    "--no-open": "do not open azt's page in a browser",
     "--port": {"type": int, "help": "port to listen on (default 8787; 0 picks a free one)"},
-    "--refresh": {"action": "store_true", "help": "ask the upstream for the current list"},
-    "--yes": {"action": "store_true", "help": "write without asking"},
-    "--zip": {"action": "store_true", "help": "a ZIP with one file for each account"},
+    "--refresh": "ask the upstream for the current list",
+    "--yes": "write without asking",
+    "--zip": "a ZIP with one file for each account",
     "-f": {"dest": "follow", "action": "store_true", "help": "go on with each that ends"},
     "-o": {"dest": "output", "metavar": "FILE", "help": "where to; - is standard output"},
-    "ACCOUNT": {"help": "label, e-mail or the beginning of an id"},
-    "ACCOUNT*": {"nargs": "*", "help": "label, e-mail or the beginning of an id; none: all"},
-    "ACCOUNT...": {"nargs": "+", "help": "label, e-mail or the beginning of an id"},
+    "ACCOUNT": "label, e-mail or the beginning of an id",
+    "ACCOUNT*": "label, e-mail or the beginning of an id; none: all",
+    "ACCOUNT...": "label, e-mail or the beginning of an id",
     "BACKUP?": {
-        "nargs": "?",
         "default": "auth.json",
         "help": "as `azt codex status` lists it (default: the newest of auth.json)",
     },
-    "FILE...": {
-        "nargs": "+",
-        "help": "JSON such as Codex's auth.json, or a ZIP of such; - is input",
-    },
-    "KEY": {"help": "a setting such as defaultModel"},
-    "KEY?": {"nargs": "?", "help": "a setting such as defaultModel, or a group such as server"},
-    "LABEL": {"help": "a short name; empty quotes take it away"},
-    "NAME": {"help": "what the key is for; `revoke` takes its id too"},
-    "TEXT*": {"nargs": "*", "help": "the question; read from standard input when left out"},
-    "VALUE": {"help": "a JSON value; bare words need no quotes"},
+    "FILE...": "JSON such as Codex's auth.json, or a ZIP of such; - is input",
+    "KEY": "a setting such as defaultModel",
+    "KEY?": "a setting such as defaultModel, or a group such as server",
+    "LABEL": "a short name; empty quotes take it away",
+    "NAME": "what the key is for; `revoke` takes its id too",
+    "TEXT*": "the question; read from standard input when left out",
+    "VALUE": "a JSON value; bare words need no quotes",
 }
 
-# Command with its arguments -> what it is for, and what runs.
-_COMMANDS: dict[str, tuple[str, _Run]] = {
-    "start --host --port --demo --log-level --no-open": ("start the gateway", _start),
-    "serve --host --port --demo --log-level": ("start the gateway without a browser", _start),
-    "login --device --no-browser --json": ("sign in with an account", _sign_in),
-    "logout ACCOUNT --json": (
-        "end the sign-in of an account and forget it",
-        _admin("POST", "/accounts/logout", _signed_out, lambda args: {"id": args.account}),
+# Command, its arguments | what it is for. All but `start` and `serve` also take --json.
+_COMMANDS: dict[str, _Run] = {
+    "start --host --port --demo --log-level --no-open | start the gateway": _start,
+    "serve --host --port --demo --log-level | start the gateway without a browser": _start,
+    "login --device --no-browser | sign in with an account": _sign_in,
+    "logout ACCOUNT | end the sign-in of an account and forget it": _logout,
+    "status | show what runs and which account serves": _status,
+    "ask TEXT* --model | ask a model; the answer streams to the terminal": _ask,
+    "usage --by | show what was used: today, in 7 days, ever": _usage,
+    "log -f | show the newest requests": _log,
+    "models --refresh | list the models": _models,
+    "accounts list | list the accounts": _admin("GET", "/accounts", _account_lines),
+    "accounts import FILE... --dry-run | add accounts from files": _import,
+    "accounts export ACCOUNT* --all -o --zip --force | write accounts to a file": _export,
+    "accounts label ACCOUNT LABEL | give an account a name of your own": _label,
+    "accounts use ACCOUNT | serve the API with this account": _use,
+    "accounts exclude ACCOUNT | never switch to this account": _leave_out,
+    "accounts include ACCOUNT | switch to this account again": _include,
+    "accounts refresh ACCOUNT* | ask what is left of the quota": _refresh_quotas,
+    "accounts remove ACCOUNT... | forget accounts": _remove,
+    "codex status | tell where Codex sends its requests, and who is signed in there": _codex,
+    "codex takeover --mode --move-history --dry-run --yes | send Codex's requests through azt": (
+        _codex_change("/codex/takeover")
     ),
-    "status --json": ("show what runs and which account serves", _status),
-    "ask TEXT* --model --json": ("ask a model; the answer streams to the terminal", _ask),
-    "usage --by --json": ("show what was used: today, in 7 days, ever", _usage),
-    "log -f --json": ("show the newest requests", _log),
-    "models --refresh --json": ("list the models", _models),
-    "accounts list --json": ("list the accounts", _admin("GET", "/accounts", _account_lines)),
-    "accounts import FILE... --dry-run --json": ("add accounts from files", _import),
-    "accounts export ACCOUNT* --all -o --zip --force --json": ("write accounts to a file", _export),
-    "accounts label ACCOUNT LABEL --json": (
-        "give an account a name of your own",
-        _admin(
-            "PATCH",
-            "/accounts/{account}",
-            lambda one: [f"{one['email'] or one['id']} is called {one['label'] or one['id']} now."],
-            lambda args: {"label": args.label},
-        ),
+    "codex release --move-history --dry-run | put back what Codex's config.toml said before": (
+        _codex_change("/codex/release")
     ),
-    "accounts use ACCOUNT --json": (
-        "serve the API with this account",
-        _admin("POST", "/accounts/{account}/activate", _now_serving),
-    ),
-    "accounts exclude ACCOUNT --json": (
-        "never switch to this account",
-        _admin("PATCH", "/accounts/{account}", _row, lambda _: {"excluded": True}),
-    ),
-    "accounts include ACCOUNT --json": (
-        "switch to this account again",
-        _admin("PATCH", "/accounts/{account}", _row, lambda _: {"excluded": False}),
-    ),
-    "accounts refresh ACCOUNT* --json": ("ask what is left of the quota", _refresh_quotas),
-    "accounts remove ACCOUNT... --json": (
-        "forget accounts",
-        _admin(
-            "POST",
-            "/accounts/remove",
-            lambda done: [f"Removed: {done['removed']}."],
-            lambda args: {"ids": args.account},
-        ),
-    ),
-    "codex status --json": (
-        "tell where Codex sends its requests, and who is signed in there",
-        _admin("GET", "/codex", _codex_lines),
-    ),
-    "codex takeover --mode --move-history --dry-run --yes --json": (
-        "send Codex's requests through azt",
-        _codex_change("/codex/takeover"),
-    ),
-    "codex release --move-history --dry-run --json": (
-        "put back what Codex's config.toml said before",
-        _codex_change("/codex/release"),
-    ),
-    "codex apply ACCOUNT --dry-run --json": (
-        "sign Codex in with this account",
-        _codex_change("/codex/auth"),
-    ),
-    "codex restore BACKUP? --json": (
-        "put a file of Codex back as it was",
-        _admin("POST", "/codex/backups/{backup}/restore", lambda done: [f"Back: {done['id']}"]),
-    ),
-    "settings get KEY? --json": ("show one setting, a group, or all", _settings_get),
-    "settings set KEY VALUE --json": ("change one setting", _settings_set),
-    "keys list --json": ("list the keys of clients", _admin("GET", "/keys", _key_lines)),
-    "keys add NAME --json": (
-        "make a key for a client; it is shown once",
-        _admin("POST", "/keys", _new_key_lines, lambda args: {"name": args.name}),
-    ),
-    "keys revoke NAME --json": (
-        "make a key useless",
-        _admin("DELETE", "/keys/{name}", lambda _: ["It is revoked."]),
-    ),
+    "codex apply ACCOUNT --dry-run | sign Codex in with this account": _codex_change("/codex/auth"),
+    "codex restore BACKUP? | put a file of Codex back as it was": _restore,
+    "settings get KEY? | show one setting, a group, or all": _settings_get,
+    "settings set KEY VALUE | change one setting": _settings_set,
+    "keys list | list the keys of clients": _admin("GET", "/keys", _key_lines),
+    "keys add NAME | make a key for a client; it is shown once": _add_key,
+    "keys revoke NAME | make a key useless": _revoke_key,
 }
 _GROUPS = {
     "accounts": "show, add, choose and remove accounts",
@@ -11554,20 +11506,27 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"azt {VERSION}")
     top = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command")
     groups: dict[str, Any] = {}
-    for line, (text, run) in _COMMANDS.items():
-        name, *words = line.split()
+    for line, run in _COMMANDS.items():
+        usage, purpose = line.split(" | ")
+        name, *words = usage.split() if run is _start else [*usage.split(), "--json"]
         place: Any = top
         if name in _GROUPS:
             if name not in groups:
                 group = top.add_parser(name, help=_GROUPS[name], description=_GROUPS[name])
                 groups[name] = group.add_subparsers(required=True, metavar="ACTION")
             place, name, *words = groups[name], *words
-        command = place.add_parser(name, help=text, description=text)
+        command = place.add_parser(name, help=purpose, description=purpose)
         command.set_defaults(run=run)
         for word in words:
-            plain = word.rstrip(".?*")
-            shown = {} if word.startswith("-") else {"metavar": plain}
-            command.add_argument(plain.lower(), **shown, **_ARGUMENTS[word])
+            argument, plain = _ARGUMENTS[word], word.rstrip(".?*")
+            terms: Json = {"help": argument} if isinstance(argument, str) else {**argument}
+            if plain != word:
+                terms["nargs"] = word[-1].replace(".", "+")
+            if not word.startswith("-"):
+                terms["metavar"] = plain
+            elif isinstance(argument, str):
+                terms["action"] = "store_true"
+            command.add_argument(plain.lower(), **terms)
     return parser
 
 
