@@ -7374,13 +7374,12 @@ def bucket_starts(first_ms: int, last_ms: int, bucket: str, zone: tzinfo) -> lis
         raise BadRequest("Too many points: ask for a shorter time, or larger buckets.", "bucket")
     at = datetime.fromtimestamp(first_ms / 1000, zone).replace(second=0, microsecond=0)
     at = at if bucket == "minute" else at.replace(minute=0)
-    at, starts = at.replace(hour=0) if bucket == "day" else at, []
+    at = at.replace(hour=0) if bucket == "day" else at
+    step, starts = timedelta(seconds=_STEPS[bucket]), []
     while (start := int(at.timestamp() * 1000)) < last_ms:
         starts.append(start)
-        if bucket == "day":  # by the wall clock
-            at = at + timedelta(days=1)
-        else:
-            at = (at.astimezone(UTC) + timedelta(seconds=_STEPS[bucket])).astimezone(zone)
+        # A day goes by the wall clock of its zone.
+        at = at + step if bucket == "day" else (at.astimezone(UTC) + step).astimezone(zone)
     return starts
 
 
@@ -7779,9 +7778,21 @@ class Gateway:
         return account
 
     def refresh_quotas(self, accounts: Iterable[Account], by_person: bool = True) -> Job:
+        """As a job, some accounts at once. Raises AztError 409 while another such job runs."""
+        now = time.time()
+        for job in list(self.jobs.values()):
+            if not job.ended_at:
+                text = f"This is being done already: job {job.id}."
+                raise AztError(409, "already_running", text, extra={"params": {"jobId": job.id}})
+            if job.ended_at < now - JOB_KEPT_S:
+                del self.jobs[job.id]
+        ids = [one.id for one in accounts]
+        job = Job(f"job_{secrets.token_hex(4)}", "refresh_quotas", len(ids), now)
         work = functools.partial(self.refresh_quota, by_person=by_person)
         at_once = self.settings.number("quota.concurrency")
-        return self.start_job("refresh_quotas", [one.id for one in accounts], work, at_once)
+        job.task = asyncio.create_task(job.run(ids, work, at_once))
+        self.jobs[job.id] = job
+        return job
 
     async def watch_quotas(self) -> None:
         """Read all quotas as often as the setting says; by default never."""
@@ -7794,22 +7805,6 @@ class Gateway:
                 with contextlib.suppress(AztError):  # a person has just asked for the same
                     good = [one for one in self.store.accounts.values() if not one.rejected]
                     self.refresh_quotas(good, by_person=False)
-
-    def start_job(
-        self, kind: str, ids: Sequence[str], work: Callable[[str], Awaitable[Any]], at_once: int
-    ) -> Job:
-        """Do `work` for each id, some at once. Raises AztError 409 while one of the kind runs."""
-        now = time.time()
-        for job in list(self.jobs.values()):
-            if job.kind == kind and not job.ended_at:
-                text = f"This is being done already: job {job.id}."
-                raise AztError(409, "already_running", text, extra={"params": {"jobId": job.id}})
-            if 0 < job.ended_at < now - JOB_KEPT_S:
-                del self.jobs[job.id]
-        job = Job(f"job_{secrets.token_hex(4)}", kind, len(ids), now)
-        job.task = asyncio.create_task(job.run(ids, work, at_once))
-        self.jobs[job.id] = job
-        return job
 
     async def _in_turn(self, change: Callable[[], Awaitable[T]]) -> T:
         """One change by a person at a time, and to its end though the client leaves: what is in
@@ -9558,10 +9553,10 @@ def _routing_view(gw: Gateway) -> Json:
     now, rules, store = time.time(), gw.rotation.rules, gw.store
     queue: list[str] = []
     wanted, ready = [store.active_id or ""], replace(rules, enabled=True)
-    while one := pick_account(store.accounts, now, ready, (), wanted + queue):
+    while len(queue) < QUEUE_SHOWN and (
+        one := pick_account(store.accounts, now, ready, (), wanted + queue)
+    ):
         queue.append(one.id)
-        if len(queue) == QUEUE_SHOWN:
-            break
     skipped = [
         {"id": one.id, "reason": reason, "until": _ms(until)}
         for one in store.accounts.values()
@@ -9802,16 +9797,12 @@ async def admin_post_refresh_quotas(gw: Gateway, request: Request) -> Reply:
     return _private_reply({"job": _job_view(gw.refresh_quotas(chosen))}, 202)
 
 
-@_view
-def admin_get_job(gw: Gateway, request: Request) -> Json:
-    return _job_view(_found(gw.jobs, request.params["id"], "job_not_found"))
-
-
-async def admin_delete_job(gw: Gateway, request: Request) -> Reply:
-    job = _found(gw.jobs, request.params["id"], "job_not_found")
-    if job.task is not None:
+async def admin_job(gw: Gateway, request: Request) -> Reply:
+    """Look at a job, or end it."""
+    job, ends = _found(gw.jobs, request.params["id"], "job_not_found"), request.method == "DELETE"
+    if ends and job.task is not None:
         job.task.cancel()
-    return _private_reply(_job_view(job), 202)
+    return _private_reply(_job_view(job), 202 if ends else 200)
 
 
 async def admin_post_remove(gw: Gateway, request: Request) -> Reply:
@@ -10164,6 +10155,7 @@ async def admin_get_usage_export(gw: Gateway, request: Request) -> Reply:
     return _file_reply(text.getvalue().encode(), "text/csv; charset=utf-8", "azt-usage.csv")
 
 
+_ROW_SEARCHED = ("id", "model", "client", "endpoint", "errorType")
 _ROW_FILTERS = ("accountId", "client", "endpoint", "errorType", "model", "result", "status")
 
 
@@ -10172,14 +10164,14 @@ def _rows(gw: Gateway, query: Mapping[str, str]) -> Iterator[Json]:
     asked = {**query, "accountId": query.get("account")}
     wanted = {name: value for name in _ROW_FILTERS if (value := asked.get(name))}
     since, until = (_number_in(query, name, 0) for name in ("since", "until"))
-    text, is_after = query.get("q", "").casefold(), not query.get("before")
-    for row in gw.requests.rows():
-        if is_after and (not since or row["at"] >= since) and (not until or row["at"] < until):
-            if all(str(row[name]) == value for name, value in wanted.items()):
-                shown = (row[name] for name in ("id", "model", "client", "endpoint", "errorType"))
-                if not text or text in " ".join(map(str, shown)).casefold():
-                    yield row
-        is_after = is_after or row["id"] == query.get("before")
+    text, rows = query.get("q", "").casefold(), gw.requests.rows()
+    if before := query.get("before"):
+        rows = itertools.islice(itertools.dropwhile(lambda row: row["id"] != before, rows), 1, None)
+    for row in rows:
+        said = " ".join(str(row[name]) for name in _ROW_SEARCHED).casefold()
+        fits = all(str(row[name]) == value for name, value in wanted.items())
+        if fits and text in said and since <= row["at"] < (until or row["at"] + 1):
+            yield row
 
 
 _ROW_DETAIL = ("attemptList", "timing", "why", "request", "response", "keyId", "remote")
@@ -10348,7 +10340,7 @@ ROUTES: list[Route] = sorted(
         Route("DELETE", "/v1/responses/{id}", delete_response, "api"),
         Route("DELETE", f"{ADMIN}/codex/backups/{{id}}", admin_post_backup, "admin_proof"),
         Route("DELETE", f"{ADMIN}/keys/{{id}}", admin_delete_key, "admin_proof"),
-        Route("DELETE", f"{ADMIN}/jobs/{{id}}", admin_delete_job, "admin_write"),
+        Route("DELETE", f"{ADMIN}/jobs/{{id}}", admin_job, "admin_write"),
         Route("DELETE", f"{ADMIN}/login/{{id}}", admin_login, "admin_write"),
         Route("GET", "/", get_page, "page"),
         Route("GET", "/_gateway/health", get_health, "health"),
@@ -10369,7 +10361,7 @@ ROUTES: list[Route] = sorted(
         Route("GET", f"{ADMIN}/usage/export", admin_get_usage_export, "admin_read"),
         Route("GET", f"{ADMIN}/usage/series", admin_get_usage_series, "admin_read"),
         Route("GET", f"{ADMIN}/accounts", admin_get_accounts, "admin_read"),
-        Route("GET", f"{ADMIN}/jobs/{{id}}", admin_get_job, "admin_read"),
+        Route("GET", f"{ADMIN}/jobs/{{id}}", admin_job, "admin_read"),
         Route("GET", f"{ADMIN}/accounts/import/template", get_template, "admin_read"),
         Route("GET", f"{ADMIN}/codex", admin_get_codex, "admin_read"),
         Route("GET", f"{ADMIN}/keys", admin_get_keys, "admin_read"),
