@@ -4171,7 +4171,7 @@ _ASSET = re.compile(r"(file-service|sediment)://([\w-]{1,128})", re.ASCII)
 def _picture_size(data: bytes) -> tuple[int, int]:
     """Width and height as the head of a PNG, JPEG or WEBP tells them; (0, 0) for all else."""
     at, kind = 2, data[8:16] if data[:4] == b"RIFF" else b""
-    width = height = marker = 0
+    width = height = 0
     with contextlib.suppress(struct.error):  # cut
         if data.startswith(b"\x89PNG\r\n\x1a\n"):
             width, height = struct.unpack_from(">II", data, 16)
@@ -4182,10 +4182,12 @@ def _picture_size(data: bytes) -> tuple[int, int]:
             width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
         elif kind == b"WEBPVP8X":
             width, height = (int.from_bytes(data[i : i + 3], "little") + 1 for i in (24, 27))
-        while data.startswith(b"\xff\xd8") and not width:  # the segments of a JPEG
-            marker, size, height, width = struct.unpack_from(">HHxHH", data, at)
-            is_frame = 0xFFC0 <= marker <= 0xFFCF and marker not in (0xFFC4, 0xFFC8, 0xFFCC)
-            at, width = at + 2 + size, width if is_frame else 0
+        for _ in range(1000 if data.startswith(b"\xff\xd8") else 0):  # the segments of a JPEG
+            marker, size, *shape = struct.unpack_from(">HHxHH", data, at)
+            at += 2 + size
+            if 0xFFC0 <= marker <= 0xFFCF and marker not in (0xFFC4, 0xFFC8, 0xFFCC):
+                height, width = shape
+                break
     return (width, height) if width else (0, 0)
 
 
@@ -9365,15 +9367,24 @@ async def codex_call(gw: Gateway, request: Request) -> Reply:
     return Reply(answer.status, answer.body, headers)
 
 
-async def _asked_picture(gw: Gateway, request: Request) -> ImageRequest | None:
-    """What a request of Codex asks of the ChatGPT web site, where that is on; else None."""
+_Wish = ImageRequest | BadRequest | None
 
-    def look() -> ImageRequest | None:
+
+async def _asked_picture(gw: Gateway, request: Request) -> _Wish:
+    """What a request of Codex asks of the ChatGPT web site, where that is on; else None.
+
+    Why it cannot be asked there counts only where a free account is to serve.
+    """
+
+    def look() -> _Wish:
         coding = request.headers.get("content-encoding", "")
-        with contextlib.suppress(ValueError):  # zstd without a decoder, say: that is relayed
+        try:
             raw = decoded(request.body, coding, MAX_BODY_BYTES)
             return codex_picture(parse_json(raw)) if b"image_generation" in raw else None
-        return None
+        except BadRequest as error:
+            return error
+        except ValueError:  # zstd without a decoder, say: that is relayed
+            return None
 
     if not gw.settings.flag("image.freeAccountWebGenerationEnabled") or request.method != "POST":
         return None
@@ -9416,9 +9427,11 @@ async def web_stream(
 
 
 async def _web_attempt(
-    gw: Gateway, asked: ImageRequest, account: Account, hold_s: float
+    gw: Gateway, asked: ImageRequest | BadRequest, account: Account, hold_s: float
 ) -> asyncio.Task[ImageResult]:
     """Pictures in the making: what failed within `hold_s` is raised, so that another may try."""
+    if isinstance(asked, BadRequest):
+        raise asked
     credentials = Credentials(account.access_token, account.account_id)
     way = gw.pool, gw.calls, gw.environment.chatgpt_base_url, credentials
     made = asyncio.create_task(web_images(*way, asked, lambda text: None))
@@ -9432,7 +9445,7 @@ async def _web_attempt(
 
 
 async def _codex_answer(
-    gw: Gateway, request: Request, turn: Turn, picture: ImageRequest | None
+    gw: Gateway, request: Request, turn: Turn, picture: _Wish
 ) -> Passthrough | asyncio.Task[ImageResult]:
     """What the first account has that can serve, else the failure that says most to Codex.
 
@@ -9465,7 +9478,7 @@ async def _codex_attempt(
     gw: Gateway,
     request: Request,
     failures: list[tuple[UpstreamError, Passthrough]],
-    picture: ImageRequest | None,
+    picture: _Wish,
     account: Account,
     hold_s: float,
 ) -> Passthrough | asyncio.Task[ImageResult]:

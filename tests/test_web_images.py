@@ -22,6 +22,7 @@ from fake_upstream import (
     account_file,
     limit_reached,
     make_token,
+    token_refused,
 )
 from harness import MODEL, Client, Gateway
 
@@ -294,6 +295,16 @@ def test_a_reference_is_uploaded_and_attached(
     assert (pointer["size_bytes"], prompt) == (len(content), "a fox")
 
 
+def test_a_head_that_never_ends_is_given_up_soon() -> None:
+    began = time.monotonic()
+
+    for segment in (b"\0\0", b"\xff\xfe\0\2"):
+        head = b"\xff\xd8" + segment * (5 * azt.MIB)
+        assert azt._picture_size(head) == (0, 0)
+
+    assert time.monotonic() - began < 0.5
+
+
 def test_a_mask_goes_last_and_the_prompt_says_what_it_is(painter: Painter) -> None:
     painter.make(references=((PNG, "image/png"), (JPEG, "image/jpeg")), mask=(PNG, "image/png"))
 
@@ -490,6 +501,32 @@ def test_a_linked_picture_is_refused_by_the_name_of_its_field() -> None:
 
     assert (caught.value.status, caught.value.code) == (400, "unsupported_value")
     assert caught.value.param == "input[0].content[1].image_url"
+
+
+def test_a_linked_picture_is_a_matter_of_free_accounts_only(
+    studio: Studio, upstream: FakeUpstream
+) -> None:
+    linked = wish({"type": "input_image", "image_url": "https://example.com/x.png"})
+    client = studio.open()
+    assert client.post("/codex/v1/responses", linked).error["code"] == "unsupported_value"
+
+    studio.gateway.import_account(account_file("acct-2", "user-2", "b@example.com", "plus"))
+    assert studio.gateway.azt("accounts", "use", "b@example.com").returncode == 0
+    client.post("/codex/v1/responses", linked)
+
+    assert asked(upstream) == ["codex"]
+
+
+def test_an_expired_token_is_renewed_for_the_site_too(
+    studio: Studio, upstream: FakeUpstream
+) -> None:
+    client = studio.open()
+    upstream.script(path="/chat-requirements", status=401, json=token_refused())
+
+    answer = client.post("/codex/v1/responses", wish())
+
+    assert answer.types[-1] == "response.completed"
+    assert len(upstream.rotations) == 1
 
 
 def test_with_the_setting_off_codex_is_relayed(studio: Studio, upstream: FakeUpstream) -> None:
