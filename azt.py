@@ -7304,14 +7304,13 @@ class UsageStats:
             except AztError as error:  # nothing is lost: the events are counted again
                 log.error("%s The sums are made anew from the events.", error.message)
                 saved = {}
-            if sums == paths.usage_daily:
+            if is_daily := sums == paths.usage_daily:
                 self.days = dict(saved.get("days", {}))
             else:
                 self.lifetime = Tally(saved)
             through = saved.get("through", {})
             for path in sorted(paths.usage_events.glob("*.jsonl")):
                 for event in read_events(path, through.get(path.name, 0)):
-                    is_daily = sums == paths.usage_daily
                     tally = self.day(_day(event["at"])) if is_daily else self.lifetime
                     tally.add(*_parts(event))
                 self.through[path.name] = path.stat().st_size
@@ -7522,17 +7521,17 @@ class Events:
             if watcher.qsize() < WATCHER_WAITING_MAX:
                 watcher.put_nowait(event)
             else:
-                self._end(watcher, "too_many")  # it does not read: it may come back, and catch up
+                self._end(watcher)  # it does not read: it may come back, and catch up
 
-    def _end(self, watcher: asyncio.Queue[bytes], reason: str) -> None:
+    def _end(self, watcher: asyncio.Queue[bytes]) -> None:
         self._watchers.remove(watcher)
-        watcher.put_nowait(b'event: bye\ndata: {"reason":"%b"}\n\n' % reason.encode())
+        watcher.put_nowait(b'event: bye\ndata: {"reason":"too_many"}\n\n')
         watcher.put_nowait(b"")
 
     async def watch(self, hello: Json, last_id: int | None) -> AsyncIterator[bytes]:
         """The events as they come, first those since `last_id`. Too old for that: `resync`."""
         while len(self._watchers) >= WATCHERS_MAX:
-            self._end(self._watchers[0], "too_many")
+            self._end(self._watchers[0])
         mine: asyncio.Queue[bytes] = asyncio.Queue()
         self._watchers.append(mine)
         hello = {"eventId": self.newest_id, **hello}
@@ -11031,8 +11030,7 @@ def _status(args: argparse.Namespace) -> int:
         _show(args, {"running": False}, [error.message])
         return EXIT_FAILED
     gateway, models, accounts = state["gateway"], state["models"], state["accounts"]
-    today = state["today"]
-    active = [one for one in accounts if one["active"]]
+    today, active = state["today"], [one for one in accounts if one["active"]]
     serving = [f"{one['email'] or one['id']} ({one['plan']}, {one['status']})" for one in active]
     rows = {
         "azt": f"{gateway['version']}, pid {gateway['pid']}, since {_when(gateway['startedAt'])}",
@@ -11297,14 +11295,13 @@ def _usage(args: argparse.Namespace) -> int:
     _on_gateway(fetch)
     if args.by:
         name = {"client": "bySource"}.get(args.by, f"by{args.by.title()}")
-        found = {(row["key"], row["label"]): None for view in shown.values() for row in view[name]}
         value: Any = {period: view[name] for period, view in shown.items()}
+        sums = [{(row["key"], row["label"]): row["aggregate"] for row in v} for v in value.values()]
         rows = [["", *(f"{period} {word}" for period in shown for word in ("REQ", "TOKENS"))]]
-        for key, label in found:
-            sums = ({row["key"]: row["aggregate"] for row in view[name]} for view in shown.values())
-            cells = [one.get(key, {}) for one in sums]
-            pairs = [(c.get("requestCount", 0), c.get("totalTokens", 0)) for c in cells]
-            rows.append([label, *(f"{count:,}" for pair in pairs for count in pair)])
+        for key in dict.fromkeys(itertools.chain(*sums)):
+            members = ("requestCount", "totalTokens")
+            counts = (one.get(key, {}).get(member, 0) for one in sums for member in members)
+            rows.append([key[1], *(f"{count:,}" for count in counts)])
     else:
         value = {period: view["range"] for period, view in shown.items()}
         rows = [["", *(period.upper() for period in value)]]
