@@ -50,6 +50,7 @@ import email.utils
 import errno
 import fcntl
 import functools
+import gc
 import hashlib
 import hmac
 import html
@@ -3743,6 +3744,8 @@ class Relay:
         rest, self.answer.rest = self.answer.rest, b""
         if rest or self._framing.ended:
             self._receive(rest)
+        if self._ready.done():  # the first delta came with the head: `start` watches
+            return self._ready.result()
         self._watch()
         opening = self._loop.call_later(hold_s, self._open_late)
         try:
@@ -3752,6 +3755,7 @@ class Relay:
 
     async def whole(self) -> None:
         """Wait for the end of an absorbed answer. Raises its failure."""
+        self._watch()
         await self._until(self._over)
         if self.translator.failure is not None:
             raise self.translator.failure
@@ -3770,6 +3774,7 @@ class Relay:
         self._flush()
         if self.ended:
             self._report()
+        self._watch()
 
     def pause(self) -> None:
         self._paused = True
@@ -3798,7 +3803,7 @@ class Relay:
     # -- reading
 
     def _watch(self) -> None:
-        if self.answer.sock is not None and not self._paused:
+        if self.answer.sock is not None and not self._paused and self._watched < 0:
             self._watched = self.answer.sock.fileno()
             self._loop.add_reader(self._watched, self._readable)
             if self._timer is None:
@@ -4434,12 +4439,12 @@ REASONING_INCLUDE = "reasoning.encrypted_content"
 
 _TYPE_WORDS = {bool: "boolean", dict: "object", float: "number", int: "integer", list: "array"}
 # The fields that have one type wherever they are given; null always counts as absent.
-_FIELD_TYPES: dict[type, str] = {
-    bool: "background parallel_tool_calls store stream",
-    dict: "metadata stream_options text web_search_options",
-    int: "max_completion_tokens max_output_tokens max_tokens",
-    list: "functions include messages modalities tools",
-    str: "instructions previous_response_id prompt_cache_key",
+_FIELD_TYPES: dict[str, type] = {
+    **dict.fromkeys(("background", "parallel_tool_calls", "store", "stream"), bool),
+    **dict.fromkeys(("metadata", "stream_options", "text", "web_search_options"), dict),
+    **dict.fromkeys(("max_completion_tokens", "max_output_tokens", "max_tokens"), int),
+    **dict.fromkeys(("functions", "include", "messages", "modalities", "tools"), list),
+    **dict.fromkeys(("instructions", "previous_response_id", "prompt_cache_key"), str),
 }
 
 # What the client gave, or None, and the parameter that it came from.
@@ -4875,14 +4880,12 @@ def _checked(body: Json, default_model: str, ignored: str) -> tuple[str, str, tu
     """
     named = default_model if body.get("model") is None else _expect(body["model"], str, "model")
     model = {"model": named.strip().removeprefix("openai/").removeprefix("azt/")}
-    for kind, names in _FIELD_TYPES.items():
-        for name in names.split():
-            if body.get(name) is not None:
-                _expect(body[name], kind, name)
-    given = {name for name, value in _given(body).items() if value is not False}
-    limits = _FIELD_TYPES[int].split()  # -1 and 0 mean "unlimited"
+    for name, value in body.items():
+        if value is not None and name in _FIELD_TYPES:
+            _expect(value, _FIELD_TYPES[name], name)
+    given = [name for name, value in body.items() if value is not None and value is not False]
     noted = (name for name in ignored.split() if name in given)
-    noted = (name for name in noted if name not in limits or body[name] > 0)
+    noted = (name for name in noted if name not in _FIELD_TYPES or body[name] > 0)  # 0, -1: none
     return named, _named(model, "model"), tuple(noted)
 
 
@@ -5332,35 +5335,49 @@ class _EventStream:
         self._sequence = 0
         self._plain: _Part | None = None
         self._paste: Callable[[bytes], bytes | None] | None = None
+        self._model: tuple[bytes, _Part, bytes] | None = None  # for `_arm`
 
     def feed(self, data: bytes) -> bytes:
+        if self._model is not None:
+            self._arm(*self._model)
         if self._paste is not None and (pasted := self._paste(data)) is not None:
             return pasted
-        self.absorb(data)
+        self._translate(data)
         encoded = [self._encode(chunk) for chunk in self._out]
         if self._fast and self._plain is not None and not self.done:
-            self._arm(data, self._plain, encoded[-1])
+            self._model = data, self._plain, encoded[-1]
         return b"".join(encoded)
 
     def absorb(self, data: bytes) -> bytes:
-        """Translate one event into `_out`, for an answer that is only wanted whole."""
-        self._out, self._plain, self._paste = [], None, None
-        event = None if self.done else parse_event(data)
-        if event is not None:
-            # A bare `{"error": {...}}` is an error event too.
-            kind = _get(event, "type", str) or ("error" if "error" in event else "")
-            if kind in self._handlers:
-                getattr(self, self._handlers[kind])(event)
+        """The same for an answer that is only wanted whole: deltas that are alike count as one."""
+        if self._model is not None:
+            self._arm(*self._model)
+        if self._paste is not None and self._plain is not None and self._paste(data) is not None:
+            self._plain.unsaid += 1
+            return b""
+        for item in self._opened if self._paste is not None else ():
+            self._speak(item)
+        self._translate(data)
+        if self._fast and self._plain is not None and not self.done:
+            self._model = data, self._plain, b'"%b"' % self._plain.pieces[-1]
         return b""
 
+    def _translate(self, data: bytes) -> None:
+        """One event into `_out`. What nobody handles is not decoded."""
+        self._out, self._plain, self._paste, self._model = [], None, None, None
+        handler = None if self.done else self._handlers.get(event_type(data))
+        if handler and (event := parse_event(data)) is not None:
+            getattr(self, handler)(event)
+
     def fail(self, error: AztError) -> bytes:
-        self._out, self._paste = [], None
+        self._out, self._paste, self._model = [], None, None
         if not self.done:
             self._failed({}, error)
         return b"".join(map(self._encode, self._out))
 
     def _arm(self, data: bytes, part: _Part, out: bytes) -> None:
-        """Prepare the fast path for deltas like `data`, which became `out`."""
+        """Prepare the fast path for deltas like `data`, which became `out` and has left by now."""
+        self._model = None
         split, pieces, literal = _VARYING.split, part.pieces, part.pieces[-1]
         known, quoted = split(data), b'"%s"' % literal
         # Every second one of `known` is a text, or None. A name in the chunk that is no valid
@@ -10790,6 +10807,9 @@ async def _serve(gw: Gateway, lock: HomeLock, opens_browser: bool) -> None:
     where = settings.text("server.host"), settings.number("server.port")
     async with _serving(gw, *where) as (server, url):
         await in_thread(gw.files, lock.write, url)
+        # What the start has made stays: looking through it again and again was felt in each answer.
+        gc.freeze()
+        gc.set_threshold(10_000, 20, 20)
         say(f"azt is ready: {url}")
         log.info("base URL for clients: %s/v1", url)
         if gw.store.active is None:

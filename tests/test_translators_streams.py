@@ -471,6 +471,18 @@ def test_deltas_after_the_first_are_pasted_without_being_decoded(text: str) -> N
         assert azt.encode_json(text) in raw and stream._out is decoded
 
 
+@pytest.mark.parametrize("text", ["word", "\\n", "Wörld", "\t🌍"])
+def test_a_whole_answer_has_the_deltas_that_were_not_decoded(text: str) -> None:
+    for stream in (azt.ChatStream(chat_request(), NOW), responses()):
+        stream.absorb(text_delta("a", sequence_number=1))
+        decoded = stream._out
+        for number in (2, 3):
+            assert stream.absorb(text_delta(text, sequence_number=number)) == b""
+        assert stream._out is decoded
+        stream.absorb(event("response.completed", response={}))
+        assert azt.encode_json("a" + text + text) in azt.encode_json(stream.result())
+
+
 def test_a_chat_image_is_not_copied_more_than_three_times() -> None:
     size = 4_000_000
     item = {"type": "image_generation_call", "id": "ig_1", "result": "A" * size}
