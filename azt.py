@@ -10810,7 +10810,6 @@ async def _serve(gw: Gateway, lock: HomeLock, opens_browser: bool) -> None:
         # What the start has made stays: looking through it again and again was felt in each answer.
         gc.freeze()
         gc.set_threshold(10_000, 20, 20)
-        say(f"azt is ready: {url}")
         log.info("base URL for clients: %s/v1", url)
         if gw.store.active is None:
             log.info("no account yet: `azt login` signs in")
@@ -10818,6 +10817,7 @@ async def _serve(gw: Gateway, lock: HomeLock, opens_browser: bool) -> None:
             who = "open to this network" if settings.flag("server.lanApi") else "for this machine"
             key = "with a key" if gw.keys else "without a key (`azt keys add NAME` sets one)"
             log.info("API: %s, %s. Administration: this machine only.", who, key)
+        say(f"azt is ready: {url}")  # last: who waits for it may read the log at once
         if opens_browser:
             await in_thread(gw.short, webbrowser.open, url)
         watching = asyncio.create_task(gw.watch_quotas())
