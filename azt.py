@@ -639,7 +639,7 @@ def write_bytes(
 
 def _not_saved(path: Path, error: OSError) -> AztError:
     status = 507 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 500
-    text = f"{path} could not be written ({error.strerror}). Free some space or mend its mode."
+    text = f"{path} could not be written ({error.strerror}). Look at its folder and the space left."
     return AztError(status, "state_not_saved", text)
 
 
@@ -6555,8 +6555,8 @@ class Renewals:
             if "access_token" in line:
                 _take_tokens(account, Tokens(*map(line.get, Tokens.__slots__)), line["at"])
                 is_news = True
-            else:
-                log.warning("azt was killed while it renewed %s: tried once more", account.name)
+            elif not account.rejected:
+                log.warning("no answer came to a renewal of %s: tried once more", account.name)
         if is_news:
             write_json(paths.accounts, self._store.to_json())
         if self._journal:
@@ -9737,7 +9737,7 @@ def _chosen(store: AccountStore, names: Any) -> list[Account]:
     """The accounts that a request names, each once."""
     # An empty name would fit any account: what a script sends whose variable is empty.
     if not isinstance(names, list) or not names or not all(names):
-        raise BadRequest("Name the accounts that you mean.", "ids", "bad_field")
+        raise BadRequest("Name the accounts; `azt accounts list` shows them.", "ids", "bad_field")
     return list({account.id: account for account in map(store.find, map(str, names))}.values())
 
 
@@ -10781,8 +10781,8 @@ async def _serving(gw: Gateway, host: str, port: int) -> AsyncIterator[tuple[Htt
     except OSError as error:
         code = "port_in_use" if error.errno == errno.EADDRINUSE else "cannot_listen"
         message = (
-            f"azt cannot listen on {host}:{port} ({error.strerror}). Stop what holds the port, "
-            "or start azt with another `--host` or `--port` (`--port 0` picks a free port)."
+            f"azt cannot listen on {host}:{port} ({error.strerror}). Choose another `--host` "
+            "or `--port` (`--port 0` picks a free port), or stop what is in the way."
         )
         raise AztError(500, code, message) from None
     try:
@@ -10828,6 +10828,7 @@ async def _serve(gw: Gateway, lock: HomeLock, opens_browser: bool) -> None:
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         for task in ends:
             task.cancel()
+        await server.drain(0.0)  # a second signal: what still runs is told, and counted
     for number in (signal.SIGINT, signal.SIGTERM):
         # It ends by itself now: a late signal must not turn exit 0 into a kill.
         loop.remove_signal_handler(number)
@@ -10867,6 +10868,8 @@ async def _run_demo(environment: Environment, flags: Json, opens_browser: bool) 
         seed.add(to_accounts([demo_account(time.time())], time.time())[0])
         await in_thread(files, prepare_home, environment.paths)
         await in_thread(files, write_json, environment.paths.accounts, seed.to_json())
+        start_logging("info")
+        log.info("a demo: gone at its end; commands need AI_ZERO_TOKEN_HOME=%s", folder + "/home")
         try:
             await _run(environment, flags, opens_browser)
         finally:
@@ -10917,7 +10920,10 @@ class _Link:
         }
         host = urllib.parse.urlsplit(self.url).hostname or ""
         pool = ConnectionPool(Egress(own_hosts=frozenset({host})))
-        answer = open_response(pool, Call(method, self.url + path, headers, raw), Wire())
+        try:
+            answer = open_response(pool, Call(method, self.url + path, headers, raw), Wire())
+        except UpstreamError:
+            raise AztError(503, "silent", "azt is stopping, or stuck. Try again.") from None
         pool.close()
         if answer.status >= 400:
             raise _answered(answer.status, parse_event(answer.body) or {})
@@ -11047,18 +11053,17 @@ def _status(args: argparse.Namespace) -> int:
     except AztError as error:
         if error.code != "not_running":
             raise
-        _show(args, {"running": False}, [error.message])
-        return EXIT_FAILED
-    gateway, models, accounts = state["gateway"], state["models"], state["accounts"]
-    today, active = state["today"], [one for one in accounts if one["active"]]
-    serving = [f"{one['email'] or one['id']} ({one['plan']}, {one['status']})" for one in active]
+        return _show(args, {"running": False}, [error.message]) or EXIT_FAILED
+    gateway, models, today = state["gateway"], state["models"], state["today"]
+    active = [one for one in state["accounts"] if one["active"]]
+    serving = [f"{_called(one)} ({one['plan']}, {_state_cell(one)})" for one in active]
     rows = {
         "azt": f"{gateway['version']}, pid {gateway['pid']}, since {_when(gateway['startedAt'])}",
         "base URL": gateway["baseUrl"],
         "listens on": ", ".join(gateway["listen"]),
         "keys": str(gateway["keys"] or "none: the API asks for none"),
         "serving": "".join(serving) or "no account",
-        "accounts": str(len(accounts)),
+        "accounts": str(len(state["accounts"])),
         "model": f"{state['defaultModel']} ({models['count']} listed, from {models['source']})",
         "today": f"{today['requestCount']:,} requests, {today['totalTokens']:,} tokens",
         "state": gateway["stateDir"],
@@ -11141,15 +11146,19 @@ def _sign_in(args: argparse.Namespace) -> int:
         error = flow.get("error", {"code": flow["status"], "message": text})
         raise AztError(500, error["code"], error["message"])
     account = flow["account"]
-    told = [f"{account['email'] or account['id']} is signed in ({account['plan']})."]
+    told = [f"{_called(account)} is signed in ({account['plan']})."]
     if not account["active"]:
         told.append(f"`azt accounts use {account['id']}` serves the API with it.")
     return _show(args, flow, told)
 
 
+def _called(account: Json) -> str:
+    return str(account["label"] or account["email"] or account["id"])
+
+
 def _signed_out(result: Json) -> list[str]:
     told = "" if result["revoked"] else " The provider did not hear it: end it in its settings too."
-    return [f"{result['account']['email'] or result['account']['id']} is signed out.{told}"]
+    return [f"{_called(result['account'])} is signed out.{told}"]
 
 
 def _import(args: argparse.Namespace) -> int:
@@ -11168,7 +11177,7 @@ def _import(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     kind = "zip" if args.zip else "json"
     if args.all == bool(args.account) or (args.zip and args.output == "-"):
-        raise BadRequest("Name the accounts to export, or `--all`; and a file for a ZIP.")
+        raise BadRequest("Name the accounts, or give `--all`. A ZIP needs a file.")
     path = Path(os.path.expanduser(args.output or time.strftime(f"azt-accounts-%Y-%m-%d.{kind}")))
     if args.output != "-" and os.path.lexists(path) and not args.force:
         raise BadRequest(f"{path} exists. Name another file with `-o`, or add `--force`.")
@@ -11213,7 +11222,7 @@ def _new_key_lines(result: Json) -> list[str]:
 def _state_cell(account: Json) -> str:
     params, status = account["statusParams"], str(account["status"])
     until = f" until {_when(params['until'])}" if "until" in params else ""
-    return f"{status}{until}" + (f" ({params['reason']})" if status.startswith("login") else "")
+    return f"sign in again ({params['reason']})" if status == "login_rejected" else status + until
 
 
 def _left_cell(account: Json) -> str:
@@ -11268,7 +11277,8 @@ def _codex_change(path: str) -> _Run:
             lines.append("azt asks for a key, Codex sends none. To let this machine in without:")
             lines.append("    azt settings set apiKeys.loopbackExempt true")
         if args.dry_run or not (plan["changed"] or moves):
-            return _show(args, plan, [*lines, "Nothing was written."])
+            told = "Nothing was written." if plan["changed"] or moves else "Nothing to change."
+            return _show(args, plan, [*lines, told])
         if "keyNeeded" in plan and not getattr(args, "yes", True):
             if args.json or sys.stdin is None or not sys.stdin.isatty():
                 raise BadRequest("Nobody to ask: add --yes to write, or --dry-run to look.")
@@ -11287,8 +11297,8 @@ _account_lines = _listing(
     "No account yet: `azt login` signs in.",
     ("", "ID", "ACCOUNT", "PLAN", "STATE", "LEFT (RESETS)"),
     lambda one: (
-        *("*" if one["active"] else "", one["id"], one["label"] or one["email"]),
-        *(one["plan"], _state_cell(one), _left_cell(one)),
+        *("*" if one["active"] else "", one["id"], _called(one), one["plan"]),
+        *(_state_cell(one), _left_cell(one)),
     ),
 )
 
@@ -11317,7 +11327,7 @@ def _usage(args: argparse.Namespace) -> int:
         name = {"client": "bySource"}.get(args.by, f"by{args.by.title()}")
         value: Any = {period: view[name] for period, view in shown.items()}
         sums = [{(row["key"], row["label"]): row["aggregate"] for row in v} for v in value.values()]
-        rows = [["", *(f"{period} {word}" for period in shown for word in ("REQ", "TOKENS"))]]
+        rows = [["", *(f"{one} {word}".upper() for one in shown for word in ("req", "tokens"))]]
         for key in dict.fromkeys(itertools.chain(*sums)):
             members = ("requestCount", "totalTokens")
             counts = (one.get(key, {}).get(member, 0) for one in sums for member in members)
@@ -11349,10 +11359,8 @@ def _log_line(row: Json) -> str:
     tokens = f"{row['tokens']['total']} tokens" if row["tokens"] else "-"
     end = row["result"] if row["result"] == "ok" else f"{row['result']}: {row['errorType']}"
     who = f"{row['client']} -> {row['account'] or '-'}"
-    return (
-        f"{when} {row['status']} {row['endpoint']} {row['model']} {who} "
-        f"{row['durationMs']} ms, {tokens}, {end}"
-    )
+    spent = f"{row['durationMs']} ms, {tokens}"
+    return f"{when} {row['status']} {row['endpoint']} {row['model']} {who} {spent}, {end}"
 
 
 def _log(args: argparse.Namespace) -> int:
@@ -11390,10 +11398,9 @@ def _refresh_quotas(args: argparse.Namespace) -> int:
         while job["state"] == "running":
             time.sleep(0.1)
             job = link.admin("GET", f"/jobs/{job['id']}")
-            if not args.json:
-                say(f"\r{job['done']} of {job['total']}", end="", to_stderr=True)
-        if not args.json:
-            say("", to_stderr=True)
+            if job["total"] and not args.json:
+                end = "" if job["state"] == "running" else "\n"
+                say(f"\r{job['done']} of {job['total']}", end=end, to_stderr=True)
         return job, link.admin("GET", "/accounts")
 
     job, accounts = _on_gateway(work)
@@ -11408,16 +11415,9 @@ def _models(args: argparse.Namespace) -> int:
 
 
 _use = _admin(
-    "POST",
-    "/accounts/{account}/activate",
-    lambda done: [f"{done['account']['email'] or done['activeId']} serves the API now."],
+    "POST", "/accounts/{account}/activate", lambda it: [f"{_called(it['account'])} serves the API."]
 )
-_label = _admin(
-    "PATCH",
-    "/accounts/{account}",
-    lambda one: [f"{one['email'] or one['id']} is called {one['label'] or one['id']} now."],
-    lambda args: {"label": args.label},
-)
+_label = _admin("PATCH", "/accounts/{account}", _row, lambda args: {"label": args.label})
 _logout = _admin("POST", "/accounts/logout", _signed_out, lambda args: {"id": args.account})
 _remove = _admin(
     "POST",
@@ -11430,7 +11430,7 @@ _include = _admin("PATCH", "/accounts/{account}", _row, lambda _: {"excluded": F
 _codex = _admin("GET", "/codex", _codex_lines)
 _restore = _admin("POST", "/codex/backups/{backup}/restore", lambda done: [f"Back: {done['id']}"])
 _add_key = _admin("POST", "/keys", _new_key_lines, lambda args: {"name": args.name})
-_revoke_key = _admin("DELETE", "/keys/{name}", lambda _: ["It is revoked."])
+_revoke_key = _admin("DELETE", "/keys/{name}", lambda _: ["Revoked. With no key the API is open."])
 
 # Every argument of every command: a switch (`-`) or a word by what it is for, the rest in
 # argparse's terms. A word's last sign tells how many: `*` any number, `...` one or more, `?` one

@@ -360,6 +360,7 @@ def test_the_demo_answers_and_touches_no_home(tmp_path: Path, new: NewGateway) -
     }
     assert files == {".ai-zero-token/.state/accounts.json", ".codex/auth.json", "azt.log"}
     assert all(LOG_LINE.fullmatch(line) for line in demo.log().splitlines()), demo.log()
+    assert "a demo: " in demo.log()
 
 
 # -- Signals and lost terminals -------------------------------------------------------------------
@@ -390,10 +391,12 @@ def test_running_streams_finish_after_sigterm(idle: Gateway, upstream: FakeUpstr
 
     begin_to_end(idle)
     refused_new = is_refused(idle)
+    silent = refused(idle.azt("status"), 1)
     upstream.release()
     bodies = [stream.read_rest() for stream in streams]
 
     assert refused_new
+    assert "azt is stopping" in silent and "proxy" not in silent
     assert all(b'"lo"' in one.body and b"[DONE]" in one.body and not one.cut for one in bodies)
     assert ended(idle) == (0, b"")
     assert "Traceback" not in idle.log()
@@ -414,6 +417,8 @@ def test_a_second_sigterm_ends_running_streams_at_once(
     assert time.monotonic() - started < 5
     assert code == 0
     assert b"[DONE]" not in body.body
+    assert b'"error"' in body.body and not body.cut
+    assert " 200 /v1/chat/completions " in good(idle.azt("log"))
     assert "Traceback" not in idle.log()
     assert "never retrieved" not in idle.log()
     stream.close()
@@ -721,7 +726,7 @@ def test_accounts_are_used_and_removed_by_any_of_their_names(place: Gateway) -> 
     removed = good(place.azt("accounts", "remove", "bo@example.com", ids[1]))
     left = json.loads(good(place.azt("accounts", "list", "--json")))["items"]
 
-    assert "bo@example.com serves the API now." in used
+    assert "Work serves the API." in used
     assert re.search(rf"^\* +{ids[1]} +Work +plus +unknown +-$", listed, re.MULTILINE)
     assert "Name the accounts" in empty
     assert removed == "Removed: 1.\n"

@@ -929,7 +929,8 @@ def test_the_way_of_accounts_from_one_machine_to_another(place: Gateway, tmp_pat
     assert json.loads(good(place.azt("accounts", "list", "--json")))["total"] == 0
 
     good(place.azt("accounts", "import", "both.json"))
-    assert "is called Büro now" in good(place.azt("accounts", "label", "bo@example.com", "Büro"))
+    assert " Büro " in good(place.azt("accounts", "label", "bo@example.com", "Büro"))
+    assert " ada@example.com " in good(place.azt("accounts", "label", "ada@example.com", ""))
     printed = good(place.azt("accounts", "export", "--all", "-o", "-"))
 
     other = Gateway(tmp_path / "other", {}, [])

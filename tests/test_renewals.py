@@ -215,6 +215,18 @@ def test_after_a_kill_in_the_call_the_old_token_is_tried_once(
     assert "tried once more" in caplog.text
 
 
+def test_a_renewal_that_was_refused_is_not_taken_for_one_that_was_cut_off(
+    place: Home, caplog: pytest.LogCaptureFixture
+) -> None:
+    place.sign_in()
+    place.upstream.script(path="/oauth/token", status=401, json=refresh_refused())
+    assert place.refused().status == 401
+    caplog.clear()
+    place.restart()
+    assert place.account.rejected
+    assert "tried once more" not in caplog.text
+
+
 def test_a_token_that_the_killed_call_had_used_up_ends_in_a_sign_in_and_no_loop(
     place: Home,
 ) -> None:
