@@ -25,7 +25,7 @@ The file reads from top to bottom in rooms. A room uses only names from rooms ab
      8  Accounts             8a who is signed in, quota, import, export; 8b Codex's own files
      9  OAuth                sign in and refresh
     10  Upstream             speak to the Codex backend for one given account
-    11  Translators          dict to dict, pure: 11a chat, 11b responses
+    11  Translators          dict to dict, pure: 11a chat, 11b responses, 11c images
     12  Rotation             choose an account, try it, move to the next
     13  Usage and request log  one line per request
     14  Gateway              the one owner of mutable state
@@ -100,7 +100,7 @@ from collections.abc import (
 from dataclasses import KW_ONLY, dataclass, field, replace
 from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Literal, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 try:
@@ -3478,6 +3478,9 @@ class Translator(Protocol):
     def result(self) -> Json: ...
 
 
+IMAGE_MODEL = "gpt-image-2"
+_IMAGE_ENTRY = {"slug": IMAGE_MODEL, "display_name": "GPT Image 2"}
+
 # What stands in when neither azt nor Codex has fetched a list: (id, name, reasoning efforts). The
 # backend decides what an account may use; `azt models --refresh` asks it.
 _BUILT_IN_MODELS = (
@@ -3563,12 +3566,12 @@ class Catalogue:
         return {**model, **{name: value for name, value in extras.items() if value}}
 
     def openai_models(self) -> Json:
-        data = [self.openai_model(entry) for entry in self.listed or self.entries]
-        return {"object": "list", "data": data}
+        entries = [*(self.listed or self.entries), _IMAGE_ENTRY]
+        return {"object": "list", "data": [self.openai_model(entry) for entry in entries]}
 
     def find(self, model_id: str) -> Json:
         """raises  AztError 404 naming what there is"""
-        for entry in self.entries:
+        for entry in (*self.entries, _IMAGE_ENTRY):
             if entry["slug"] == model_id:
                 return self.openai_model(entry)
         known = ", ".join(entry["slug"] for entry in self.listed[:8])
@@ -5324,7 +5327,7 @@ class _EventStream:
         self.failure: AztError | None = None
         self.usage: Json | None = None
         self.limits: Json | None = None
-        self._request: ChatRequest | ResponsesRequest = request
+        self._request: Any = request  # what each protocol knows of the request
         self._now, self._fast = now, fast
         self._items: list[_Item] = []
         self._by_key: dict[tuple[str, str | int], _Item] = {}
@@ -6270,6 +6273,250 @@ class ResponsesStream(_EventStream):
         return self.response
 
 
+# --------------------------------------------------------------------------------------------------
+# 11c. Images
+# --------------------------------------------------------------------------------------------------
+
+IMAGES_MAX, REFERENCES_MAX, REFERENCE_BYTES = 4, 16, 50 * MIB
+_IMAGE_CHOICES = {"background": "auto opaque transparent", "input_fidelity": "high low"}
+_IMAGE_CHOICES |= {"moderation": "auto low", "output_format": "png jpeg webp"}
+_IMAGE_CHOICES |= {"quality": "auto low medium high xhigh max hd standard"}
+_IMAGE_CHOICES |= {"response_format": "b64_json url"}
+IMAGE_NUMBERS = {"n": (1, 10), "output_compression": (0, 100), "partial_images": (0, 3)}
+_SIZES = ("auto", "1024x1024", "1024x1536", "1536x1024")
+# What many programs ask for because DALL-E had it.
+_OLD_SIZES = {"1024x1792": "1024x1536", "1792x1024": "1536x1024"}
+_OLD_SIZES |= dict.fromkeys(("256x256", "512x512"), "1024x1024")
+_OLD_QUALITIES = {"hd": "high", "standard": "medium"}
+_BASE64_IMAGES = {"/9j/": "jpeg", "UklGR": "webp", "iVBORw0KGgo": "png"}  # how bare base64 begins
+_LOOKS = ("background", "output_format", "quality", "size")
+_NO_TOOL = re.compile(r"(?is)image_generation.*(not |unsupported)|unsupported.*image_generation")
+
+
+@dataclass(slots=True)
+class PictureRequest:
+    """A checked request of the Images API, for whichever way upstream makes the pictures."""
+
+    prompt: str
+    n: int
+    looks: Json  # what the image tool is told (model, size, ...), without what is its default
+    images: list[str]  # data and https URLs to start from; none: a new picture
+    mask: str | None
+    stream: bool
+    as_url: bool
+    session: str
+    ignored: tuple[str, ...]  # parameters without effect upstream, for `x-azt-ignored-params`
+    tool_names: ClassVar[dict[str, str]] = {}
+
+
+def images_to_request(body: Json, is_edit: bool) -> PictureRequest:
+    """Images request (JSON, or the fields of a form as such) -> what is wanted.
+
+    mapped   all other fields; sizes, qualities and names of DALL-E become the nearest of today
+    dropped  style, user, safety_identifier; what has no effect there: previews without a stream,
+             compression of PNG, input_fidelity of gpt-image-2 and of new pictures
+    refused  n above 4, or above 1 with stream; pictures that are no PNG, JPEG or WebP
+    """
+    if len(prompt := _named(body, "prompt")) > 32_000:
+        raise BadRequest("'prompt' takes at most 32000 characters.", "prompt")
+    named = model = _expect(body.get("model") or IMAGE_MODEL, str, "model")
+    if not re.fullmatch(r"gpt-image-(1|1-mini|1\.5|2.*)|chatgpt-image-latest", named):
+        model = IMAGE_MODEL
+        if not named.startswith(("dall-e-", "gpt-image-")):
+            raise BadRequest(f"{named[:80]!r} makes no pictures: use {IMAGE_MODEL!r}.", "model")
+    for name, words in _IMAGE_CHOICES.items():
+        _one_of(words.split(), body.get(name), name)
+    for name, (low, high) in IMAGE_NUMBERS.items():
+        if body.get(name) is not None and not low <= _expect(body[name], int, name) <= high:
+            raise BadRequest(f"'{name}' must be {low} to {high}.", name)
+    stream, n = _expect(body.get("stream") or False, bool, "stream"), body.get("n") or 1
+    if n > (1 if stream else IMAGES_MAX):
+        message = f"azt makes {IMAGES_MAX} pictures at once at most, and 1 in a stream."
+        raise BadRequest(message, "n", "unsupported_value")
+    kind, quality = body.get("output_format") or "png", body.get("quality")
+    idle = ["safety_identifier", "style", "user"]
+    idle += ["input_fidelity"] if not is_edit or model.startswith("gpt-image-2") else []
+    idle += ["output_compression"] if kind == "png" else []
+    idle += [] if stream else ["partial_images"]
+    told = {name: body.get(name) for name in (*_IMAGE_CHOICES, *IMAGE_NUMBERS)} | {"model": model}
+    told |= {"quality": _OLD_QUALITIES.get(str(quality), quality)}
+    told |= {"size": _size(_expect(body.get("size") or "auto", str, "size"), model)}
+    looks = _without(told, "n", "response_format", *idle)
+    looks = {name: one for name, one in looks.items() if one not in (None, "auto", "png")}
+    images, mask = _references(body) if is_edit else [], body.get("mask") if is_edit else None
+    mask = None if mask is None else _reference(mask, "mask")
+    session = str(uuid.UUID(_digest([prompt, body.get("user")])[:32]))
+    ignored = tuple(name for name in idle if body.get(name))
+    as_url = body.get("response_format") == "url"
+    return PictureRequest(prompt, n, looks, images, mask, stream, as_url, session, ignored)
+
+
+def _size(size: str, model: str) -> str:
+    """The size that upstream takes: any within the limits of gpt-image-2, else one of three."""
+    pixels = re.fullmatch(r"([1-9]\d{1,3})x([1-9]\d{1,3})", size)
+    if pixels and model.startswith("gpt-image-2"):
+        short, long = sorted(map(int, pixels.groups()))
+        has_shape = short % 16 == long % 16 == 0 and long <= min(3840, 3 * short)
+        if has_shape and 655_360 <= short * long <= 8_294_400:
+            return size
+    if (size := _OLD_SIZES.get(size, size)) in _SIZES:
+        return size
+    message = f"'size' must be one of {', '.join(_SIZES)}, or within the limits of gpt-image-2."
+    raise BadRequest(message, "size")
+
+
+def _references(body: Json) -> list[str]:
+    given, param = _first(body, "image images")
+    if not isinstance(given, list) or not given:
+        return [_reference(given or None, param)]
+    if len(given) > REFERENCES_MAX:
+        raise BadRequest(f"At most {REFERENCES_MAX} pictures can be edited at once.", param)
+    return [_reference(one, f"{param}[{index}]") for index, one in enumerate(given)]
+
+
+def _reference(value: Any, param: str) -> str:
+    """A picture as a URL that upstream takes: https, or data."""
+    if isinstance(value, dict):
+        value, param = value.get("image_url"), f"{param}.image_url"
+    url = _expect(value or None, str, param)
+    kind = next((kind for start, kind in _BASE64_IMAGES.items() if url.startswith(start)), "")
+    url = f"data:image/{kind};base64,{url}" if kind else url
+    if len(url) > REFERENCE_BYTES * 4 // 3 + 100:
+        raise BadRequest("A picture has 50 MiB at most.", param, "request_too_large", status=413)
+    if re.match(r"(?i)data:image/(png|jpe?g|webp);base64,", url):
+        return _data_url(url, param, "invalid_base64_image")
+    if url[:8].lower() != "https://":
+        raise BadRequest(f"'{param}' must be a PNG, JPEG or WebP, or an https link to one.", param)
+    return url
+
+
+def picture_to_direct(asked: PictureRequest) -> Json | None:
+    """The body of the backend's own image endpoints; None where something is wanted that Codex
+    never sends there: they may ignore it, the tool is known to take it (codex-upstream.md 9.4)."""
+    fields = {name: asked.looks.get(name, "auto") for name in ("background", "quality", "size")}
+    fields |= {"prompt": asked.prompt, "model": asked.looks["model"]}
+    has_links = any(not url.startswith("data:") for url in asked.images)
+    if asked.stream or asked.mask or has_links or asked.looks.keys() - fields.keys():
+        return None
+    images = [{"image_url": url} for url in asked.images] or None
+    return _given(fields | {"n": asked.n if asked.n > 1 else None, "images": images})
+
+
+def picture_to_responses(asked: PictureRequest, model: str) -> Json:
+    """A Responses request in which `model` has nothing to do but to call the image tool."""
+    tool = {"type": "image_generation", "action": "edit" if asked.images else "generate"}
+    mask = {"input_image_mask": {"image_url": asked.mask}} if asked.mask else {}
+    parts = [{"type": "input_image", "image_url": url} for url in asked.images]
+    content = [{"type": "input_text", "text": asked.prompt}, *parts]
+    told = "Call the image_generation tool exactly once, with the user's prompt unchanged."
+    return {
+        **{"model": model, "instructions": told, "store": False, "stream": True},
+        "input": [{"type": "message", "role": "user", "content": content}],
+        "tools": [{**tool, **asked.looks, **mask}],
+        "tool_choice": {"type": "image_generation"},
+        "prompt_cache_key": asked.session,
+    }
+
+
+def image_error(error: AztError) -> AztError:
+    """The error itself, in the words of the Images API."""
+    if error.code in ("content_policy_violation", "moderation_blocked"):
+        error.code, error.type = "moderation_blocked", "image_generation_user_error"
+    elif error.status in (400, 403) and _NO_TOOL.search(error.message):
+        error.status, error.code = 403, "image_generation_unavailable"
+        error.message += " Use an account whose plan makes pictures: `azt accounts use ACCOUNT`."
+    if error.param:  # `tools[0].size`, say
+        error.param = "prompt" if error.param == "input" else error.param.rpartition(".")[2]
+    return error
+
+
+def image_answer(
+    asked: PictureRequest, created: int, pictures: list[Json], about: Json, usages: list[Json]
+) -> Json:
+    """The whole answer. `pictures`, `about` and `usages` are as upstream told them."""
+    looks = {name: about[name] for name in _LOOKS if about.get(name) not in (None, "", "auto")}
+    start = f"data:image/{looks.get('output_format', 'png')};base64," if asked.as_url else ""
+    name, data = "url" if asked.as_url else "b64_json", []
+    for one in pictures:
+        picture = {name: start + (one.get("result") or one["b64_json"])}
+        data.append(picture | _given({"revised_prompt": one.get("revised_prompt")}))
+    usage = {"usage": image_usage(usages)} if any(usages) else {}
+    return {"created": created, **looks, "data": data, **usage}
+
+
+def image_usage(usages: list[Json]) -> Json:
+    """The sums, with all counts that the SDK types require."""
+    names = ("input_tokens", "output_tokens", "total_tokens")
+    whole: Json = {name: sum(_get(one, name, int) for one in usages) for name in names}
+    for side in ("input_tokens_details", "output_tokens_details"):
+        told, kinds = [_get(one, side, dict) for one in usages], ("image_tokens", "text_tokens")
+        whole[side] = {kind: sum(_get(one, kind, int) for one in told) for kind in kinds}
+    return whole
+
+
+class ImageStream(_EventStream):
+    """Upstream events of one call of the image tool -> events of the Images API, or the answer.
+
+    mapped   previews, the picture with what it looks like, the usage of the tool
+    dropped  progress, reasoning; text, unless it is all that came: then it is the reason
+    """
+
+    _request: PictureRequest
+    _preview: Json = {}
+
+    def _added(self, *about: Any) -> None:
+        """Nothing is told of an item before the end."""
+
+    _say = _closed = _added
+
+    @property
+    def picture(self) -> Json:
+        calls = (item.value for item in self._items if item.group == "image_generation_call")
+        return next((one for one in calls if one.get("result")), {})
+
+    @property
+    def tool_usage(self) -> Json:
+        return _get(_get(self._upstream, "tool_usage", dict), "image_gen", dict)
+
+    def _encode(self, event: Json) -> bytes:
+        return b"event: error\n" + encode_data(event) if "error" in event else encode_event(event)
+
+    def _emit(self, step: str, picture: Json, more: Json) -> None:
+        asked = self._request
+        if asked.stream:
+            known = {"output_format": "png", **asked.looks, **_given(picture)}
+            looks: Json = {name: known.get(name, "auto") for name in _LOOKS}
+            looks["created_at"] = self._created_at()
+            kind = f"image_{'edit' if asked.images else 'generation'}.{step}"
+            self._out.append({"type": kind, "b64_json": picture["result"], **looks, **more})
+
+    def _show_preview(self, event: Json) -> None:
+        self._preview = {**event, "result": event.get("partial_image_b64")}
+        index = {"partial_image_index": _get(event, "partial_image_index", int)}
+        self._emit("partial_image", self._preview, index)
+
+    _preview_type = "response.image_generation_call.partial_image"
+    _handlers = {**_EventStream._handlers, _preview_type: "_show_preview"}
+
+    def _conclude(self, status: str) -> None:
+        if not self._items and self._preview and self.failure is None:  # better than nothing
+            self._find("image_generation_call", {}).learn(self._preview)
+        if self.picture:
+            self.failure = None  # what broke after it does not matter
+            self._emit("completed", self.picture, {"usage": image_usage([self.tool_usage])})
+            return
+        told = [error for item in self._items if (error := _get(item.value, "error", dict))]
+        said = "".join(part.full() for item in self._items for part in item.texts()).strip()
+        reason = no_picture(said, "moderation_blocked" if said else "image_generation_failed")
+        reason = event_error({"error": told[0]}, self._now) if told else reason
+        self.failure = image_error(self.failure or reason)
+        self._out += [error_body(self.failure)] if self._request.stream else []
+
+    def result(self) -> Json:
+        picture, usage = self.picture, self.tool_usage
+        return image_answer(self._request, self._created_at(), [picture], picture, [usage])
+
+
 # ==================================================================================================
 # 12. Rotation
 #     Chooses an account, tries it, refreshes its token, and says what may be tried again. Takes no
@@ -6659,7 +6906,7 @@ class Rotation:
 
     async def open_turn(self, turn: Turn) -> Relay:
         """A translated turn. Raises AztError: the failure, when nothing more may be tried."""
-        return await self.try_accounts(turn, functools.partial(self._attempt, turn))
+        return await self.try_accounts(turn, functools.partial(self.attempt, turn))
 
     async def try_accounts(
         self, turn: Turn, attempt: Callable[[Account, float], Awaitable[T]]
@@ -6839,7 +7086,7 @@ class Rotation:
         self.sticky.bind(keys, home if reason in ("", _RESTS_SHORT) else account.id)
         self.changed()
 
-    async def _attempt(self, turn: Turn, account: Account, hold_s: float) -> Relay:
+    async def attempt(self, turn: Turn, account: Account, hold_s: float) -> Relay:
         base_url = self._environment.codex_base_url
         translator = cast("Callable[[], Translator]", turn.translator)()
         credentials = Credentials(account.access_token, account.account_id)
@@ -7585,6 +7832,9 @@ class Gateway:
         self.pages: dict[str, Page] = {}
         self.responses = ResponseStore()
         self.codex_lists: dict[str, tuple[str, Answer]] = {}  # account id -> query, model list
+        self.no_images: set[str] = (
+            set()
+        )  # ways to a picture that were refused: see `_make_pictures`
         self.previews: dict[str, Any] = {}  # name -> what an import would bring, by index
         self.removed: dict[str, Any] = {}  # name -> what was removed, and who served
         self.pool = ConnectionPool(_egress(environment, self.settings))
@@ -9183,8 +9433,10 @@ def _note_end(gw: Gateway, request: Request, turn: Turn, relay: Relay) -> None:
         record.result, record.error_code = "failed", failure.code
 
 
-def _own_headers(request: Request) -> list[tuple[str, str]]:
+def _own_headers(request: Request, ignored: Sequence[str] = ()) -> list[tuple[str, str]]:
     headers = [("x-azt-attempts", str(request.record.attempts))]
+    if ignored:
+        headers.append(("x-azt-ignored-params", ", ".join(ignored)))
     if request.peer_class == "own":
         headers.append(("x-azt-account", urllib.parse.quote(request.record.account)))
     return headers
@@ -9239,9 +9491,7 @@ async def _run_turn(
     record.head_ms = round((time.monotonic() - record.complete_s) * 1000)
     turn.body = b""
     del body  # nor does anything else keep it while the answer runs
-    headers = _own_headers(request)
-    if asked.ignored:
-        headers.append(("x-azt-ignored-params", ", ".join(asked.ignored)))
+    headers = _own_headers(request, asked.ignored)
     if asked.stream:
         relay.on_end = note_end
         return Reply(200, relay, _STREAM_HEADERS + headers)
@@ -9314,6 +9564,137 @@ def post_response_cancel(gw: Gateway, request: Request) -> Json:
     raise BadRequest("Cannot cancel a synchronous response.", None, None)
 
 
+def _form_object(body: bytes | bytearray, content_type: str) -> Json:
+    """The form of an edit, as SDKs send it, as the JSON object that says the same."""
+    fields: Json = {}
+    for part in parse_form(body, content_type, 64):
+        raw = bytes(part.body) if part.filename is None else base64.b64encode(part.body)
+        value: Any = raw.decode("utf-8", "replace")
+        if part.name in IMAGE_NUMBERS and re.fullmatch(r"\d{1,9}", value):
+            value = int(value)
+        value = value.lower() == "true" if part.name == "stream" else value
+        if re.fullmatch(r"image(\[\d*\])?", part.name):
+            fields.setdefault("image", []).append(value)
+        elif value != "":
+            fields[part.name] = value
+    return fields
+
+
+async def _post_images(is_edit: bool, gw: Gateway, request: Request) -> Reply:
+    record, kind = request.record, request.headers.get("content-type", "")
+    if kind.lower().startswith("multipart/form-data"):
+        record.request_bytes = len(request.body)
+        body = await in_thread(gw.short, _form_object, request.body, kind)
+        request.release()
+    else:
+        body = await read_object(gw, request)
+    asked = await in_thread(gw.short, images_to_request, body, is_edit)
+    record.request = {**request_summary(body), "images": len(asked.images)}
+    record.streams = asked.stream
+    record.asked_model = record.model = str(body.get("model") or IMAGE_MODEL)
+    del body
+    stream = functools.partial(ImageStream, asked, time.time())
+    told, keys = functools.partial(_note_turn, record), (asked.session,)
+    turn = Turn(b"", asked.session, asked.stream, stream, told, keys)
+    made = await gw.rotation.try_accounts(turn, _Drawing(gw, record, turn, asked).attempt)
+    turn.body = b""
+    record.head_ms = round((time.monotonic() - record.complete_s) * 1000)
+    headers = _own_headers(request, asked.ignored)
+
+    def note_end(relay: Relay) -> None:
+        _note_end(gw, request, turn, relay)
+        record.images = int(relay.translator.done and relay.translator.failure is None)
+
+    if isinstance(made, Relay):
+        made.on_end = note_end
+    if not isinstance(made, dict):
+        return Reply(200, made, _STREAM_HEADERS + headers)
+    record.images = len(made["data"])
+    whole = await in_thread(gw.short, encode_large_json, made)
+    return Reply(200, whole, [("content-type", "application/json"), *headers])
+
+
+@dataclass(slots=True)
+class _Drawing:
+    """One request for pictures. `gw.no_images` keeps what was refused, "ACCOUNT MODEL", or
+    "ACCOUNT" for the backend's own endpoints: the same is not asked again in this process."""
+
+    gw: Gateway
+    record: RequestRecord
+    turn: Turn
+    asked: PictureRequest
+
+    async def attempt(self, account: Account, hold_s: float) -> Relay | Json:
+        """One try on one account: a stream, or the whole answer."""
+        gw, record, asked = self.gw, self.record, self.asked
+        is_open = account.plan != "free" and account.id not in gw.no_images
+        direct = None if not is_open else picture_to_direct(asked)
+        if direct and (answer := await self._from_endpoint(account, direct)):
+            record.image_route = "codex-images"
+            return answer
+        record.image_route = "codex-tool"
+        wanted = gw.settings.text("image.orchestratorModel")
+        # Those of "Responses Lite" refuse a forced tool: they come last.
+        listed = sorted(gw.catalogue.listed, key=lambda one: bool(one.get("use_responses_lite")))
+        models = [wanted] if wanted else [one["slug"] for one in listed[:3]]
+        models = [one for one in models if f"{account.id} {one}" not in gw.no_images] or models
+        while True:
+            model = models.pop(0)
+            upstream = picture_to_responses(asked, model)
+            self.turn.body = await in_thread(gw.short, encode_large_json, upstream)
+            try:
+                if asked.stream:
+                    return await gw.rotation.attempt(self.turn, account, hold_s)
+                return await self._from_tool(account)
+            except UpstreamError as error:
+                is_its = error.code in ("image_generation_unavailable", "model_not_found")
+                if not is_its or not models:
+                    raise
+                gw.no_images.add(f"{account.id} {model}")
+
+    async def _from_endpoint(self, account: Account, body: Json) -> Json | None:
+        gw, path = self.gw, "images/edits" if self.asked.images else "images/generations"
+        credentials = Credentials(account.access_token, account.account_id)
+        headers = credentials.headers("application/json") | {"content-type": "application/json"}
+        raw = await in_thread(gw.short, encode_large_json, body)
+        call = Call("POST", f"{gw.environment.codex_base_url}/{path}", headers, raw, _SLOW_CALL_S)
+        answer = await open_answer(gw.pool, gw.calls, call)
+        if answer.status in (403, 404, 405):
+            if "html" not in answer.headers.get("content-type", ""):  # that is about the network
+                gw.no_images.add(account.id)
+            return None  # it is not open to the account
+        if answer.status != 200:
+            error = upstream_error(answer.status, answer.headers, answer.body, time.time())
+            raise image_error(error)
+        gw.rotation.learn(account, answer.headers)
+        told = await in_thread(gw.short, parse_event, answer.body) or {}
+        data = [_as_object(one) for one in told.get("data") or []]
+        if not data or not all(one.get("b64_json") for one in data):
+            raise no_picture("")
+        usage = self.record.usage = _as_object(told.get("usage"))
+        return image_answer(self.asked, _as_seconds(told.get("created")), data, told, [usage])
+
+    async def _from_tool(self, account: Account) -> Json:
+        """It makes one picture in a call: as many calls at once as are wanted."""
+
+        async def one() -> Relay:
+            relay = await self.gw.rotation.attempt(self.turn, account, HOLD_BACK_S)
+            await relay.whole()
+            return relay
+
+        calls = [asyncio.create_task(one()) for _ in range(self.asked.n)]
+        try:
+            relays = await asyncio.gather(*calls)
+        finally:
+            for call in calls:
+                call.cancel()
+        made = [cast(ImageStream, relay.translator) for relay in relays]
+        self.gw.rotation.learn(account, relays[0].answer.headers, made[0].limits)
+        self.record.usage = image_usage([one.usage or {} for one in made])
+        usages, pictures = [one.tool_usage for one in made], [one.picture for one in made]
+        return image_answer(self.asked, int(time.time()), pictures, pictures[0], usages)
+
+
 # OpenAI paths that clients try and azt does not offer -> why.
 _NOT_OFFERED = {
     f"/v1/{name}{rest}": why
@@ -9322,6 +9703,7 @@ _NOT_OFFERED = {
         "azt stores no files; send file data inline": "files uploads vector_stores",
         "the backend has none": "assistants batches embeddings fine_tuning moderations threads",
         "the backend takes no audio": "audio",
+        "it was DALL-E 2's; send an edit": "images/variations",
         "use /v1/chat/completions": "completions",
     }.items()
     for name in names.split()
@@ -10401,6 +10783,8 @@ ROUTES: list[Route] = sorted(
         Route("PATCH", f"{ADMIN}/accounts/{{id}}", admin_patch_account, "admin_write"),
         Route("PATCH", f"{ADMIN}/settings", admin_patch_settings, "admin_write"),
         Route("POST", "/v1/chat/completions", post_chat_completions, "api"),
+        Route("POST", "/v1/images/edits", functools.partial(_post_images, True), "api"),
+        Route("POST", "/v1/images/generations", functools.partial(_post_images, False), "api"),
         Route("POST", "/v1/responses", post_responses, "api"),
         Route("POST", "/v1/responses/input_tokens", post_input_tokens, "api"),
         Route("POST", "/v1/responses/{id}/cancel", post_response_cancel, "api"),
@@ -10672,8 +11056,9 @@ def _demo_items(body: Json, word: str, ident: str) -> list[Json]:
     items: list[Json] = [{"type": "message", "role": "assistant", "content": [part]}]
     if output is None and (call := _demo_call(body, word)):
         items = [{"call_id": f"call_{ident}", **call}]
-    elif word == "image":
-        items = [{"type": "image_generation_call", "output_format": "png", "result": _DEMO_PNG}]
+    elif word == "image" or (body.get("tool_choice") or {}) == {"type": "image_generation"}:
+        head = {"type": "image_generation_call", "revised_prompt": said, "output_format": "png"}
+        items = [head | {"size": "64x64", "result": _DEMO_PNG}]
     elif word == "reason":
         thought = "**Reading the message** It asks for a demonstration: a short answer will do."
         summary = [{"type": "summary_text", "text": thought}]
@@ -10704,6 +11089,8 @@ def _demo_item_events(item: Json, index: int) -> Iterator[Json]:
     yield {"type": "response.output_item.added", "output_index": index, "item": hollow}
     if grows == "result":
         yield {"type": "response.image_generation_call.generating", **at}
+        preview = {"partial_image_index": 0, "partial_image_b64": grown}
+        yield {"type": "response.image_generation_call.partial_image", **at, **preview}
     else:
         part = grown[0] if isinstance(grown, list) else item
         inside, around, place = _DEMO_TEXTS[part["type"]]
@@ -11071,11 +11458,34 @@ def _status(args: argparse.Namespace) -> int:
     return _show(args, {"running": True, **state}, _table(*rows.items()))
 
 
+def _draw(args: argparse.Namespace, prompt: str) -> int:
+    """`azt ask --image`: make a picture and write it to a file, telling how far it is."""
+    path = Path(os.path.expanduser(args.output or time.strftime("azt-%Y-%m-%d-%H%M%S.png")))
+    if os.path.lexists(path) and not args.force:
+        raise BadRequest(f"{path} exists. Name another file with `-o`, or add `--force`.")
+    body: Json = {"prompt": prompt, "model": args.model, "stream": True, "partial_images": 2}
+    body["output_format"] = {".jpg": "jpeg"}.get(path.suffix, path.suffix[1:] or "png")
+
+    def draw(link: _Link) -> Json:
+        say("Asked for the picture; it may take three minutes.", to_stderr=True)
+        event: Json = {}
+        for event in _events(link.open("POST", "/v1/images/generations", body)):
+            if "error" in event:
+                raise _answered(502, event)
+            say(event["type"].rpartition(".")[2].replace("_", " "), to_stderr=True)
+        return event
+
+    write_bytes(path, base64.b64decode(_on_gateway(draw)["b64_json"]))
+    return _show(args, {"file": str(path)}, [f"Written to {path}."])
+
+
 def _ask(args: argparse.Namespace) -> int:
     piped = sys.stdin is not None and not sys.stdin.isatty()
     text = " ".join(args.text) or (sys.stdin.read() if piped else "")
     if not text.strip():
         raise BadRequest('Say what to ask: azt ask "What is a lock file?"', "text")
+    if args.image:
+        return _draw(args, text)
     body: Json = {"messages": [{"role": "user", "content": text}], "stream": True}
     if args.model:
         body["model"] = args.model
@@ -11448,6 +11858,7 @@ _ARGUMENTS: dict[str, str | Json] = {
         "choices": ("debug", "info", "warning", "error"),
         "help": "how much to log (default info)",
     },
+    "--image": "make a picture of it, in the file of -o",
     "--mode": {
         "choices": CODEX_MODES,
         "default": CODEX_MODES[0],
@@ -11486,7 +11897,7 @@ _COMMANDS: dict[str, _Run] = {
     "login --device --no-browser | sign in with an account": _sign_in,
     "logout ACCOUNT | end the sign-in of an account and forget it": _logout,
     "status | show what runs and which account serves": _status,
-    "ask TEXT* --model | ask a model; the answer streams to the terminal": _ask,
+    "ask TEXT* --model --image -o --force | ask a model, or for a picture": _ask,
     "usage --by | show what was used: today, in 7 days, ever": _usage,
     "log -f | show the newest requests": _log,
     "models --refresh | list the models": _models,

@@ -1630,7 +1630,7 @@ class FakeUpstream:
         week = {"used_percent": 20, "limit_window_seconds": 604_800, "reset_after_seconds": 90_000}
         return Reply(
             json={
-                "plan_type": "plus",
+                "plan_type": _plan(seen),
                 "account_id": seen.account,
                 "rate_limit": {
                     "allowed": True,
@@ -1905,7 +1905,7 @@ class _Connection(asyncio.Protocol):
         )
         numbers = itertools.count()
         fill = _filler(seen)
-        for number, event in _interleave(reply, seen.turn_state):
+        for number, event in _interleave(reply, seen):
             if number is not None:
                 await self._keep_to_script(reply, number, event)
             await self._send_event(event, reply, fill, numbers)
@@ -2021,10 +2021,10 @@ def _decoded(raw: bytes, coding: str) -> bytes | None:
     return raw
 
 
-def _interleave(reply: Reply, turn_state: str) -> Iterator[tuple[int | None, Event]]:
+def _interleave(reply: Reply, seen: Seen) -> Iterator[tuple[int | None, Event]]:
     """The scripted events with their numbers, and vendor events (None) around them."""
     if reply.vendor:
-        yield None, _RATE_LIMITS
+        yield None, {**_RATE_LIMITS, "plan_type": _plan(seen)}
     for number, event in enumerate(reply.events):
         kind = event["type"] if isinstance(event, dict) else ""
         if reply.vendor and kind == "response.completed":
@@ -2035,7 +2035,7 @@ def _interleave(reply: Reply, turn_state: str) -> Iterator[tuple[int | None, Eve
                 None,
                 {
                     "type": "response.metadata",
-                    "headers": {"x-codex-turn-state": turn_state},
+                    "headers": {"x-codex-turn-state": seen.turn_state},
                     "metadata": {},
                 },
             )
@@ -2044,7 +2044,6 @@ def _interleave(reply: Reply, turn_state: str) -> Iterator[tuple[int | None, Eve
 
 _RATE_LIMITS = {
     "type": "codex.rate_limits",
-    "plan_type": "plus",
     "rate_limits": {
         "allowed": True,
         "limit_reached": False,
@@ -2119,6 +2118,12 @@ def _head(status: int, headers: dict[str, str]) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
+def _plan(seen: Seen) -> str:
+    claims = token_claims(seen.headers.get("authorization", "").removeprefix("Bearer "))
+    auth: Json = claims.get("https://api.openai.com/auth", {})
+    return str(auth.get("chatgpt_plan_type", "plus"))
+
+
 def _quota_headers(upstream: FakeUpstream, seen: Seen) -> dict[str, str]:
     """What the backend adds to every answer. No client may ever see the cookie."""
     return {
@@ -2128,7 +2133,7 @@ def _quota_headers(upstream: FakeUpstream, seen: Seen) -> dict[str, str]:
         "openai-model": "gpt-5.5",
         "x-models-etag": upstream.etag,
         "x-codex-turn-state": seen.turn_state,
-        "x-codex-plan-type": "plus",
+        "x-codex-plan-type": _plan(seen),
         "x-codex-active-limit": "codex",
         "x-codex-primary-used-percent": "10.5",
         "x-codex-primary-window-minutes": "300",

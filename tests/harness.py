@@ -7,9 +7,11 @@ import json as jsonlib
 import os
 import select
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -410,3 +412,40 @@ def chat_body(messages: list[Json] | str = "hi", **fields: Any) -> Json:
 
 def _lower(response: http.client.HTTPResponse) -> dict[str, str]:
     return {name.lower(): value for name, value in response.getheaders()}
+
+
+# -- Pictures -------------------------------------------------------------------------------------
+
+
+def make_png(width: int, height: int, noise: bytes = b"") -> bytes:
+    """A grey picture; `noise` in a chunk of its own makes it as large as wanted."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        sum_ = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", sum_)
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    rows = zlib.compress((b"\0" + b"\x80" * width) * height)
+    extra = chunk(b"noIs", noise) if noise else b""
+    return PNG_START + chunk(b"IHDR", head) + extra + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def decode_png(raw: bytes) -> tuple[int, int]:
+    """(width, height) of a picture whose every chunk and row is whole."""
+    assert raw.startswith(PNG_START)
+    at, rows, size, kind = len(PNG_START), b"", (0, 0), b""
+    while at < len(raw):
+        (length,) = struct.unpack(">I", raw[at : at + 4])
+        kind, data = raw[at + 4 : at + 8], raw[at + 8 : at + 8 + length]
+        assert raw[at + 8 + length : at + 12 + length] == struct.pack(">I", zlib.crc32(kind + data))
+        if kind == b"IHDR":
+            width, height, depth = struct.unpack(">IIB", data[:9])
+            size = width, height
+        rows += data if kind == b"IDAT" else b""
+        at += 12 + length
+    assert kind == b"IEND"
+    assert len(zlib.decompress(rows)) >= size[1] * (1 + size[0] * depth // 8)
+    return size
+
+
+PNG_START = b"\x89PNG\r\n\x1a\n"
