@@ -1,5 +1,5 @@
 // The official Node library. Each function takes {url, ...} and returns plain data for the test.
-import OpenAI from "openai";
+import OpenAI, { toFile } from "openai";
 import { zodFunction, zodResponseFormat, zodResponsesFunction, zodTextFormat } from "openai/helpers/zod";
 import { z } from "zod";
 
@@ -200,4 +200,21 @@ async function threeWays({ direct, url }) {
 export async function gaps(given) {
   await threeWays(given);
   return threeWays(given);
+}
+
+// -- Images
+
+export async function image(given) {
+  return library(given).images.generate(given.body);
+}
+
+export async function imageStream(given) {
+  return all(await library(given).images.generate({ ...given.body, stream: true }));
+}
+
+export async function imageEdit(given) {
+  const file = (text, name) => toFile(Buffer.from(text, "base64"), name, { type: "image/png" });
+  const files = await Promise.all(given.pictures.map((one, index) => file(one, `${index}.png`)));
+  const mask = await file(given.mask, "mask.png");
+  return library(given).images.edit({ ...given.body, image: files.length > 1 ? files : files[0], mask });
 }
