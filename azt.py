@@ -2927,10 +2927,15 @@ class CodexFiles:
             message = f"Codex keeps its sign-in in the {store}: set cli_auth_credentials_store"
             raise AztError(409, "not_supported", f'{message} to "file" in its config.toml first.')
         old, was = _auth_of(raw), read_codex_sign_in(path)
-        new = json.dumps(codex_auth(old, account, time.time()), indent=2).encode()
+        new: bytes | None = json.dumps(codex_auth(old, account, time.time()), indent=2).encode()
+        if was and was.refresh_token == account.refresh_token:
+            new = raw  # it is there: another copy would stand before the one to go back to
         saved = self._saved() | {"applied": account.id}
         told = {"from": {"email": was.email} if was else None, "to": {"email": account.email}}
-        return self._change(path, raw, new, "apply", saved, base) | told
+        done = self._change(path, raw, new, "apply", saved, base)
+        if base and not done["changed"]:
+            write_json(self._paths.codex, saved)
+        return done | told
 
     @blocking
     def follow(self, account: Account, refresh_token_used: str) -> None:

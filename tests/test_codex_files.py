@@ -709,6 +709,18 @@ def test_a_restore_can_be_undone(codex: Codex) -> None:
     assert codex.auth.read_bytes() == raw
 
 
+def test_the_sign_in_before_comes_back_though_one_is_applied_twice(codex: Codex) -> None:
+    codex.has("")
+    apply(codex, account(1))
+    before = codex.auth.read_bytes()
+    for _ in range(2):
+        apply(codex, account(2))
+
+    codex.files.restore("auth.json")
+
+    assert codex.auth.read_bytes() == before
+
+
 def test_five_backups_are_kept_and_the_first_always(codex: Codex) -> None:
     codex.has("# first\n")
     for mode in ("openai", "") * 5:
