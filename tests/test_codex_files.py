@@ -712,9 +712,9 @@ def test_a_restore_can_be_undone(codex: Codex) -> None:
 def test_the_sign_in_before_comes_back_though_one_is_applied_twice(codex: Codex) -> None:
     codex.has("")
     apply(codex, account(1))
-    before = codex.auth.read_bytes()
+    before, second = codex.auth.read_bytes(), account(2)
     for _ in range(2):
-        apply(codex, account(2))
+        apply(codex, second)
 
     codex.files.restore("auth.json")
 
