@@ -985,6 +985,7 @@ _LEVEL = _text("debug, info, warning or error", "debug|info|warning|error")
 _WORDS = _texts("a list of texts", ".+")
 _TEXT = _text("a text")
 
+_WEB_PICTURES = "image.freeAccountWebGenerationEnabled"
 SETTINGS: dict[str, Setting] = {
     "apiKeys.loopbackExempt": Setting(False, *_YES_NO, widens=True),
     "autoSwitch.beforePercent": Setting(3, *_number(0, 99)),
@@ -992,7 +993,7 @@ SETTINGS: dict[str, Setting] = {
     "autoSwitch.excludedIds": Setting([], *_WORDS),
     "autoSwitch.order": Setting("most_left", *_ORDER),
     "defaultModel": Setting("gpt-5.4", *_TEXT),
-    "image.freeAccountWebGenerationEnabled": Setting(False, *_YES_NO),
+    _WEB_PICTURES: Setting(False, *_YES_NO),
     "image.orchestratorModel": Setting("", *_TEXT),
     "limits.bodyMb": Setting(128, *_number(1, 4096), "AZT_BODY_LIMIT_MB"),
     "log.keepDays": Setting(30, *_number(1, 3650)),
@@ -6311,6 +6312,7 @@ class PictureRequest:
     as_url: bool
     session: str
     ignored: tuple[str, ...]  # parameters without effect upstream, for `x-azt-ignored-params`
+    fields: tuple[str, ...]  # where each of `images` and then the mask was given, for errors
     tool_names: ClassVar[dict[str, str]] = {}
 
 
@@ -6348,12 +6350,16 @@ def images_to_request(body: Json, is_edit: bool) -> PictureRequest:
     told |= {"size": _size(_expect(body.get("size") or "auto", str, "size"), model)}
     looks = _without(told, "n", "response_format", *idle)
     looks = {name: one for name, one in looks.items() if one not in (None, "auto", "png")}
-    images, mask = _references(body) if is_edit else [], body.get("mask") if is_edit else None
-    mask = None if mask is None else _reference(mask, "mask")
+    given = _references(body) if is_edit else {}
+    images, mask = [*given.values()], None
+    if is_edit and body.get("mask") is not None:
+        field, mask = _reference(body["mask"], "mask")
+        given |= {field: mask}
     session = str(uuid.UUID(_digest([prompt, body.get("user")])[:32]))
     ignored = tuple(name for name in idle if body.get(name))
     as_url = body.get("response_format") == "url"
-    return PictureRequest(prompt, n, looks, images, mask, stream, as_url, session, ignored)
+    fields = tuple(given)
+    return PictureRequest(prompt, n, looks, images, mask, stream, as_url, session, ignored, fields)
 
 
 def _size(size: str, model: str) -> str:
@@ -6370,29 +6376,44 @@ def _size(size: str, model: str) -> str:
     raise BadRequest(message, "size")
 
 
-def _references(body: Json) -> list[str]:
+def _references(body: Json) -> dict[str, str]:
+    """Parameter -> the picture that it gives."""
     given, param = _first(body, "image images")
     if not isinstance(given, list) or not given:
-        return [_reference(given or None, param)]
+        return dict([_reference(given or None, param)])
     if len(given) > REFERENCES_MAX:
         raise BadRequest(f"At most {REFERENCES_MAX} pictures can be edited at once.", param)
-    return [_reference(one, f"{param}[{index}]") for index, one in enumerate(given)]
+    return dict(_reference(one, f"{param}[{index}]") for index, one in enumerate(given))
 
 
-def _reference(value: Any, param: str) -> str:
-    """A picture as a URL that upstream takes: https, or data."""
+def _reference(value: Any, param: str) -> tuple[str, str]:
+    """A picture as a URL that upstream takes, https or data, after the parameter that gives it."""
     if isinstance(value, dict):
         value, param = value.get("image_url"), f"{param}.image_url"
     url = _expect(value or None, str, param)
-    kind = next((kind for start, kind in _BASE64_IMAGES.items() if url.startswith(start)), "")
+    kind = picture_kind(url)
     url = f"data:image/{kind};base64,{url}" if kind else url
     if len(url) > REFERENCE_BYTES * 4 // 3 + 100:
         raise BadRequest("A picture has 50 MiB at most.", param, "request_too_large", status=413)
     if re.match(r"(?i)data:image/(png|jpe?g|webp);base64,", url):
-        return _data_url(url, param, "invalid_base64_image")
+        return param, _data_url(url, param, "invalid_base64_image")
     if url[:8].lower() != "https://":
         raise BadRequest(f"'{param}' must be a PNG, JPEG or WebP, or an https link to one.", param)
-    return url
+    return param, url
+
+
+def picture_kind(data: str) -> str:
+    """ "png", "jpeg" or "webp", by how the base64 begins; "" for anything else."""
+    return next((kind for start, kind in _BASE64_IMAGES.items() if data.startswith(start)), "")
+
+
+def picture_to_web(asked: PictureRequest) -> ImageRequest:
+    """What the ChatGPT web site is asked for. Raises BadRequest for a link."""
+    urls = [*asked.images, asked.mask] if asked.mask else asked.images
+    pictures = [picture_content(*one) for one in zip(urls, asked.fields, strict=True)]
+    mask = pictures.pop() if asked.mask else None
+    size = asked.looks.get("size", "auto")
+    return ImageRequest(asked.prompt, size, asked.n, tuple(pictures), mask)
 
 
 def picture_to_direct(asked: PictureRequest) -> Json | None:
@@ -9604,7 +9625,8 @@ async def _post_images(is_edit: bool, gw: Gateway, request: Request) -> Reply:
     made = await gw.rotation.try_accounts(turn, _Drawing(gw, record, turn, asked).attempt)
     turn.body = b""
     record.head_ms = round((time.monotonic() - record.complete_s) * 1000)
-    headers = _own_headers(request, asked.ignored)
+    idle = asked.looks.keys() - {"model", "size"} if record.image_route == "chatgpt-web" else ()
+    headers = _own_headers(request, (*asked.ignored, *sorted(idle)))
 
     def note_end(relay: Relay) -> None:
         _note_end(gw, request, turn, relay)
@@ -9629,11 +9651,13 @@ class _Drawing:
     turn: Turn
     asked: PictureRequest
 
-    async def attempt(self, account: Account, hold_s: float) -> Relay | Json:
+    async def attempt(self, account: Account, hold_s: float) -> Relay | AsyncIterator[bytes] | Json:
         """One try on one account: a stream, or the whole answer."""
-        gw, record, asked = self.gw, self.record, self.asked
-        is_open = account.plan != "free" and account.id not in gw.no_images
-        direct = None if not is_open else picture_to_direct(asked)
+        gw, record, asked, is_free = self.gw, self.record, self.asked, account.plan == "free"
+        if is_free and gw.settings.flag(_WEB_PICTURES):
+            record.image_route = "chatgpt-web"
+            return await self._from_web(account, hold_s)
+        direct = None if is_free or account.id in gw.no_images else picture_to_direct(asked)
         if direct and (answer := await self._from_endpoint(account, direct)):
             record.image_route = "codex-images"
             return answer
@@ -9698,6 +9722,29 @@ class _Drawing:
         self.record.usage = image_usage([one.usage or {} for one in made])
         usages, pictures = [one.tool_usage for one in made], [one.picture for one in made]
         return image_answer(self.asked, int(time.time()), pictures, pictures[0], usages)
+
+    async def _from_web(self, account: Account, hold_s: float) -> AsyncIterator[bytes] | Json:
+        """Nobody can tell the site how the picture shall look: the answer claims nothing of it."""
+        asked = await in_thread(self.gw.short, picture_to_web, self.asked)
+        wait_s = hold_s if self.asked.stream else _SLOW_CALL_S
+        making = await _web_attempt(self.gw, asked, account, wait_s)
+        stream = ImageStream(replace(self.asked, looks={}), time.time())
+
+        async def events() -> AsyncGenerator[bytes]:
+            async with contextlib.aclosing(web_stream(self.record, making)) as pieces:
+                async for piece in pieces:
+                    data = piece.partition(b"\ndata: ")[2].strip()
+                    why = making.exception() if making.done() else None
+                    told = stream.fail(why) if isinstance(why, AztError) else stream.feed(data)
+                    yield told if data else piece
+
+        if self.asked.stream:
+            return events()
+        told = await making
+        made = told.images[: asked.n]  # a conversation may make more than the one wanted
+        pictures = [{"result": one, "revised_prompt": told.revised_prompt} for one in made]
+        about = {"output_format": picture_kind(made[0])}
+        return image_answer(self.asked, int(time.time()), pictures, about, [])
 
 
 # OpenAI paths that clients try and azt does not offer -> why.
@@ -9789,7 +9836,7 @@ async def _asked_picture(gw: Gateway, request: Request) -> _Wish:
         except ValueError:  # zstd without a decoder, say: that is relayed
             return None
 
-    if not gw.settings.flag("image.freeAccountWebGenerationEnabled") or request.method != "POST":
+    if not gw.settings.flag(_WEB_PICTURES) or request.method != "POST":
         return None
     has_free = any(one.plan == "free" for one in gw.store.accounts.values())
     return await in_thread(gw.short, look) if has_free else None
@@ -9816,6 +9863,7 @@ async def web_stream(
             begun = item | {"status": "in_progress"}
             yield event("response.output_item.added", output_index=at, item=begun)
             item |= {"status": "completed", "result": picture}
+            item["output_format"] = picture_kind(picture)
             item["revised_prompt"] = result.revised_prompt
             yield event("response.output_item.done", output_index=at, item=item)
             response["output"].append(item)
@@ -11623,7 +11671,14 @@ def _settings_set(args: argparse.Namespace) -> int:
     def lines(result: Json) -> list[str]:
         return told if key in result["restartNeeded"] else told[:1]
 
-    return _admin("PATCH", "/settings", lines, lambda _: {"values": {key: value}})(args)
+    code = _admin("PATCH", "/settings", lines, lambda _: {"values": {key: value}})(args)
+    if (key, value, code) == (_WEB_PICTURES, True, EXIT_OK):
+        say(
+            "Pictures of free accounts are now made through the ChatGPT web site under the "
+            "person's own account, which is experimental and may end in browser_check_required.",
+            to_stderr=True,
+        )
+    return code
 
 
 def _new_key_lines(result: Json) -> list[str]:

@@ -597,8 +597,8 @@ def test_a_picture_of_20_mb_comes_through(
     assert decode_png(base64.b64decode(made["b64_json"])) == (64, 48)
 
 
-def test_sixteen_at_once_do_not_mix(client: Client, tool: FakeUpstream) -> None:
-    for number in range(16):
+def test_64_at_once_do_not_mix(client: Client, tool: FakeUpstream) -> None:
+    for number in range(64):
         tool.script(
             answer(image(f"{number:04}")),
             when=lambda seen, text=f"fox {number}": seen.user_text == text,
@@ -608,14 +608,14 @@ def test_sixteen_at_once_do_not_mix(client: Client, tool: FakeUpstream) -> None:
     def ask(number: int) -> None:
         made[number] = client.post(MAKE, {"prompt": f"fox {number}"})
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(16)]
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(64)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(30)
 
     assert {number: one.json["data"][0]["b64_json"] for number, one in made.items()} == {
-        number: f"{number:04}" for number in range(16)
+        number: f"{number:04}" for number in range(64)
     }
 
 

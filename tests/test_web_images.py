@@ -9,6 +9,7 @@ import json
 import struct
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -639,3 +640,180 @@ def test_a_late_failure_is_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
     assert last["type"] == "response.failed"
     assert last["response"]["error"] == {"code": "moderation_blocked", "message": "No. rt_***"}
     assert (record.result, record.error_code) == ("failed", "moderation_blocked")
+
+
+# -- The Images API on free accounts --------------------------------------------------------------
+
+MAKE, EDIT = "/v1/images/generations", "/v1/images/edits"
+ASK = {"prompt": "a red fox"}
+RESULT = base64.b64encode(PNG).decode()
+
+
+def test_the_images_api_takes_the_web_way(studio: Studio, upstream: FakeUpstream) -> None:
+    client = studio.open()
+    upstream.web.pictures = 2  # more than was asked for
+
+    made = client.post(MAKE, {**ASK, "size": "1536x1024", "quality": "low", "n": 3})
+
+    about = {"b64_json": RESULT, "revised_prompt": "a red fox"}
+    assert made.json["data"] == [about] * 3
+    assert made.json["output_format"] == "png" and "quality" not in made.json
+    assert made.headers["x-azt-ignored-params"] == "quality"
+    assert asked(upstream) == ["web"] * 3
+    rows = client.get("/_gateway/admin/requests", headers=studio.gateway.proof()).json["items"]
+    [row] = [one for one in rows if one["id"] == made.headers["x-request-id"]]
+    assert (row["imageRoute"], row["images"]) == ("chatgpt-web", 3)
+
+
+def test_an_edit_uploads_its_files(studio: Studio, upstream: FakeUpstream) -> None:
+    head = b'--mark\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n'
+    parts = [(b"image", b'; filename="a.png"', PNG), (b"mask", b'; filename="m.png"', PNG)]
+    body = b"".join(head % one for one in [*parts, (b"prompt", b"", b"a red fox")])
+    kind = {"Content-Type": "multipart/form-data; boundary=mark"}
+
+    made = studio.open().post(EDIT, body=body + b"--mark--\r\n", headers=kind)
+
+    assert made.json["data"][0]["b64_json"] == RESULT
+    assert upstream.web.stored == {"file-1": PNG, "file-2": PNG}
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "kind"),
+    [(MAKE, {}, "image_generation"), (EDIT, {"image": DATA_URL}, "image_edit")],
+)
+def test_a_stream_ends_with_the_picture(
+    studio: Studio, upstream: FakeUpstream, path: str, given: Json, kind: str
+) -> None:
+    wanted = {"stream": True, "output_format": "webp", "quality": "low"}
+    answer = studio.open().post(path, {**ASK, **given, **wanted})
+
+    assert answer.types == [f"{kind}.completed"]
+    [event] = answer.events
+    assert (event["b64_json"], event["output_format"]) == (RESULT, "png")
+    assert (event["quality"], asked(upstream)) == ("auto", ["web"])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("site", "status", "code"),
+    [
+        ({"check": "turnstile"}, 403, "browser_check_required"),
+        ({"said": "I cannot draw that.", "idle": True}, 400, "image_refused"),
+        ({"moderated": True}, 400, "moderation_blocked"),
+    ],
+)
+def test_why_there_is_no_picture_is_told(
+    studio: Studio, upstream: FakeUpstream, site: Json, status: int, code: str, stream: bool
+) -> None:
+    client = studio.open()
+    vars(upstream.web).update(site)
+
+    answer = client.post(MAKE, {**ASK, "stream": stream})
+
+    assert (answer.status, answer.error["code"]) == (status, code)
+
+
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ({"image": [DATA_URL, "https://example.com/x.png"]}, "image[1]"),
+        ({"images": [{"image_url": "https://example.com/x.png"}]}, "images[0].image_url"),
+        ({"image": DATA_URL, "mask": "https://example.com/x.png"}, "mask"),
+    ],
+)
+def test_a_link_is_refused_by_the_name_of_its_field(
+    studio: Studio, upstream: FakeUpstream, given: Json, param: str
+) -> None:
+    answer = studio.open().post(EDIT, {**ASK, **given})
+
+    assert answer.status == 400
+    assert (answer.error["code"], answer.error["param"]) == ("unsupported_value", param)
+    assert asked(upstream) == []
+
+
+@pytest.mark.parametrize("account", [FREE, account_file()])
+def test_the_images_api_asks_the_backend_where_that_is_off_or_paid(
+    studio: Studio, upstream: FakeUpstream, account: Json
+) -> None:
+    studio.open(account, is_on=account is not FREE).post(MAKE, ASK)
+
+    assert upstream.requests
+    assert "web" not in asked(upstream)
+
+
+def test_a_caller_of_the_images_api_that_leaves_ends_the_conversation(
+    studio: Studio, upstream: FakeUpstream
+) -> None:
+    client = studio.open()
+    upstream.script([], path="/f/conversation", vendor=False, stall=True)
+
+    connection = client.connect()
+    connection.request("POST", MAKE, json.dumps(ASK))
+    upstream.wait_until(lambda: asked(upstream))
+    connection.close()
+    left = time.monotonic()
+
+    assert upstream.wait_until(lambda: upstream.requests[-1].closed_at) - left < 0.5
+
+
+def late_stream(painter: Painter, monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """What a client of the Images API reads when nothing has come while it could be held back."""
+    monkeypatch.setattr(azt, "HEARTBEAT_S", 0.02)
+    record = azt.RequestRecord("req_1", "POST", MAKE, 0.0)
+    asked = azt.images_to_request({**ASK, "stream": True}, False)
+    base_url = painter.upstream.url + SITE
+
+    async def read() -> bytes:
+        pool = azt.ConnectionPool(azt.Egress(own_hosts=OWN_HOSTS))
+        workers = azt.WorkerPool("call", 8)
+        where = SimpleNamespace(chatgpt_base_url=base_url)
+        gw: Any = SimpleNamespace(short=workers, calls=workers, pool=pool, environment=where)
+        account: Any = SimpleNamespace(access_token=ME.access_token, account_id="acct-1")
+        turn: Any = None
+        try:
+            drawing = azt._Drawing(gw, record, turn, asked)
+            stream: Any = await drawing._from_web(account, 0.0)
+            return b"".join([piece async for piece in stream])
+        finally:
+            pool.close()
+
+    return asyncio.run(read())
+
+
+def test_the_images_api_has_heartbeats_too(
+    painter: Painter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    painter.upstream.web.polls = 15
+
+    *beats, last = late_stream(painter, monkeypatch).split(azt.HEARTBEAT)
+
+    assert len(beats) >= 3 and not any(beats)
+    assert last.startswith(b"event: image_generation.completed\n")
+
+
+@pytest.mark.parametrize(
+    ("site", "code"),
+    [
+        ({"check": "turnstile"}, "browser_check_required"),
+        ({"said": "I cannot draw that.", "idle": True}, "image_refused"),
+        ({"moderated": True}, "moderation_blocked"),
+    ],
+)
+def test_a_late_failure_of_the_images_api_keeps_its_code(
+    painter: Painter, monkeypatch: pytest.MonkeyPatch, site: Json, code: str
+) -> None:
+    vars(painter.upstream.web).update(site)
+
+    sent = late_stream(painter, monkeypatch).replace(azt.HEARTBEAT, b"")
+
+    assert sent.startswith(b"event: error\n") and sent.count(b"data: ") == 1
+    assert json.loads(sent.partition(b"data: ")[2])["error"]["code"] == code
+
+
+def test_setting_it_warns(studio: Studio) -> None:
+    studio.open()
+
+    on, off = (studio.gateway.azt("settings", "set", SETTING, one) for one in ("true", "false"))
+
+    assert "ChatGPT web site" in on.stderr and "browser_check_required" in on.stderr
+    assert off.stderr == ""
