@@ -1336,6 +1336,7 @@ class Answer:
     rest: bytes = b""  # body bytes that came along with the head of a stream
     sock: socket.socket | None = None
     key: _Key = ("", "", 0)
+    connect_ms: int = 0  # 0: the connection was a kept one
 
     def close(self) -> None:
         if self.sock is not None:
@@ -1589,14 +1590,17 @@ async def open_answer(
     before any response byte once as well; nothing else is ever sent twice.
     raises  UpstreamError
     """
-    key, wire = pool.key(call.url), wire or Wire()
+    key, wire, connect_ms = pool.key(call.url), wire or Wire(), 0
     for last_try in (True,) if call.once else (False, True):
         sock = None if last_try else pool.take(key)
         try:
             if sock is None:
+                began_s = time.monotonic()
                 sock = await in_thread(workers, _connect, pool, key, wire)
+                connect_ms = round((time.monotonic() - began_s) * 1000)
             wire.attach(sock)
             answer = await _exchange(sock, call)
+            answer.connect_ms = connect_ms
             if coding := answer.headers.get("content-encoding"):
                 unpack = (decoded, answer.body, coding, call.bytes_max)
                 answer.body = bytes(await in_thread(workers, *unpack))
@@ -7026,7 +7030,9 @@ class Rotation:
         turn.tries.append(entry)
         entry["startedAt"], began_s = int(time.time() * 1000), time.monotonic()
         try:
-            return await attempt
+            result = await attempt
+            entry["connectMs"] = getattr(getattr(result, "answer", None), "connect_ms", None)
+            return result
         except AztError as error:
             entry |= {"status": error.status, "errorType": error.code}
             raise

@@ -57,6 +57,9 @@ def test_a_mixed_run_is_counted_exactly_also_after_kill_and_restart(
             told = client.chat().json["usage"]
         elif kind % 4 == 2:
             told = client.chat_stream(stream_options={"include_usage": True}).usage or {}
+        elif kind == 7:
+            drawn = client.post("/v1/images/generations", {"prompt": "a lighthouse"})
+            told = drawn.json["usage"]
         elif kind % 4 == 3:
             told = client.responses().json["usage"]
         elif kind % 8 == 4:
@@ -71,7 +74,8 @@ def test_a_mixed_run_is_counted_exactly_also_after_kill_and_restart(
             mine["failed"] += kind == 0
             mine["total"] += told.get("total_tokens", 0)
             mine["input"] += told.get("prompt_tokens", told.get("input_tokens", 0))
-            mine["responses"] += kind != 0 and (kind % 4 == 3 or kind % 8 == 4)
+            mine["responses"] += kind not in (0, 7) and (kind % 4 == 3 or kind % 8 == 4)
+            mine["images"] += kind == 7
             mine["codex"] += kind != 0 and kind % 8 == 0
 
     with ThreadPoolExecutor(16) as threads:
@@ -85,6 +89,7 @@ def test_a_mixed_run_is_counted_exactly_also_after_kill_and_restart(
             failed=total["failureCount"],
             total=total["totalTokens"],
             input=total["inputTokens"],
+            images=total["imageCount"],
             responses=by["POST /v1/responses"],
             codex=by["POST /codex/v1/responses"],
         )
@@ -180,6 +185,7 @@ def test_a_row_explains_which_accounts_were_tried(
     assert {"messages", "model", "tools"} <= set(row["request"]["keys"])
     assert row["timing"]["firstByteMs"] <= row["durationMs"]
     assert 0 <= row["timing"]["queueMs"] < 5000
+    assert 0 <= row["timing"]["connectMs"] <= row["timing"]["firstByteMs"]
 
 
 def test_rows_are_filtered_paged_exported_and_deleted(new_gateway: NewGateway) -> None:
@@ -362,3 +368,31 @@ def test_the_log_goes_on_as_requests_end(new_gateway: NewGateway) -> None:
         log.send_signal(signal.SIGINT)
         log.wait(10)
         log.stdout.close()
+
+
+def test_events_that_are_too_old_or_too_many_go_and_the_sums_stay(
+    new_gateway: NewGateway, upstream: FakeUpstream
+) -> None:
+    gateway = new_gateway()
+    client = Client(gateway.url)
+    client.chat()
+    gateway.stop()
+    folder = gateway.state / "usage" / "events"
+    today = next(folder.iterdir())
+    old = time.strftime("%Y-%m-%d", time.localtime(time.time() - 3 * 86_400))
+    (folder / f"{old}.jsonl").write_bytes(today.read_bytes() * 3)
+    (folder / "2020-01-01.jsonl").write_bytes(today.read_bytes())
+    gateway.start()
+    client = Client(gateway.url)
+    assert client.get(f"{ADMIN}/usage").json["lifetime"]["requestCount"] == 5
+    rounds = [("keepDays", "30", {today.name, f"{old}.jsonl"}), ("keepMb", "1", {today.name})]
+    for setting, value, left in rounds:
+        gateway.azt("settings", "set", f"usage.{setting}", value)
+        client.chat()
+        gateway.stop()
+        assert {path.name for path in folder.iterdir()} == left
+        with (folder / f"{old}.jsonl").open("ab") as file:
+            file.truncate(2 * 1024 * 1024)
+        gateway.start()
+        client = Client(gateway.url)
+    assert client.get(f"{ADMIN}/usage").json["lifetime"]["requestCount"] == 7

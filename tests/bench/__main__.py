@@ -99,6 +99,9 @@ ROWS = [
     ("relay_cpu_ms", "  CPU ms per 1,000 events", ".2f"),
     ("compact_s", "Codex relay: large compaction, s", ".2f"),
     ("compact_times", "  peak memory over idle, x body", ".2f"),
+    ("loop_us", "recording a request, on the loop, us", ".1f"),
+    ("record_us", "recording a request, in a thread, us", ".0f"),
+    ("load_s", "start with a history of 10^6 requests, s", ".3f"),
     ("pick_us", "pick of 300 accounts, the serving one empty, us", ".0f"),
 ]
 
@@ -267,6 +270,43 @@ def measure_pick(bench: Bench, program: Program) -> Numbers:
     return {"pick_us": float(done.stdout)}
 
 
+USAGE = """
+import azt, pathlib, tempfile, time, timeit
+def records(day, count):
+    for n in range(count):
+        one = azt.RequestRecord(f"req_{n}", "POST", "/", 0.0, time.time() - day * 86400)
+        one.route, one.model, one.client = "/v1/responses", f"model-{n % 3}", f"client-{n % 3}"
+        one.account_id, one.attempts, one.total_ms, one.ttft_ms = f"acc_{n % 4}", 1, n, n % 500
+        one.status, one.result = 200, "ok"
+        one.usage = {"input_tokens": n, "output_tokens": 3, "total_tokens": n + 3}
+        yield one
+with tempfile.TemporaryDirectory() as folder:
+    paths = azt.Paths(pathlib.Path(folder), pathlib.Path(folder, "codex"))
+    azt.prepare_home(paths)
+    usage = azt.UsageStats()
+    for day in range(100):  # a million events
+        usage.add(azt.Batch(records(day, 10_000)))
+        lines, usage.pending = usage.pending, []
+        usage.save(paths, lines, usage.snapshot() if day == 99 else ())
+    load = timeit.timeit(lambda: azt.UsageStats().load(paths), number=1)
+    batch = azt.Batch(records(0, 1000))
+    on_loop = min(timeit.repeat(lambda: usage.add(batch), number=1, repeat=5))
+    in_thread = min(timeit.repeat(lambda: azt.Batch(records(0, 1000)), number=1, repeat=5))
+    print(on_loop * 1e3, in_thread * 1e3, load)
+"""
+
+
+def measure_usage(bench: Bench, program: Program) -> Numbers:
+    """Recording and a history of 10^6 events, in a process of its own."""
+    if program.name != "azt":
+        return {}
+    root = str(Path(__file__).resolve().parents[2])
+    command = [sys.executable, "-c", USAGE]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    on_loop_us, in_thread_us, load_s = map(float, done.stdout.split())
+    return {"loop_us": on_loop_us, "record_us": in_thread_us, "load_s": load_s}
+
+
 def measure_relay(bench: Bench, program: Program) -> Numbers:
     """The passthrough of Codex: bytes in, the same bytes out."""
     if program.name == "aiohttp":  # it translates chat, nothing else
@@ -319,6 +359,7 @@ SCENARIOS: dict[str, Callable[[Bench, Program], Numbers]] = {
     "relay": measure_relay,
     "compact": measure_compact,
     "pick": measure_pick,
+    "usage": measure_usage,
 }
 # Once the heap has grown it stays: only the first round sees what an open stream costs.
 TAKE_HIGHEST = {"slow_kib", "peak_mib"}
