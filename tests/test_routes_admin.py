@@ -587,7 +587,8 @@ def test_models_are_listed_and_refreshed(admin: Admin, upstream: FakeUpstream) -
         "default": True,
         "efforts": ["low", "medium", "high"],
     }
-    assert [one["id"] for one in admin.get("/v1/models").json["data"]] == ["gpt-5.5", "gpt-5.4"]
+    listed = [one["id"] for one in admin.get("/v1/models").json["data"]]
+    assert listed == ["gpt-5.5", "gpt-5.4", "gpt-image-2"]
 
 
 def test_a_refresh_without_an_account_says_what_to_do(admin: Admin) -> None:

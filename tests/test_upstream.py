@@ -1394,12 +1394,13 @@ def test_hidden_models_are_not_listed_and_the_rest_stands_in_the_backends_order(
         "third",
         "last",
         "odd",
+        "gpt-image-2",
     ]
 
 
 def test_a_list_of_hidden_models_is_better_than_none() -> None:
     got = azt.Catalogue.read({"models": [model_info("hidden", visibility="hide")]}, None)
-    assert [entry["id"] for entry in got.openai_models()["data"]] == ["hidden"]
+    assert [entry["id"] for entry in got.openai_models()["data"]] == ["hidden", "gpt-image-2"]
     assert got.default("gpt-5.4") == "hidden"
 
 
