@@ -7168,7 +7168,7 @@ _CLIENTS = [
         r"openclaw|clawdbot|moltbot": "OpenClaw",
         r"\bcline\b": "Cline",
         r"roo-?code|roo-cline|roocode": "Roo Code",
-        r"open-?webui|openwebui": "Open WebUI",
+        r"open[- ]?webui": "Open WebUI",
         r"\baider\b": "aider",
         r"cursor": "Cursor",
         r"\bcontinue(dev)?\b": "Continue",
@@ -7184,15 +7184,16 @@ _CLIENTS = [
 ]
 
 
-@functools.lru_cache(1000)
-def client_name(marks: str) -> str:
-    """What calls, by the texts of `CLIENT_HEADERS`; unknown ones by the name of their product."""
-    known = next((name for pattern, name in _CLIENTS if pattern.search(marks)), None)
-    product = re.match(r"[\w.+-]{1,40}", marks)
-    return known or (product[0] if product else "unknown")
-
-
 CLIENT_HEADERS = ("user-agent", "originator", "x-title", "http-referer", "referer")
+
+
+@functools.lru_cache(1000)
+def client_name(*marks: str) -> str:
+    """What calls, by the values of `CLIENT_HEADERS`; unknown ones by the name of their product."""
+    everything = " ".join(marks)
+    known = next((name for pattern, name in _CLIENTS if pattern.search(everything)), None)
+    product = re.match(r"[\w.+-]{1,40}", marks[0])
+    return known or (product[0] if product else "unknown")
 
 
 @dataclass(slots=True)
@@ -9245,7 +9246,7 @@ class HttpServer:
         access: Access = (match or found[0])[0].access if found else "api"
         if access in ("api", "codex"):
             request.record.route = (match or found[0])[0].path if found else "other"
-            request.record.client = client_name(headers.get("user-agent", ""))
+            request.record.client = client_name(*(headers.get(name, "") for name in CLIENT_HEADERS))
         caller = read_caller(request.peer_class, headers, policy)
         if is_preflight:
             # It carries no proof: the question is whether the call with it would be allowed.

@@ -19,6 +19,7 @@ from harness import MODEL, Client, Gateway, chat_body
 Json = dict[str, Any]
 NewGateway = Callable[..., Gateway]
 ADMIN = "/_gateway/admin"
+CURL = {"User-Agent": "curl/8"}
 
 
 def eventually(look: Callable[[], Any], timeout: float = 10.0) -> Any:
@@ -192,7 +193,7 @@ def test_rows_are_filtered_paged_exported_and_deleted(new_gateway: NewGateway) -
     gateway = new_gateway()
     client = Client(gateway.url)
     for number in range(6):
-        agent = {"User-Agent": "Cline/3.2" if number % 2 else "curl/8"}
+        agent = {"User-Agent": "library/1", "X-Title": "Cline"} if number % 2 else CURL
         client.post("/v1/chat/completions", chat_body(), headers=agent)
     client.chat([{"role": "nobody"}])
     page = client.get(f"{ADMIN}/requests?limit=3").json

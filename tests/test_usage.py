@@ -312,8 +312,6 @@ def test_too_many_points_are_refused() -> None:
         ("ai/6.0.3 ai-sdk/provider-utils/4.0", "AI SDK"),
         ("langchain-openai/1.0", "LangChain"),
         ("litellm/1.100.0", "LiteLLM"),
-        ("Python/3.11 aiohttp/3.13 https://openwebui.com/ Open WebUI", "Open WebUI"),
-        ("litellm/1.1 https://aider.chat Aider", "aider"),
         ("Cursor/1.7", "Cursor"),
         ("Continue/1.2", "Continue"),
         ("curl/8.5.0", "curl"),
@@ -324,6 +322,13 @@ def test_too_many_points_are_refused() -> None:
 )
 def test_clients_are_known_by_what_they_say(marks: str, name: str) -> None:
     assert azt.client_name(marks) == name
+
+
+def test_clients_behind_a_common_library_are_known_by_their_other_headers() -> None:
+    assert azt.client_name("Python/3.11 aiohttp/3.13", "", "Open WebUI", "") == "Open WebUI"
+    assert azt.client_name("litellm/1.1", "", "Aider", "https://aider.chat") == "aider"
+    assert azt.client_name("", "codex_vscode", "", "") == "Codex"
+    assert azt.client_name("", "", "", "https://somebody.example/page") == "unknown"
 
 
 # -- The request log ------------------------------------------------------------------------------
