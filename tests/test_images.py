@@ -6,6 +6,8 @@ import base64
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -617,6 +619,25 @@ def test_64_at_once_do_not_mix(client: Client, tool: FakeUpstream) -> None:
     assert {number: one.json["data"][0]["b64_json"] for number, one in made.items()} == {
         number: f"{number:04}" for number in range(64)
     }
+
+
+def test_64_large_pictures_at_once_stay_within_the_memory_of_one_large_body(
+    new_gateway: NewGateway, upstream: FakeUpstream
+) -> None:
+    gateway = new_gateway(accounts=[account_file(plan="free")])
+    client, large = Client(gateway.url, timeout=60), base64.b64encode(bytes(1_000_000)).decode()
+    for _ in range(64):
+        upstream.script(answer(image(large)))
+
+    with ThreadPoolExecutor(64) as threads:
+        sizes = list(
+            threads.map(lambda _: len(client.post(MAKE, {"prompt": "fox"}).body), range(64))
+        )
+
+    assert min(sizes) > len(large)
+    status = Path(f"/proc/{gateway.process.pid}/status").read_text()
+    peak_kib = int(status.partition("VmHWM:")[2].split()[0])
+    assert peak_kib * 1024 < azt.MAX_BODY_BYTES + 100_000_000, peak_kib
 
 
 def test_the_image_model_is_listed_and_found(client: Client) -> None:
