@@ -15,13 +15,13 @@ import threading
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_upstream import FakeUpstream, Seen, account_file, make_token
-from harness import Answer, Client, Gateway, make_gateway
+from harness import Answer, Claim, Client, Gateway, make_gateway
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -481,15 +481,18 @@ def outside(running: Gateway) -> set[str]:
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_import_is_refused_and_writes_nothing(
-    admin: Admin, running: Gateway, name: str
+    admin: Admin, running: Gateway, claim: Callable[[int, str], Claim], name: str
 ) -> None:
+    refused = claim(6, "hostile imports refused, nothing written outside the state")
     before, started = outside(running), time.monotonic()
 
     shown = admin.send(("evil", HOSTILE[name]), query="?dryRun=1")
     done = admin.send(("evil", HOSTILE[name]))
 
     assert time.monotonic() - started < 5
-    assert {shown.status, done.status} <= {200, 400, 413}, done.body
+    is_told = {shown.status, done.status} <= {200, 400, 413}
+    refused.check(is_told and outside(running) == before, name)
+    assert is_told, done.body
     if name not in SLIPS_IN_NAMES:
         assert done.status in (400, 413), done.body
         assert admin.accounts() == []
