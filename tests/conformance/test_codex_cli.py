@@ -375,4 +375,4 @@ def test_the_first_model_request_is_not_later_than_without_azt(
             times.append(next(one.at for one in upstream.turns if one.method == "POST") - started)
 
     alone, through = (min(times) for times in took.values())
-    assert through - alone < 0.5 + alone / 2, took  # half of it is for a busy machine
+    assert through - alone < 0.5, took  # one lost WebSocket retry alone would be 6 s
