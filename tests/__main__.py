@@ -167,15 +167,18 @@ def claims_table(folder: Path) -> list[str]:
     """What all workers counted, one line for each claim in the order of the rows."""
     sums: dict[tuple[int, str], list[int]] = {}
     notes: dict[tuple[int, str], list[str]] = {}
+    tests: dict[tuple[int, str], set[str]] = {}
     for file in folder.glob("*.json"):
-        for row, text, tried, wrong, said in json.loads(file.read_text()):
+        for row, text, tried, wrong, said, test in json.loads(file.read_text()):
             counts = sums.setdefault((row, text), [0, 0])
             counts[0] += tried
             counts[1] += wrong
             notes.setdefault((row, text), []).extend(said)
-    lines = [f"{'row':>3} | {'claim':<66} | {'tried':>7} | {'wrong':>5}", "-" * 92]
+            tests.setdefault((row, text), set()).add(test)
+    lines = [f"{'row':>3} | {'claim':<66} | {'tried':>9} | {'wrong':>5} | test", "-" * 130]
     for (row, text), (tried, wrong) in sorted(sums.items()):
-        lines.append(f"{row:>3} | {text:<66} | {tried:>7,} | {wrong:>5,}")
+        proof = ", ".join(sorted(tests[row, text]))
+        lines.append(f"{row:>3} | {text:<66} | {tried:>9,} | {wrong:>5,} | {proof}")
         lines += [f"    |   {note}" for note in sorted(set(notes[row, text]))]
     return lines
 

@@ -56,8 +56,10 @@ def claim(request: pytest.FixtureRequest) -> Iterator[Callable[[int, str], Claim
     """`claim(7, "killed at every system call")`: row of the numbers to show, and what was tried."""
     own: list[Claim] = []
 
+    test = request.node.nodeid.partition("[")[0].removeprefix("tests/")
+
     def start(row: int, text: str) -> Claim:
-        own.append(Claim(row, text))
+        own.append(Claim(row, text, test))
         return own[-1]
 
     yield start
@@ -78,7 +80,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     folder, claims = session.config.getoption("--claims"), session.config.stash.get(CLAIMS, [])
     if folder and claims:
         worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
-        counts = [[one.row, one.text, one.tried, len(one.wrong), one.notes] for one in claims]
+        counts = [
+            [one.row, one.text, one.tried, len(one.wrong), one.notes, one.test] for one in claims
+        ]
         Path(folder, f"{worker}.json").write_text(json.dumps(counts))
 
 

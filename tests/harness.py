@@ -33,8 +33,8 @@ _PROXIES = ("ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 class Claim:
     """One row of the table: how often it was tried, and what went wrong."""
 
-    def __init__(self, row: int, text: str) -> None:
-        self.row, self.text = row, text
+    def __init__(self, row: int, text: str, test: str) -> None:
+        self.row, self.text, self.test = row, text, test
         self.tried = 0
         self.wrong: list[str] = []
         self.notes: list[str] = []

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
+from harness import Claim
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import azt
+
+NewClaim = Callable[[int, str], Claim]
+Many = Callable[[int, int], int]
 
 GOOD = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
 HOST = b"Host: localhost\r\n"
@@ -416,26 +420,29 @@ def test_there_are_more_than_two_hundred_vectors() -> None:
 
 
 @pytest.mark.parametrize(("status", "raw"), MALFORMED)
-def test_malformed_request_is_refused_whole(status: int, raw: bytes) -> None:
-    assert judge([raw]).status == status
+def test_malformed_request_is_refused_whole(claim: NewClaim, status: int, raw: bytes) -> None:
+    tries = claim(1, "malformed requests, whole: refused with the status that fits")
+    tries.check(judge([raw]).status == status, raw)
 
 
 @pytest.mark.parametrize(("status", "raw"), MALFORMED)
-def test_malformed_request_is_refused_split_at_every_byte(status: int, raw: bytes) -> None:
+def test_malformed_request_is_refused_split_at_every_byte(
+    claim: NewClaim, status: int, raw: bytes
+) -> None:
+    tries = claim(1, "the same in two pieces, split at every byte")
     # Long runs of filler add nothing: cut within the first and last bytes and at the limits.
     size = len(raw)
-    near = [
-        at
-        for at in range(1, size)
-        if at < 400 or size - at < 200 or abs(at - azt.MAX_HEAD_BYTES) < 3
-    ]
-    wrong = [at for at in near if judge([raw[:at], raw[at:]]).status != status]
-    assert not wrong
+    for at in range(1, size):
+        if at < 400 or size - at < 200 or abs(at - azt.MAX_HEAD_BYTES) < 3:
+            tries.check(judge([raw[:at], raw[at:]]).status == status, (raw, at))
 
 
 @pytest.mark.parametrize(("status", "raw"), [(s, raw) for s, raw in MALFORMED if len(raw) < 2000])
-def test_malformed_request_is_refused_byte_by_byte(status: int, raw: bytes) -> None:
-    assert judge([raw[at : at + 1] for at in range(len(raw))]).status == status
+def test_malformed_request_is_refused_byte_by_byte(
+    claim: NewClaim, status: int, raw: bytes
+) -> None:
+    tries = claim(1, "the same in pieces of one byte")
+    tries.check(judge([raw[at : at + 1] for at in range(len(raw))]).status == status, raw)
 
 
 @pytest.mark.parametrize("raw", WELL_FORMED)
@@ -523,36 +530,52 @@ RANDOM = st.one_of(
 )
 
 
-@settings(max_examples=2000, deadline=None)
-@given(RANDOM, st.lists(st.integers(0, 400), max_size=6))
-def test_any_bytes_get_the_same_verdict_whole_and_split(raw: bytes, cuts: list[int]) -> None:
-    edges = [0, *sorted(cut for cut in cuts if cut < len(raw)), len(raw)]
-    pieces = [raw[start:end] for start, end in zip(edges, edges[1:], strict=False)]
-    assert judge(pieces) == judge([raw])
+CUTS = st.lists(st.integers(0, 400), max_size=6)
 
 
-@settings(max_examples=1000, deadline=None)
-@given(RANDOM)
-def test_what_passes_the_gate_is_the_same_to_h11(raw: bytes) -> None:
+def test_any_bytes_get_the_same_verdict_whole_and_split(claim: NewClaim, many: Many) -> None:
+    tries = claim(2, "random requests to the gate: no crash, whole and split judged alike")
+
+    @settings(max_examples=many(2000, 100_000), database=None)
+    @given(RANDOM, CUTS)
+    def property(raw: bytes, cuts: list[int]) -> None:
+        edges = [0, *sorted(cut for cut in cuts if cut < len(raw)), len(raw)]
+        pieces = [raw[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+        tries.check(judge(pieces) == judge([raw]), (raw, cuts))
+
+    property()
+
+
+def test_what_passes_the_gate_is_the_same_to_h11(claim: NewClaim, many: Many) -> None:
+    tries = claim(2, "what the gate lets through is the same request to h11")
+
+    @settings(max_examples=many(1000, 20_000), database=None)
+    @given(RANDOM)
+    def property(raw: bytes) -> None:
+        try:
+            end = azt.find_head(raw) if raw else 0
+            found = azt.read_head(raw[:end]) if end else None
+        except azt.AztError:
+            return
+        if found is not None:
+            tries.check(found == read_by_h11(raw[:end]), raw)
+
+    property()
+
+
+def read_by_h11(head: bytes) -> tuple[str, str, bool, dict[str, str]]:
     import h11
 
-    try:
-        end = azt.find_head(raw) if raw else 0
-        if not end:
-            return
-        method, target, is_modern, headers = azt.read_head(raw[:end])
-    except azt.AztError:
-        return
     connection = h11.Connection(h11.SERVER, azt.MAX_HEAD_BYTES)
-    connection.receive_data(raw[:end])
+    connection.receive_data(head)
     theirs = connection.next_event()
     assert isinstance(theirs, h11.Request)
-    assert (method.encode(), target.encode()) == (theirs.method, theirs.target)
-    assert is_modern == (theirs.http_version == b"1.1")
     merged: dict[str, list[str]] = {}
     for name, value in theirs.headers:
         merged.setdefault(name.decode(), []).append(value.decode("latin-1"))
-    assert headers == {name: ", ".join(values) for name, values in merged.items()}
+    headers = {name: ", ".join(values) for name, values in merged.items()}
+    is_modern = theirs.http_version == b"1.1"
+    return theirs.method.decode(), theirs.target.decode(), is_modern, headers
 
 
 # -- over a real socket
@@ -614,23 +637,29 @@ def answers(port: int, pieces: list[bytes]) -> bytes:
         return received
 
 
-@pytest.mark.parametrize(("status", "raw"), [v for v in MALFORMED[::4] if len(v[1]) < 4000])
+def is_refused_once(received: bytes, status: int) -> bool:
+    """One answer with this status and the last word: what followed was not read as a request."""
+    return (
+        received.startswith(b"HTTP/1.1 %d " % status)
+        and received.count(b"\r\nx-request-id: ") == 1
+        and b"\r\nconnection: close\r\n" in received.lower()
+        and b'{"error":{"message":' in received
+    )
+
+
 def test_malformed_request_gets_one_answer_and_a_closed_connection(
-    port: int, status: int, raw: bytes
+    port: int, claim: NewClaim, many: Many
 ) -> None:
-    # What follows a broken request is never read as one.
-    received = answers(port, [raw + GOOD])
-    assert received.startswith(b"HTTP/1.1 %d " % status)
-    assert received.count(b"\r\nx-request-id: ") == 1
-    assert b"\r\nconnection: close\r\n" in received.lower()
-    assert b'{"error":{"message":' in received
+    tries = claim(1, "over a socket, a good request behind them: one refusal, closed")
+    for status, raw in MALFORMED[:: many(8, 1)]:
+        tries.check(is_refused_once(answers(port, [raw + GOOD]), status), raw)
 
 
-@pytest.mark.parametrize(("status", "raw"), [v for v in MALFORMED[1::16] if len(v[1]) < 400])
 def test_malformed_request_in_two_packets_gets_the_same_answer(
-    port: int, status: int, raw: bytes
+    port: int, claim: NewClaim, many: Many
 ) -> None:
-    middle = len(raw) // 2
-    received = answers(port, [raw[:middle], raw[middle:]])
-    assert received.startswith(b"HTTP/1.1 %d " % status)
-    assert received.count(b"\r\nx-request-id: ") == 1
+    tries = claim(1, "over a socket in two packets, split at every byte")
+    for status, raw in [vector for vector in MALFORMED if len(vector[1]) < 400][:: many(16, 1)]:
+        middle = len(raw) // 2
+        for at in range(1, len(raw)) if many(0, 1) else [middle]:
+            tries.check(is_refused_once(answers(port, [raw[:at], raw[at:]]), status), (raw, at))
