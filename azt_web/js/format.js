@@ -1,0 +1,102 @@
+// Numbers and times as the person reads them. Times are milliseconds, UTC.
+import { h, text } from './dom.js';
+import { lang, pref, t } from './i18n.js';
+
+const MINUTE = 60000, HOUR = 60 * MINUTE, DAY = 24 * HOUR;
+let ahead = 0;
+let gatewayZone = 'UTC';
+
+/** The clock of the gateway, which is what reset times are measured by. */
+export const now = () => Date.now() + ahead;
+export function setNow(server) { ahead = Math.abs(server - Date.now()) > 2000 ? server - Date.now() : 0; }
+export function setGatewayZone(name) { gatewayZone = name || 'UTC'; }
+
+/** The zone that days and times are shown in: `browser` (the default), `gateway`, or a name. */
+export function zone() {
+  const chosen = pref('zone', 'browser');
+  if (chosen === 'gateway') return gatewayZone;
+  return chosen === 'browser' ? Intl.DateTimeFormat().resolvedOptions().timeZone || 'UTC' : chosen;
+}
+
+const whole = (value) => typeof value === 'number' && Number.isFinite(value);
+const number = (value, options) => (whole(value) ? new Intl.NumberFormat(lang(), options).format(value) : '–');
+export const num = (n) => number(n);
+export const compact = (n) => number(n, Math.abs(n) > 9999 ? { notation: 'compact', maximumSignificantDigits: 3 } : {});
+export const percent = (n) => number(n / 100, { style: 'percent', maximumFractionDigits: Math.abs(n) < 10 ? 1 : 0 });
+
+export function bytes(n) {
+  if (!whole(n)) return '–';
+  const step = n < 1000 ? 0 : Math.min(3, Math.floor(Math.log10(n) / 3));
+  const unit = ['byte', 'kilobyte', 'megabyte', 'gigabyte'][step];
+  return number(n / 1000 ** step, { style: 'unit', unit, unitDisplay: 'short', maximumFractionDigits: step ? 1 : 0 });
+}
+
+/** Two units at most: `840 ms`, `4.9 s`, `3 h 06 m`, `2 d 22 h`. */
+export function duration(ms) {
+  if (!whole(ms)) return '–';
+  const n = Math.max(0, ms), two = (value) => String(value).padStart(2, '0');
+  if (n < 1000) return t('time.ms', { n: Math.round(n) });
+  if (n < MINUTE) return t('time.s', { n: n < 9950 ? number(n / 1000, { maximumFractionDigits: 1 }) : Math.round(n / 1000) });
+  if (n < HOUR) return t('time.ms2', { m: Math.floor(n / MINUTE), s: two(Math.floor((n % MINUTE) / 1000)) });
+  if (n < DAY) return t('time.hm', { h: Math.floor(n / HOUR), m: two(Math.floor((n % HOUR) / MINUTE)) });
+  return t('time.dh', { d: Math.floor(n / DAY), h: Math.floor((n % DAY) / HOUR) });
+}
+
+/** A stretch that a person waits for: whole seconds below two minutes, else no seconds. */
+export function wait(ms) {
+  const n = Math.max(0, ms);
+  if (n < 2 * MINUTE) return n < MINUTE ? t('time.s', { n: Math.ceil(n / 1000) }) : duration(n);
+  return n < HOUR ? t('time.m', { n: Math.round(n / MINUTE) }) : duration(n);
+}
+
+const date = (ms, options) => new Intl.DateTimeFormat(lang(), { timeZone: zone(), hourCycle: 'h23', ...options }).format(ms);
+const HM = { hour: '2-digit', minute: '2-digit' };
+export const clock = (ms) => date(ms, { ...HM, second: '2-digit' });
+export const day = (ms) => date(ms, { day: 'numeric', month: 'short' });
+export const when = (ms) => date(ms, { ...HM, day: 'numeric', month: 'short', year: 'numeric' });
+/** As short as it is clear: the time today, the weekday within six days, else the date. */
+export function at(ms) {
+  const away = Math.abs(ms - now()), sameDay = date(ms, { dateStyle: 'short' }) === date(now(), { dateStyle: 'short' });
+  return date(ms, sameDay ? HM : away < 6 * DAY ? { weekday: 'short', ...HM } : { day: 'numeric', month: 'short', ...HM });
+}
+export const ago = (ms) => (now() - ms < 5000 ? t('time.now') : t('time.ago', { d: wait(now() - ms) }));
+export const until = (ms) => (ms <= now() ? t('time.now') : t('time.in', { d: wait(ms - now()) }));
+
+/** Full date, time and zone: the title behind every short one. */
+export const exact = (ms) => `${date(ms, { dateStyle: 'medium', timeStyle: 'medium' })} ${zone()}`;
+
+const ticks = new Map();
+
+/** `node` shows `words()`, made again as time goes by: each second near `ms`, else twice a minute. */
+export function ticking(node, ms, words) {
+  text(node, words());
+  ticks.set(node, { ms, words, born: Date.now() });
+  return node;
+}
+
+let second = 0;
+setInterval(() => {
+  if (document.hidden) return;
+  second += 1;
+  for (const [node, { ms, words, born }] of ticks) {
+    if (!node.isConnected && Date.now() - born > 30000) ticks.delete(node);
+    else if (Math.abs(ms - now()) < 2 * MINUTE || second % 30 === 0) text(node, words());
+  }
+}, 1000);
+
+/** A time that keeps itself current: how = 'ago', 'until', 'clock', 'when' or 'at'. */
+export function timeEl(ms, how = 'ago') {
+  if (!whole(ms)) return h('span', null, '–');
+  const node = h('time', { datetime: new Date(ms).toISOString(), title: exact(ms) });
+  const words = { ago, until, clock, when, at }[how];
+  return ticking(node, ms, () => words(ms));
+}
+
+let masking = false;
+/** Screenshot mode: e-mails are shown with stars. */
+export const isMasking = () => masking;
+export function setMasking(wanted) { masking = wanted; }
+export function mask(email) {
+  const found = /^(.)[^@]*(@.*)$/.exec(email || '');
+  return masking && found ? `${found[1]}•••${found[2]}` : email || '';
+}

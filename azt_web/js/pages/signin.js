@@ -1,0 +1,69 @@
+// Who is not trusted yet: admin token, pairing code, or the code that `azt open` put into the address.
+import { send, get as fetchJson } from '../api.js';
+import { fill, h, icon } from '../dom.js';
+import { t } from '../i18n.js';
+import { follow, refetch } from '../live.js';
+import { replace } from '../router.js';
+import { get, set } from '../store.js';
+import { button, dialog, field, wording } from '../ui.js';
+
+/** Sign in with {token} or {code}; then everything is known anew. */
+async function enter(what) {
+  await send('POST', '/session', what);
+  set('session', await fetchJson('/session'));
+  await refetch();
+}
+
+/** The field for the admin token and its button; `done()` after it was right. */
+function tokenForm(done) {
+  const input = h('input', { type: 'password', autocomplete: 'current-password', name: 'token', required: true, spellcheck: 'false' });
+  const show = button(t('signin.show'), { kind: 'ghost', 'aria-pressed': 'false', on: () => {
+    input.type = input.type === 'password' ? 'text' : 'password';
+    show.setAttribute('aria-pressed', String(input.type === 'text'));
+  } });
+  const named = field(t('signin.token'), h('div', { class: 'row' }, input, show), { help: t('signin.where') });
+  const go = button(t('signin.go'), { kind: 'primary', type: 'submit' });
+  const submit = async (event) => {
+    event.preventDefault();
+    try {
+      await enter({ token: input.value.trim() });
+      input.value = '';
+      await done();
+    } catch (error) {
+      named.error(wording(error));
+      input.focus();
+    }
+  };
+  return h('form', { on: { submit } }, named, h('div', { class: 'row' }, go));
+}
+
+/** A thing that needs proof of who asks: the token now, or `azt open`. True when it was given. */
+export function askProof() {
+  return new Promise((resolve) => {
+    let proven = false;
+    const form = tokenForm(() => { proven = true; made.close(); });
+    const made = dialog({ title: t('proof.title'), body: [h('p', null, t('proof.text')), h('p', null, t('proof.open'), ' ',
+      h('code', null, 'azt open')), form], onclose: () => resolve(proven) });
+    form.querySelector('input').focus();
+  });
+}
+
+export const page = {
+  title: 'signin.title',
+  mount(root, { route }) {
+    const code = ['pair', 'open'].includes(route.page) ? route.parts[0] : '';
+    if (code) history.replaceState(null, '', '#/signin'); // single use, and not for the history
+    const inside = () => { replace(/^#\/(?!signin|pair|open)/.test(route.query.to || '') ? route.query.to : '#/overview'); location.reload(); };
+    const box = h('section', { class: 'card signin' });
+    const ask = (words) => fill(box, h('div', { class: 'content' }, h('h2', null, t('signin.heading')), h('p', null, t('signin.text')),
+      words && h('p', { class: 'wrong', role: 'alert' }, icon('warn'), words), tokenForm(inside), h('p', { class: 'note' }, t('signin.pair'))));
+    const closed = () => fill(box, h('div', { class: 'content' }, h('h2', null, t('lan.closed')), h('p', null, t('lan.closedText'))));
+    fill(root, box);
+    if (code) {
+      fill(box, h('div', { class: 'content' }, h('p', { role: 'status' }, t('signin.checking'))));
+      enter({ code }).then(inside, (error) => ask(wording(error)));
+    } else if (get('session')?.lan?.consoleOn === false && get('session').scope === 'lan') closed();
+    else ask('');
+    return { primary: null };
+  },
+};
