@@ -28,14 +28,14 @@ async function refusal(answer) {
 }
 
 /** One call; its answer is good. A missing proof is asked for, and the call made once more. */
-async function call(method, path, { body, query, signal, headers = {}, patient } = {}) {
+async function call(method, path, { body, query, signal, headers = {}, patient, keepalive } = {}) {
   const own = method === 'GET' ? {} : { 'X-AZT-Admin': '1' };
   const isForm = body instanceof FormData;
   if (body !== undefined && !isForm) own['Content-Type'] = 'application/json';
   const signals = [signal, patient ? null : AbortSignal.timeout(PATIENCE_MS)].filter(Boolean);
   const init = {
     method, headers: { ...own, ...headers }, body: body === undefined || isForm ? body : JSON.stringify(body),
-    signal: signals.length ? AbortSignal.any(signals) : undefined, cache: 'no-store',
+    signal: signals.length ? AbortSignal.any(signals) : undefined, cache: 'no-store', keepalive,
   };
   for (let again = false; ; again = true) {
     let answer;

@@ -5,6 +5,8 @@ import { ticking } from './format.js';
 import { lang, onLang, setLang, t } from './i18n.js';
 import { follow, refetch, retryNow } from './live.js';
 import { openBox, showShortcuts } from './palette.js';
+import { page as accounts } from './pages/accounts.js';
+import { install as installAdd } from './pages/add.js';
 import { page as overview } from './pages/overview.js';
 import { askProof, page as signin } from './pages/signin.js';
 import * as router from './router.js';
@@ -24,7 +26,7 @@ const unknown = {
     return { primary: null };
   },
 };
-const PAGES = { overview, signin, pair: signin, open: signin, unknown };
+const PAGES = { overview, accounts, signin, pair: signin, open: signin, unknown };
 const NEEDS_ACTION = ['login_rejected', 'auth_error', 'expired'];
 
 const $ = (id) => document.getElementById(id);
@@ -219,6 +221,7 @@ async function boot() {
   if (get('session').signedIn) await refetch().catch((error) => { if (error.status !== 401) fail(error); });
   $('shell').hidden = false;
   router.start(PAGES, { outlet: $('main'), onpage, onroute });
+  installAdd();
   if (!get('session').signedIn && !['pair', 'open'].includes(router.current().page)) return api.hooks.signIn();
   follow(() => toast(t('shell.newVersion'), { kind: 'info', action: { label: t('shell.reload'), run: () => location.reload() } }));
   return load({});

@@ -1,0 +1,277 @@
+// Add an account, or sign in again: a dialog with three ways (browser, device code, import), and the drop zone of the window.
+import { ApiError, get, send, stream, upload } from '../api.js';
+import { fill, h, icon, text } from '../dom.js';
+import { bytes, num, now, ticking, wait } from '../format.js';
+import { known, plural, t } from '../i18n.js';
+import { go, hash, parse } from '../router.js';
+import { accountOf, isLocal, nameOf, store } from '../store.js';
+import * as ui from '../ui.js';
+
+const UPLOAD_MAX = 32 * 2 ** 20; // bytes; the gateway takes no more at once
+const LOOK_MS = 2000; // how often a sign-in is looked at while no events come
+const TYPING_MS = 400; // a pause after which pasted text is looked at
+const METHODS = ['browser', 'device', 'import'];
+/** What an import would do with an entry -> colour, icon, chosen at first; false: there is nothing to choose. */
+const RESULTS = {
+  new: ['ok', 'check', true], update: ['ok', 'refresh', true], same: ['idle', 'dot'], expired: ['warn', 'warn', false],
+  unreadable: ['bad', 'cross'],
+};
+let box = null, leave = () => {}; // the open dialog, and what ends the way that it shows
+let dropped = []; // files on their way into it
+
+const paragraph = (words) => h('p', null, words);
+/** A link out of the console. Whoever follows or copies it, in whatever way, is expected back. */
+const outward = (href, label, opened, props) => h('a', { ...props, href, target: '_blank', rel: 'noopener noreferrer',
+  on: { click: opened, auxclick: opened, contextmenu: opened } }, label, icon('external'));
+const left = (ms) => ticking(h('span', { class: 'note' }), ms, () => t('login.left', { d: wait(Math.max(0, ms - now())) }));
+
+// -- Signing in
+
+/** The whole address of the failed page: it must name a code, or the refusal, and the state. */
+const isCallback = (words) => /[?&]?(code|error)=[^&]/.test(words) && /[?&]?state=[^&]/.test(words);
+
+/** One small real call by this account; its answer grows in `place`. */
+async function testCall(accountId, place) {
+  let said = '';
+  const body = { model: store.get('defaultModel'), input: 'Say OK', stream: true };
+  fill(place, t('login.testing'));
+  await stream('/playground', { path: '/v1/responses', accountId, body }, { onevent: ({ event, data }) => {
+    const { delta, response } = JSON.parse(data);
+    if (event === 'response.output_text.delta') text(place, said += delta);
+    if (event === 'response.failed') text(place, response.error.message);
+  } });
+}
+
+/** What follows on a success: the quota of the account as soon as it is read, a test call. */
+function ready(account, words, isMany = false) {
+  const meters = h('div', { class: 'grid two' }), answer = h('p', { class: 'answer', role: 'status' });
+  const show = () => {
+    const one = accountOf(account.id) ?? account;
+    fill(meters, !isMany && (one.quota?.windows ?? []).map((it) => ui.meter(it, { at: one.quota.capturedAt })));
+    serve.hidden = store.get('routing').activeId === one.id;
+  };
+  const test = ui.button(t('play.test'), { kind: 'primary', icon: 'play', on: () => testCall(account.id, answer) });
+  const serve = ui.button(t('acc.useApi'), { on: () => send('POST', `/accounts/${account.id}/activate`) });
+  const off = ['accounts', 'routing'].map((slice) => store.on(slice, () => (meters.isConnected ? show() : off.forEach((stop) => stop()))));
+  show();
+  return [h('p', { class: 'good', role: 'status' }, icon('check'), h('strong', null, words), !isMany && ui.tag(account.plan)), meters,
+    h('div', { class: 'row' }, test, serve, ui.button(t('login.another'), { on: () => { go('#/accounts/add/browser'); sync(true); } })), answer];
+}
+
+/** A sign-in, shown in `host` until it ends. Returns what gives it up. */
+function signIn(host, method, wanted) {
+  let flow = null, view = null;
+  const path = (tail = '') => `/login/${flow.flowId}${tail}`;
+  const isOpen = () => ['waiting', 'exchanging'].includes(flow?.status);
+  const start = async () => {
+    fill(host, ui.skeleton(2));
+    try {
+      flow = await send('POST', '/login', { method: method || 'browser', accountId: wanted });
+    } catch (error) {
+      fill(host, ui.errorPanel(error, start));
+      return;
+    }
+    if (!method && !flow.portFree) go(hash('accounts', ['add', 'device'], { account: wanted }));
+    view = (flow.method === 'device' ? deviceWay : browserWay)(flow, take, path);
+    fill(host, view.parts);
+    view.patch(flow);
+  };
+  const take = (now) => {
+    if (!flow || now?.flowId !== flow.flowId) return;
+    flow = { ...flow, ...now };
+    if (isOpen()) view.patch(flow);
+    else fill(host, flow.status === 'done' ? ready(flow.account, t('login.done', { name: nameOf(flow.account) })) : ended());
+  };
+  const ended = () => {
+    if (flow.error?.code !== 'account_mismatch') {
+      const words = flow.error ? ui.wording(flow.error) : t('login.over');
+      return h('div', { class: 'empty bad', role: 'alert' }, icon('warn'), paragraph(words),
+        ui.button(t(flow.error ? 'act.tryAgain' : 'login.newLink'), { kind: 'primary', on: start }));
+    }
+    const keep = async () => take(await send('POST', path('/callback'), { keep: true }));
+    return h('div', { role: 'alert' }, paragraph(t('login.mismatch', { came: nameOf(flow.account), wanted: nameOf(accountOf(wanted)) })),
+      h('div', { class: 'row' }, ui.button(t('login.discard'), { on: () => box.close() }),
+        ui.button(t('login.keep'), { kind: 'primary', on: keep })));
+  };
+  const off = store.on('login', (last, flows) => flows.forEach(take));
+  const look = () => isOpen() && store.get('connection').state !== 'live' && get(path()).then(take, () => {});
+  const timer = setInterval(look, LOOK_MS);
+  start();
+  return () => {
+    off();
+    clearInterval(timer);
+    if (flow && flow.status !== 'done') send('DELETE', path()).catch(() => {}); // it ends by itself anyhow
+  };
+}
+
+function browserWay(flow, take, path) {
+  const opened = () => send('POST', path('/open'), {}, { keepalive: true }).then(take, ui.fail);
+  const state = h('span', { role: 'status' }), input = h('input', { type: 'text', autocomplete: 'off', spellcheck: 'false',
+    placeholder: `${flow.redirectUri}?code=…` }), address = ui.field(t('login.address'), input), why = paragraph('');
+  const finish = async (event) => {
+    event.preventDefault();
+    address.error('');
+    if (!isCallback(input.value)) return address.error(t('err.bad_callback_url'));
+    try {
+      const now = await send('POST', path('/callback'), { url: input.value.trim() });
+      input.value = '';
+      return take(now);
+    } catch (error) {
+      return address.error(ui.wording(error));
+    }
+  };
+  const paste = ui.details(t('login.paste'), why, h('form', { on: { submit: finish } }, address,
+    ui.button(t('login.finish'), { type: 'submit' })));
+  return {
+    parts: [paragraph(t('login.browser')), paragraph(t('login.private')), h('div', { class: 'row' },
+      outward(flow.authorizeUrl, t('login.open'), opened, { class: 'btn primary' }),
+      ui.copyButton(() => { opened(); return flow.authorizeUrl; }, t('login.copy'))),
+    h('div', { class: 'row' }, state, left(flow.expiresAt)), paste],
+    patch: ({ status, portFree, listenError }) => {
+      text(state, t(`login.${status}`));
+      why.hidden = portFree !== false && !listenError;
+      text(why, why.hidden ? '' : t('login.portTaken', { port: new URL(flow.redirectUri).port }));
+      paste.open ||= !why.hidden;
+    },
+  };
+}
+
+function deviceWay(flow) {
+  const state = h('span', { role: 'status' }), ghost = { kind: 'ghost square', 'aria-label': t('act.copy'), title: t('act.copy') };
+  const link = outward(flow.verificationUrl, flow.verificationUrl.replace('https://', ''), () => {});
+  return {
+    parts: [h('ol', { class: 'steps' }, h('li', null, t('login.deviceOpen'), ' ', link, ui.copyButton(flow.verificationUrl, '', ghost)),
+      h('li', null, t('login.deviceCode'), ' ', h('code', { class: 'big' }, flow.userCode), ui.copyButton(flow.userCode, '', ghost)),
+      h('li', null, t('login.deviceBack', { n: num(Math.round(flow.intervalMs / 1000)) }))),
+    h('div', { class: 'row' }, state, left(flow.expiresAt))],
+    patch: ({ status }) => text(state, t(`login.${status}`)),
+  };
+}
+
+// -- Import
+
+/** Files or text -> what an import would do -> the import. */
+function importing(host, files) {
+  let timer = 0;
+  const picker = h('input', { type: 'file', multiple: true, accept: '.json,.zip', class: 'vh', 'aria-label': t('imp.choose'), tabindex: '-1',
+    on: { change: () => ofFiles([...picker.files]) } });
+  const area = h('textarea', { rows: '4', spellcheck: 'false', autocomplete: 'off', on: { input: () => {
+    clearTimeout(timer);
+    timer = setTimeout(ofText, TYPING_MS);
+  } } });
+  const pasted = ui.field(t('imp.paste'), area), found = h('div', { class: 'found' });
+  const example = async () => { area.value = JSON.stringify(await get('/accounts/import/template'), null, 1); };
+
+  const look = async (ask, what) => {
+    pasted.error('');
+    fill(found, ui.skeleton(3));
+    try {
+      fill(found, preview(await ask(), what, host));
+    } catch (error) {
+      fill(found, ui.errorPanel(error, () => look(ask, what)));
+    }
+  };
+  const ofFiles = (list) => look(() => {
+    const form = new FormData(), size = list.reduce((sum, one) => sum + one.size, 0);
+    for (const one of list) form.append('file', one, one.name);
+    if (size > UPLOAD_MAX) throw new ApiError(413, { code: 'too_large', params: { limit: bytes(UPLOAD_MAX) } });
+    return upload('/accounts/import', form, { dryRun: 1 });
+  }, list.map((one) => one.name).join(', '));
+  const ofText = () => {
+    try {
+      const payload = area.value.trim() && JSON.parse(area.value);
+      fill(found);
+      if (payload) look(() => send('POST', '/accounts/import', { payload }, { query: { dryRun: 1 } }), t('imp.pasted'));
+    } catch {
+      pasted.error(t('err.bad_json'));
+    }
+  };
+  fill(host, h('div', { class: 'row' }, ui.button(t('imp.choose'), { icon: 'upload', kind: 'primary', on: () => picker.click() }), picker,
+    h('span', { class: 'note' }, t('imp.anywhere'))), pasted, h('div', null, ui.button(t('imp.example'), { kind: 'ghost', on: example })), found);
+  if (files.length) ofFiles(files);
+  return () => clearTimeout(timer);
+}
+
+/** The verdict on every entry, a choice among them, and the import itself. `what`: the names of the files. */
+function preview({ previewId, summary, items }, what, host) {
+  const chosen = new Set(items.filter((one) => RESULTS[one.result][2]).map((one) => one.index));
+  let check = false;
+  const run = async () => {
+    const reply = await send('POST', '/accounts/import', { previewId, indexes: [...chosen], check });
+    if (reply.job && !store.get('jobs').some((one) => one.id === reply.job.id)) store.set('jobs', [...store.get('jobs'), reply.job]);
+    fill(host, ready(reply.items[0], plural('imp.done', reply.items.length, { name: nameOf(reply.items[0]) }), reply.items.length > 1));
+  };
+  const go = ui.button(' ', { kind: 'primary', on: run });
+  const count = () => { text(go.firstChild, plural('imp.go', chosen.size)); go.disabled = !chosen.size; };
+  const pick = (one) => h('input', { type: 'checkbox', checked: chosen.has(one.index), 'aria-label': t('acc.boxOf', { name: nameOf(one) }),
+    on: { change: ({ target }) => { chosen[target.checked ? 'add' : 'delete'](one.index); count(); } } });
+  const verdict = ({ result, code, message }) => h('span', { class: `pill ${RESULTS[result][0]}`, title: message }, icon(RESULTS[result][1]),
+    code ? (known(`imp.${code}`) ? t(`imp.${code}`) : message) : t(`imp.${result}`));
+  const cells = (one) => [RESULTS[one.result].length > 2 && pick(one), one.file ?? '–', nameOf(one) || '–', ui.tag(one.plan), verdict(one)];
+  count();
+  return [h('h3', null, what), h('div', { class: 'row', role: 'status' }, Object.entries(RESULTS).map(([name, [colour, shape]]) => summary[name] > 0
+      && h('span', { class: `pill ${colour}` }, icon(shape), num(summary[name]), ' ', t(`imp.${name}`)))),
+  h('div', { class: 'scroll', tabindex: '0', role: 'group', 'aria-label': what }, h('table', null, h('thead', null, h('tr', null, h('td'),
+    ['file', 'account', 'plan', 'result'].map((name) => h('th', { scope: 'col' }, t(`imp.col.${name}`))))),
+  h('tbody', null, items.map((one) => h('tr', null, cells(one).map((cell) => h('td', null, cell))))))),
+  ui.toggle(t('imp.check'), false, (is) => { check = is; }),
+  h('div', { class: 'row end' }, ui.button(t('act.cancel'), { on: () => box.close() }), go)];
+}
+
+// -- The dialog and the drop zone
+
+/** The dialog follows the address: `#/accounts/add/<way>`. `anew`: also where the address is the same. */
+function sync(anew = false) {
+  const { page, parts: [first, method], query } = parse(location.hash), isHere = page === 'accounts' && first === 'add';
+  if (!isHere) return box?.close();
+  const wanted = accountOf(query.account), way = method || (isLocal() ? '' : 'device');
+  if (!box) box = opened(wanted);
+  if (box.way === way && !anew) return null;
+  box.way = way;
+  box.tabs.set(way || 'browser');
+  leave();
+  const files = dropped;
+  dropped = [];
+  leave = way === 'import' ? importing(box.host, files) : signIn(box.host, way, query.account);
+  return null;
+}
+
+function opened(wanted) {
+  const ways = METHODS.slice(0, wanted ? 2 : 3).map((one) => [one, t(`add.${one}`)]), host = h('div', { class: 'add' });
+  const tabs = ui.segmented(t('add.way'), ways, '', (one) => go(hash('accounts', ['add', one], parse(location.hash).query)));
+  const made = ui.dialog({ title: wanted ? t('add.again', { name: nameOf(wanted) }) : t('acc.add'), wide: true, body: [tabs, host], onclose: () => {
+    box = null;
+    leave();
+    leave = () => {};
+    const { page, parts, query } = parse(location.hash);
+    if (page === 'accounts' && parts[0] === 'add') go(hash('accounts', [], { ...query, account: null }));
+  } });
+  return { ...made, host, tabs, way: null };
+}
+
+/** For the start of the console: the dialog at its address, and files dropped anywhere. */
+export function install() {
+  const zone = h('div', { class: 'dropzone', popover: 'manual' });
+  const takes = ({ dataTransfer: it, target }) => it?.types.includes('Files') && !target.closest?.('[data-drop]')
+    && ![...it.items].some((one) => one.type.startsWith('image/'));
+  document.body.append(zone);
+  addEventListener('hashchange', () => sync());
+  addEventListener('dragover', (event) => {
+    if (!takes(event)) return;
+    event.preventDefault();
+    if (zone.matches(':popover-open')) return;
+    fill(zone, icon('upload'), h('strong', null, t('acc.drop')), paragraph(t('acc.dropNote')));
+    zone.showPopover();
+  });
+  addEventListener('dragleave', (event) => { if (!event.relatedTarget) zone.hidePopover(); });
+  addEventListener('drop', (event) => {
+    zone.hidePopover();
+    if (!takes(event)) return;
+    event.preventDefault();
+    dropped = [...event.dataTransfer.files];
+    const here = hash('accounts', ['add', 'import']);
+    if (location.hash === here) sync(true);
+    else go(here);
+  });
+  sync();
+}
