@@ -271,12 +271,13 @@ _SECRETS = [
     (re.compile(r"(?i)(cookie[\"']?\s*[=:]\s*).+"), r"\1***"),
     (re.compile(r"(?i)\b(bearer)\s+[^\s\"',;]+"), r"\1 ***"),
     (re.compile(r"\beyJ[\w-]{8,}\.[\w-]{4,}\.[\w.-]*"), "***jwt***"),
-    (re.compile(r"\b(sk-|rt_|azt_)[\w.-]{6,}"), r"\1***"),
+    (re.compile(r"\b(sk-|rt_|azt_)[\w.=-]{6,}"), r"\1***"),
     (
         # The backslashes: JSON inside a JSON string.
         re.compile(
-            r"(?i)((?:access_?token|refresh_?token|id_?token|code_?verifier|client_?secret|password"
-            r"|api[_-]?key|authorization)\\*[\"']?\s*[=:]\s*\\*[\"']?(?:basic\s+)?)[^\s\"'&,;}\\]+"
+            r"(?i)((?:[a-z\"']_?token|(?:user|device|authorization)_?code|code_?verifier|password"
+            r"|[a-z]_?secret|api[_-]?key|authorization)\\*[\"']?\s*[=:]\s*\\*[\"']?(?:basic\s+)?)"
+            r"[^\s\"'&,;}\\]+"
         ),
         r"\1***",
     ),
@@ -675,7 +676,8 @@ def read_from(path: Path, start: int) -> Iterator[bytes]:
     """The lines of one of our files from that byte on, one at a time; none without the file."""
     with contextlib.suppress(FileNotFoundError), open(path, "rb", opener=_open_own) as file:
         file.seek(start)
-        yield from file
+        while line := file.readline(MIB):  # no line of ours is longer: a torn file may be
+            yield line
 
 
 @blocking
@@ -884,6 +886,34 @@ def lock_codex(paths: Paths, wait_s: float = 60.0) -> contextlib.ExitStack:
                 except BlockingIOError:
                     time.sleep(0.05)
     return held
+
+
+def hide_memory() -> None:
+    """Tokens will be in it: no core dump, and no other program of this user reads it (Linux)."""
+    with contextlib.suppress(AttributeError, ImportError, OSError):
+        import ctypes  # only here: some builds of Python come without it
+
+        ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE
+
+
+@blocking
+def port_holder(port: int) -> str:
+    """Who listens there, as far as the system tells this user (Linux); "" where it does not."""
+    found: dict[str, str] = {}  # socket -> user id
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError):
+            for fields in map(str.split, Path(table).read_text().splitlines()[1:]):
+                if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
+                    found[f"socket:[{fields[9]}]"] = fields[7]
+    for folder in Path("/proc").glob("[0-9]*/fd") if found else ():
+        with contextlib.suppress(OSError):  # of another user, or it has just ended
+            files = {os.readlink(one) for one in folder.iterdir()}
+            if not files.isdisjoint(found):
+                name = (folder.parent / "comm").read_text().strip()
+                locks = [Path(one).parents[1] for one in files if one.endswith("/.state/lock")]
+                who = f"the azt of the home {locks[0]}" if locks else name
+                return f"process {folder.parent.name}, {who}"
+    return f"a program of the user {next(iter(found.values()))}" if found else ""
 
 
 @blocking
@@ -1606,7 +1636,7 @@ async def open_answer(
                 answer.body = bytes(await in_thread(workers, *unpack))
             wire.attach(None)
             return pool.settle(answer, key, sock)
-        except BaseException as error:
+        except BaseException as error:  # a cancelled call too must not leave its connection open
             if sock is not None:
                 sock.close()
             if not isinstance(error, (OSError, ValueError)):
@@ -1748,7 +1778,7 @@ def _wrap(pool: ConnectionPool, sock: socket.socket, host: str, wire: Wire) -> s
             secure = pool.tls().wrap_socket(sock, server_hostname=host)
             wire.attach(secure)
         return secure
-    except BaseException:
+    except BaseException:  # whatever ended the handshake: nobody else knows the socket
         (secure or sock).close()
         raise
 
@@ -2916,7 +2946,8 @@ class CodexFiles:
         texts = text.splitlines(), (after or "").splitlines()
         lines = [*difflib.unified_diff(*texts, n=2, lineterm="")][2:]
         diff = [{"op": line[0], "text": mask(line[1:])} for line in lines if line[0] != "@"]
-        return done | {"diff": diff, "history": self._history()}
+        further = {"history": self._history(), "installed": self._paths.codex_home.is_dir()}
+        return done | {"diff": diff, **further}
 
     @blocking
     def apply(self, account: Account, base: str) -> Json:
@@ -11218,6 +11249,18 @@ def say(text: str, end: str = "\n", to_stderr: bool = False) -> None:
 # -- Serving ---------------------------------------------------------------------------------------
 
 
+@blocking
+def _port_holder(port: int) -> str:
+    """Who keeps us from listening there; "" where nobody tells."""
+    who, call = port_holder(port), f"http://127.0.0.1:{port}/_gateway/health"
+    pool = ConnectionPool(Egress(own_hosts=frozenset({"127.0.0.1"})))
+    with contextlib.suppress(UpstreamError):  # an azt hides its files, also from its own user
+        got = open_response(pool, Call("GET", call, {}, head_timeout_s=1.0, once=True), Wire())
+        if got.body == b'{"ok":true}' and " azt " not in who:
+            return f"{who}, an azt".removeprefix(", ")
+    return who
+
+
 @contextlib.asynccontextmanager
 async def _serving(gw: Gateway, host: str, port: int) -> AsyncIterator[tuple[HttpServer, str]]:
     """A loaded gateway that listens, and its address for this machine."""
@@ -11226,9 +11269,12 @@ async def _serving(gw: Gateway, host: str, port: int) -> AsyncIterator[tuple[Htt
     try:
         gw.listening = await server.listen(host, port)
     except OSError as error:
-        code = "port_in_use" if error.errno == errno.EADDRINUSE else "cannot_listen"
+        is_taken = error.errno == errno.EADDRINUSE
+        code, why = "port_in_use" if is_taken else "cannot_listen", error.strerror
+        if is_taken and (holder := await in_thread(gw.short, _port_holder, port)):
+            why = f"{holder}, listens there"
         message = (
-            f"azt cannot listen on {host}:{port} ({error.strerror}). Choose another `--host` "
+            f"azt cannot listen on {host}:{port} ({why}). Choose another `--host` "
             "or `--port` (`--port 0` picks a free port), or stop what is in the way."
         )
         raise AztError(500, code, message) from None
@@ -11289,9 +11335,9 @@ async def _run(environment: Environment, flags: Json, opens_browser: bool) -> No
     await in_thread(gw.files, prepare_home, gw.paths)
     holder = await in_thread(gw.files, lock.acquire)
     if holder is not None:
-        where = f" at {holder['url']}" if holder.get("url") else ""
-        message = f"Another azt (pid {holder['pid']}) serves this home{where}."
-        raise StateError(f"{message} Use it, or stop it first.")
+        does, url = "works on", holder.get("url")  # a command: `azt login` waits for its browser
+        message = f"Another azt (pid {holder['pid']}) {f'serves at {url}' if url else does}"
+        raise StateError(f"{message}, in this home. Use it, or stop it first.")
     try:
         await in_thread(gw.files, gw.load)
         await _serve(gw, lock, opens_browser)
@@ -11750,6 +11796,8 @@ def _codex_change(path: str) -> _Run:
         diff = [f"{one['op']} {one['text']}" for one in plan.get("diff", ())]
         lines = [plan["path"], *(diff if "diff" in plan else emails)]
         lines += [f"{moves} conversations move to openai."] if moves else []
+        if not plan.get("installed", True):
+            lines.append("No Codex has been here yet: start it once, or set CODEX_HOME to its home.")
         if plan.get("keyNeeded"):
             lines.append("azt asks for a key, Codex sends none. To let this machine in without:")
             lines.append("    azt settings set apiKeys.loopbackExempt true")
@@ -11842,7 +11890,9 @@ def _log_line(row: Json) -> str:
 
 def _log(args: argparse.Namespace) -> int:
     def follow(link: _Link) -> None:
-        rows: Iterable[Json] = reversed(link.admin("GET", "/requests?limit=50")["items"])
+        rows: Iterable[Json] = link.admin("GET", "/requests?limit=50")["items"][::-1]
+        if not rows and not args.json:
+            say("No requests yet." + " Each will be shown when it ends." * args.follow)
         if args.follow:
             live = _events(link.open("GET", f"{ADMIN}/events"))
             rows = itertools.chain(rows, (event for event in live if "durationMs" in event))
@@ -12032,6 +12082,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command `azt`. Exit codes: 0 fine, 1 failed, 2 wrong use or bad state, 3 port taken."""
+    hide_memory()
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not None, as a closed one is
             stream.reconfigure(errors="backslashreplace")

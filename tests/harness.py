@@ -95,6 +95,7 @@ class Gateway:
             **variables,
         }
         self.arguments = arguments
+        self.program = [sys.executable, "-m", "azt"]
         self.url = ""
 
     @property
@@ -109,7 +110,7 @@ class Gateway:
     def azt(self, *arguments: str, **how: Any) -> subprocess.CompletedProcess[str]:
         """Run one `azt` command in this home; `how` is for `subprocess.run`."""
         how = {"env": self.environment, "cwd": self.home, "timeout": 30.0, **how}
-        command = [sys.executable, "-m", "azt", *arguments]
+        command = [*self.program, *arguments]
         return subprocess.run(command, capture_output=True, text=True, **how)
 
     def import_account(self, account: Json) -> None:
@@ -118,12 +119,12 @@ class Gateway:
         done = self.azt("accounts", "import", str(file))
         assert done.returncode == 0, done.stdout + done.stderr
 
-    def start(self) -> Gateway:
-        command = [sys.executable, "-m", "azt", "start", "--no-open", *self.arguments]
+    def start(self, **how: Any) -> Gateway:
+        """`how` is for `subprocess.Popen`."""
+        command = [*self.program, "start", "--no-open", *self.arguments]
+        how = {"env": self.environment, "cwd": self.home, "stdout": subprocess.PIPE, **how}
         with self.log_file.open("a") as log:
-            self.process = subprocess.Popen(
-                command, env=self.environment, cwd=self.home, stdout=subprocess.PIPE, stderr=log
-            )
+            self.process = subprocess.Popen(command, stderr=log, **how)
         self.url = self._read_ready_line(time.monotonic() + 20)
         return self
 
