@@ -10,8 +10,9 @@ What it does: `azt start` listens on one port and answers `/v1/models`, `/v1/cha
 requests and streams every delta on as soon as it has arrived. What Codex sends to `/codex/v1` goes
 through unchanged.
 
-What it does not do: no telemetry, no update check, no prompt or answer on disk, no call to any host
-that is not in the table `OUTBOUND` (room 1) unless you set it, no browser impersonation.
+What it does not do: no telemetry, no update check by itself, no prompt or answer on disk, no call
+to any host that is not in the table `OUTBOUND` (room 1) unless you set it, no browser
+impersonation.
 
 The file reads from top to bottom in rooms. A room uses only names from rooms above it.
 
@@ -125,6 +126,7 @@ OUTBOUND = {
     "*.oaiusercontent.com": "pictures to and from the ChatGPT web site, where that is on",
     "auth.openai.com": "sign-in and sign-out, refresh of the tokens",
     "chatgpt.com": "model calls, the model list and the quota",
+    "pypi.org": "whether there is a newer azt, only when you ask",
 }
 """Every host that azt calls, and what for; "*" is one name. `open_response` refuses any other,
 unless the user named it himself: a proxy, or a base URL from the environment (mirrors, company
@@ -133,6 +135,7 @@ relays, the demo)."""
 CODEX_BASE_URL = "https://chatgpt.com/backend-api/codex"
 CHATGPT_BASE_URL = "https://chatgpt.com/backend-api"
 AUTH_BASE_URL = "https://auth.openai.com"
+VERSIONS_URL = "https://pypi.org/pypi/azt/json"
 OAUTH_CLIENT_ID = "app_EMoamEEZ73f0CkXaXp7hrann"
 
 # The backend hides models from clients older than their `minimal_client_version`, so the catalogue
@@ -147,6 +150,7 @@ MAX_BODY_BYTES, MAX_BODIES_BYTES = 128 * MIB, 512 * MIB  # of one request, of al
 MAX_TRAILER_BYTES, MAX_CHUNK_EXTENSION_BYTES = 8 * KIB, 256
 MAX_CODING_LAYERS, ZSTD_WINDOW_LOG = 2, 23
 MAX_JSON_DEPTH = 64
+MAX_LINE_BYTES = 256 * KIB  # of our own logs
 JSON_PIECES_MAX = 10_000
 HEADS_KEPT_MAX = 256
 MAX_CONNECTIONS, MAX_CONNECTIONS_PER_PEER, MAX_CONNECTIONS_LOOPBACK = 4096, 128, 2048
@@ -673,11 +677,18 @@ def append_bytes(path: Path, lines: bytes, sync: bool = False) -> int:
 
 @blocking
 def read_from(path: Path, start: int) -> Iterator[bytes]:
-    """The lines of one of our files from that byte on, one at a time; none without the file."""
+    """The lines of one of our files from that byte on, one at a time; none without the file.
+
+    What is longer than any line of ours (a power cut can leave a gigabyte of NULs) is skipped.
+    """
     with contextlib.suppress(FileNotFoundError), open(path, "rb", opener=_open_own) as file:
         file.seek(start)
-        while line := file.readline(MIB):  # no line of ours is longer: a torn file may be
-            yield line
+        is_inside = False
+        while line := file.readline(MAX_LINE_BYTES):
+            is_long = len(line) == MAX_LINE_BYTES
+            if not is_inside and not is_long:
+                yield line
+            is_inside = is_long
 
 
 @blocking
@@ -1236,6 +1247,10 @@ class Wire:
         self._lock = threading.Lock()
         self._sock: socket.socket | None = None
         self._ended = False
+        self.stages: dict[str, float] = {}  # how far a new connection came, and when
+
+    def note(self, stage: Literal["dns", "connect", "tls"]) -> None:
+        self.stages[stage] = time.monotonic()
 
     def attach(self, sock: socket.socket | None) -> None:
         """What `end` shuts from now on. Raises ConnectionAbortedError when the call was ended."""
@@ -1250,6 +1265,10 @@ class Wire:
             # Not `sock.shutdown`: that drops the TLS layer, and the reader would get ciphertext.
             if self._sock is not None:
                 socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
+
+
+def _is_listed(host: str) -> bool:
+    return not {host, "*." + host.partition(".")[2]}.isdisjoint(OUTBOUND)
 
 
 _Key = tuple[str, str, int]  # scheme, host, port: what a kept connection is good for
@@ -1293,8 +1312,7 @@ class ConnectionPool:
             parts = urllib.parse.urlsplit(url)
             key = parts.scheme, parts.hostname or "", parts.port or _PORTS[parts.scheme]
             host = key[1]
-            is_known = not {host, "*." + host.partition(".")[2]}.isdisjoint(OUTBOUND)
-            if host in self.egress.own_hosts or (is_known and key == ("https", host, 443)):
+            if host in self.egress.own_hosts or (_is_listed(host) and key == ("https", host, 443)):
                 return key
         text = f"azt does not call {host[:80]}: it is not in its table of hosts."
         raise UpstreamError(502, "upstream_unreachable", text)
@@ -1762,6 +1780,7 @@ def _connect(pool: ConnectionPool, key: _Key, wire: Wire) -> socket.socket:
 
     scheme, host, port = key
     egress = pool.egress
+    sys.audit("azt.call", host, port, egress)
     if egress.proxy_url and not proxy_bypass_environment(host, {"no": egress.no_proxy}):
         sock = _dial_proxy(pool, host, port, wire)
     else:
@@ -1777,6 +1796,7 @@ def _wrap(pool: ConnectionPool, sock: socket.socket, host: str, wire: Wire) -> s
             wire.attach(twin)
             secure = pool.tls().wrap_socket(sock, server_hostname=host)
             wire.attach(secure)
+            wire.note("tls")
         return secure
     except BaseException:  # whatever ended the handshake: nobody else knows the socket
         (secure or sock).close()
@@ -1785,13 +1805,17 @@ def _wrap(pool: ConnectionPool, sock: socket.socket, host: str, wire: Wire) -> s
 
 def _dial(host: str, port: int, wire: Wire) -> socket.socket:
     error: OSError = OSError("no address")
-    for family, kind, proto, _, address in _resolve(host, port):
+    addresses = _resolve(host, port)
+    wire.note("dns")
+    for family, kind, proto, _, address in addresses:
         sock = socket.socket(family, kind, proto)
         try:
             sock.settimeout(CONNECT_TIMEOUT_S)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             wire.attach(sock)
+            sys.audit("azt.dial", host)
             sock.connect(address)
+            wire.note("connect")
             return sock
         except OSError as caught:
             sock.close()
@@ -1891,6 +1915,121 @@ def _outbound_error(host: str, error: Exception) -> UpstreamError:
     text = f"azt could not reach {host}: {mask(str(error)) or 'the connection was closed'}. "
     text += "Check the network, or set a proxy with `azt settings set networkProxy.url`."
     return UpstreamError(502, "upstream_unreachable", text, fault="network")
+
+
+_STAGES = ("dns", "connect", "tls", "http")
+
+
+async def try_route(pool: ConnectionPool, workers: WorkerPool, url: str) -> Json:
+    """Call that host once, without any credentials: how far it came, and in how many ms.
+
+    {"target", "dns", "connect", "tls", "http", "status", "ok"}; where it failed {"stage", "code",
+    "message"} instead of what follows. `clockMs`: by how much its clock is ahead of ours.
+    """
+    parts, wire, last = urllib.parse.urlsplit(url), Wire(), time.monotonic()
+    target = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/robots.txt"
+    step: Json = {"target": parts.hostname}
+    call = Call("GET", target, OWN_HEADERS, head_timeout_s=CONNECT_TIMEOUT_S, once=True)
+    try:
+        answer = await open_answer(pool, workers, call, wire)
+        wire.stages["http"] = time.monotonic()
+        step |= {"status": answer.status, "ok": answer.status < 500}
+        told = email.utils.parsedate_tz(answer.headers.get("date", ""))
+        if told is not None:
+            step["clockMs"] = round((email.utils.mktime_tz(told) - time.time()) * 1000)
+        answer.close()
+    except UpstreamError as error:
+        ways = ("dns", "connect", "http") if parts.scheme == "http" else _STAGES
+        stage = next(one for one in ways if one not in wire.stages)
+        step |= {"ok": False, "stage": stage, "code": error.code, "message": error.message}
+    for stage in _STAGES:
+        if stage in wire.stages:
+            step[stage] = round((wire.stages[stage] - last) * 1000)
+            last = wire.stages[stage]
+    return step
+
+
+# -- see for yourself: what the interpreter itself reports (`azt start --audit`)
+
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_CHANGES = {
+    f"os.{name}" for name in "chmod link mkdir remove rename rmdir symlink truncate".split()
+}
+_LOCAL_NAMES = {"", "localhost", "0.0.0.0", "::", "127.0.0.1", "::1"}
+
+
+class Audit:
+    """Tells on stderr what this process connects to, listens on, writes and starts, and refuses
+    every host that is neither in `OUTBOUND` nor named by the user. There is no way back.
+
+    It sees all Python code of this process, not what another program does that azt starts.
+    folders  where azt may write; a write elsewhere is marked
+    """
+
+    def __init__(self, *folders: Path) -> None:
+        self._folders = [os.path.realpath(folder) + os.sep for folder in folders]
+        self._named = set(_LOCAL_NAMES)
+        self._here = threading.local()
+        sys.dont_write_bytecode = True
+        sys.addaudithook(self)
+
+    def __call__(self, event: str, args: tuple[Any, ...]) -> None:
+        if event == "azt.call":
+            host, port, egress = args
+            proxy = urllib.parse.urlsplit(egress.proxy_url).hostname or ""
+            if _is_listed(host) or host in egress.own_hosts:
+                self._named |= {host, proxy}
+            self._judge(f"calls {host}:{port}", host)
+        elif event == "azt.dial":
+            self._here.host = args[0]
+        elif event in ("socket.connect", "socket.sendto", "socket.sendmsg"):
+            if isinstance(args[1], tuple):
+                host = self._here.__dict__.pop("host", args[1][0])
+                self._judge(f"connects to {host}:{args[1][1]} at {args[1][0]}", host)
+        elif event in ("socket.getaddrinfo", "socket.gethostbyname"):
+            host = args[0].decode() if isinstance(args[0], bytes) else args[0] or ""
+            if not re.fullmatch(r"[\d.]+|.*:.*", host) and host not in self._named:
+                self._judge(f"looks up {host}", host)
+        elif event == "azt.listen":
+            self._named.add(args[0])
+        elif event == "socket.bind" and isinstance(args[1], tuple):
+            self._tell(f"listens on {args[1][0]}:{args[1][1]}")
+        elif event in ("subprocess.Popen", "os.exec", "os.posix_spawn", "os.system"):
+            self._tell(f"starts {args[0] or args[1]}: what that does is not seen here")
+        else:
+            self._file(event, args)
+
+    def _file(self, event: str, args: tuple[Any, ...]) -> None:
+        paths = [os.fsdecode(one) for one in args[:2] if isinstance(one, str | bytes | Path)]
+        if event == "open":
+            path, mode, flags = args
+            is_known = mode is None and self._here.__dict__.pop("opened", None) == path
+            if paths and flags & _WRITES and path != os.devnull and not is_known:
+                self._here.opened = path if mode else None  # its `opener` is no second opening
+                self._written("writes", paths[:1])
+        elif event in _CHANGES:
+            if event in ("os.remove", "os.rmdir") and args[1] != -1:  # seen from an open folder
+                with contextlib.suppress(OSError):
+                    paths[0] = os.path.join(os.readlink(f"/proc/self/fd/{args[1]}"), paths[0])
+            self._written(event.removeprefix("os.") + "s", paths)
+        elif event == "sqlite3.connect" and "mode=ro" not in str(args[0]):
+            self._written("writes", [urllib.parse.urlsplit(str(args[0])).path])
+
+    def _written(self, does: str, paths: list[str]) -> None:
+        where = os.path.realpath(paths[-1]) + os.sep if paths else ""  # none: an open file
+        is_ours = any(where.startswith(folder) for folder in self._folders)
+        if where:
+            self._tell(f"{does} {' -> '.join(paths)}" + ("" if is_ours else "  <- not azt's own"))
+
+    def _judge(self, does: str, host: str) -> None:
+        is_known = host in self._named
+        self._tell(does if is_known else f"REFUSED: {does}")
+        if not is_known:
+            raise PermissionError(errno.EACCES, "--audit: it is not in the table of hosts")
+
+    def _tell(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            os.write(2, f"azt audit: {mask(text)}\n".encode(errors="replace"))
 
 
 # ==================================================================================================
@@ -7762,7 +7901,10 @@ class RequestLog:
 
     @blocking
     def load(self, path: Path, since_ms: int) -> None:
-        for line in read_from(path, 0):
+        size, most = path.stat().st_size if path.exists() else 0, self.lines.maxlen or 0
+        start = max(0, size - max(most, 100) * 16 * KIB)
+        self.written = 1 << 30 if start else 0  # so far too long that it is written anew
+        for line in read_from(path, start):
             self.written += 1
             with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                 if json.loads(line)["at"] >= since_ms:
@@ -11266,6 +11408,7 @@ async def _serving(gw: Gateway, host: str, port: int) -> AsyncIterator[tuple[Htt
     """A loaded gateway that listens, and its address for this machine."""
     server = HttpServer(routes_of(gw), gw, policy_source(gw), gw.recorded)
     gw.running = lambda: server.running
+    sys.audit("azt.listen", host)
     try:
         gw.listening = await server.listen(host, port)
     except OSError as error:
@@ -11374,8 +11517,11 @@ def _start(args: argparse.Namespace) -> int:
     for flag, key in (("host", "server.host"), ("port", "server.port"), ("log_level", "log.level")):
         if (value := getattr(args, flag)) is not None:
             flags[key] = check_setting(key, value, "--" + flag.replace("_", "-"))
-    opens_browser = args.command == "start" and not args.no_open
-    asyncio.run((_run_demo if args.demo else _run)(read_environment(), flags, opens_browser))
+    opens_browser, environment = args.command == "start" and not args.no_open, read_environment()
+    if args.audit:
+        paths = environment.paths
+        Audit(*([Path(tempfile.gettempdir())] if args.demo else [paths.home, paths.codex_home]))
+    asyncio.run((_run_demo if args.demo else _run)(environment, flags, opens_browser))
     return EXIT_OK
 
 
@@ -11797,7 +11943,9 @@ def _codex_change(path: str) -> _Run:
         lines = [plan["path"], *(diff if "diff" in plan else emails)]
         lines += [f"{moves} conversations move to openai."] if moves else []
         if not plan.get("installed", True):
-            lines.append("No Codex has been here yet: start it once, or set CODEX_HOME to its home.")
+            lines.append(
+                "No Codex has been here yet: start it once, or set CODEX_HOME to its home."
+            )
         if plan.get("keyNeeded"):
             lines.append("azt asks for a key, Codex sends none. To let this machine in without:")
             lines.append("    azt settings set apiKeys.loopbackExempt true")
@@ -11964,6 +12112,7 @@ _revoke_key = _admin("DELETE", "/keys/{name}", lambda _: ["Revoked. With no key 
 # or none.
 _ARGUMENTS: dict[str, str | Json] = {
     "--all": "all accounts",
+    "--audit": "print each connection and each file written; refuse hosts outside the table",
     "--by": {"choices": ("model", "account", "client", "endpoint"), "help": "split the sums"},
     "--demo": "play the upstream too: no account, no network",
     "--device": "sign in with a code, on any device",
@@ -12009,8 +12158,8 @@ _ARGUMENTS: dict[str, str | Json] = {
 
 # Command, its arguments | what it is for. All but `start` and `serve` also take --json.
 _COMMANDS: dict[str, _Run] = {
-    "start --host --port --demo --log-level --no-open | start the gateway": _start,
-    "serve --host --port --demo --log-level | start the gateway without a browser": _start,
+    "start --host --port --demo --audit --log-level --no-open | start the gateway": _start,
+    "serve --host --port --demo --audit --log-level | start the gateway without a browser": _start,
     "login --device --no-browser | sign in with an account": _sign_in,
     "logout ACCOUNT | end the sign-in of an account and forget it": _logout,
     "status | show what runs and which account serves": _status,

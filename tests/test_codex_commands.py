@@ -84,6 +84,15 @@ def test_nobody_to_ask_means_nothing_is_written(person: Person) -> None:
     assert not person.config.exists()
 
 
+def test_where_codex_has_never_been_a_take_over_says_what_to_do(person: Person) -> None:
+    shutil.rmtree(person.home)
+
+    told = person.codex("takeover", "--dry-run")
+
+    assert "start it once, or set CODEX_HOME" in told
+    assert not person.home.exists()
+
+
 @pytest.mark.parametrize(("typed", "is_written"), [("y\n", True), ("\n", False), ("n\n", False)])
 def test_a_terminal_is_shown_the_change_and_asked(
     person: Person, typed: str, is_written: bool

@@ -876,3 +876,11 @@ def test_a_key_is_needed_from_its_making_until_it_is_revoked(idle: Gateway) -> N
     assert statuses(phone) == [200, 200]
     assert laptop not in idle.log()
     assert idle.stop() == 0
+
+
+# -- log ------------------------------------------------------------------------------------------
+
+
+def test_a_log_without_a_request_says_so(place: Gateway) -> None:
+    assert good(place.azt("log")) == "No requests yet.\n"
+    assert good(place.azt("log", "--json")) == ""

@@ -105,6 +105,41 @@ def test_a_token_never_survives_whatever_stands_around_it(before: str, after: st
     assert JWT.split(".")[1] not in azt.mask(f"{before} {JWT} {after}")
 
 
+LETTERS = st.characters(codec="ascii", categories=("L", "Nd"))
+NOISE = st.text(st.sampled_from(" \n\t\0\"',;&?(){}[]<>|é\u2028"), max_size=12)
+FORMS = [
+    "Authorization: Bearer {}",
+    "authorization: basic {}",
+    "Proxy-Authorization: Basic {}",
+    "sk-{}",
+    "rt_{}",
+    "azt_{}",
+    "azt_admin_{}",
+    "eyJ{0}.{0}.{0}",
+    "Cookie: a=1; azt_session={}",
+    "azt_session={}",
+    "Set-Cookie: s={}; Path=/",
+    "code={}",
+    "http://localhost/cb?state={}&x=1",
+    "http://user:{}@proxy.corp:3128",
+    *('"{0}": "{1}"'.replace("{0}", name) for name in (
+        "access_token", "refresh_token", "id_token", "session_token", "token", "accessToken",
+        "api_key", "client_secret", "code_verifier", "authorization_code", "user_code", "password",
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", [form.replace("{1}", "{}") for form in FORMS])
+@given(before=NOISE, secret=st.text(LETTERS, min_size=12, max_size=60), after=NOISE)
+def test_no_secret_of_any_form_survives_the_scrubber(
+    form: str, before: str, secret: str, after: str
+) -> None:
+    masked = azt.mask(f"{before} {form.format(secret)} {after}")
+
+    assert secret not in masked
+    assert len(masked.splitlines()) == 1
+
+
 # -- The log --------------------------------------------------------------------------------------
 
 
