@@ -34,6 +34,7 @@ NODE_PACKAGES = {
     "@ai-sdk/openai-compatible": "^3",
     "@openai/codex": "^0.169",
     "ai": "^7",
+    "axe-core": "^4",
     "openai": "^7",
     "zod": "^4",
 }

@@ -1256,6 +1256,7 @@ class FakeUpstream:
     rotations              (refresh token, the one given for it), in order
     person                 (account id, user id, e-mail, plan) of whoever signs in at the issuer
     device_answer          what the issuer adds to the code for a device (`interval`, `expires_in`)
+    quotas                 account id -> (used percent, seconds to the reset) of its two windows
     codes                  code -> what it was given out for; a used one is None
     devices                user code -> "pending", "approved" or "used"
     web                    the ChatGPT web site and its pictures
@@ -1283,6 +1284,7 @@ class FakeUpstream:
         self.lite_required = False
         self.person = ("acct-1", "user-1", "ada@example.com", "plus")
         self.device_answer: Json = {"interval": "1"}
+        self.quotas: dict[str, list[tuple[int, int]]] = {}
         self.codes: dict[str, Json | None] = {}
         self.devices: dict[str, str] = {}
         self.web = WebSite(self.url)
@@ -1625,9 +1627,18 @@ class FakeUpstream:
         return Reply(json={**made, "output": output, "usage": usage()})
 
     def _usage(self, seen: Seen) -> Reply:
-        now = int(time.time())
-        window = {"used_percent": 10, "limit_window_seconds": 18_000, "reset_after_seconds": 900}
-        week = {"used_percent": 20, "limit_window_seconds": 604_800, "reset_after_seconds": 90_000}
+        now, account = int(time.time()), str(seen.account)
+        primary, secondary = (
+            {
+                "used_percent": used,
+                "limit_window_seconds": length,
+                "reset_after_seconds": after,
+                "reset_at": now + after,
+            }
+            for length, (used, after) in zip(
+                (18_000, 604_800), self.quotas.get(account, [(10, 900), (20, 90_000)]), strict=True
+            )
+        )
         return Reply(
             json={
                 "plan_type": _plan(seen),
@@ -1635,8 +1646,8 @@ class FakeUpstream:
                 "rate_limit": {
                     "allowed": True,
                     "limit_reached": False,
-                    "primary_window": {**window, "reset_at": now + 900},
-                    "secondary_window": {**week, "reset_at": now + 90_000},
+                    "primary_window": primary,
+                    "secondary_window": secondary,
                 },
                 "code_review_rate_limit": None,
                 "additional_rate_limits": None,
