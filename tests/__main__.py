@@ -2,6 +2,7 @@
 
 Arguments go to pytest, and then only pytest runs: `python3 tests -k stream`. With `--trust` the
 tests that back a number of the README's claims run with their full counts, and a table ends it.
+With `--screenshots` no test runs: every view of the console becomes a picture, to be looked at.
 
 The environment lies in `.azt-test-env` in the checkout (ignored by git) and is made anew when
 `pyproject.toml`, the Node packages below or the Python version change. Needs Python 3.11 with venv;
@@ -55,6 +56,10 @@ def main(arguments: list[str]) -> int:
     except subprocess.CalledProcessError as error:
         say(f"The test environment cannot be prepared: {' '.join(map(str, error.cmd))} failed.")
         return 2
+    if "--screenshots" in arguments:
+        names = [one for one in arguments if one != "--screenshots"]
+        pictures = [BIN / "python", ROOT / "tests/browser/screenshots.py", *names]
+        return subprocess.run(pictures, cwd=ROOT, env=variables()).returncode
     failed = [] if arguments else run_checks()
     with tempfile.TemporaryDirectory(prefix="azt-claims-") as claims:
         command = [BIN / "pytest", *pytest_options(arguments), f"--claims={claims}"]

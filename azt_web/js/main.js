@@ -42,8 +42,8 @@ function frame() {
     icon(shape), h('span', null, t(words)), h('b', { class: 'count', hidden: true })))),
   h('li', { class: 'n-more' }, h('button', { type: 'button', on: { click: openMore } }, icon('more'), h('span', null, t('nav.more')))));
   fill($('foot'), h('p', { class: 'live', id: 'live' }, h('i'), h('span')), h('p', { class: 'note', id: 'version' }), languages());
-  fill($('tools'), h('button', { type: 'button', class: 'find', id: 'find', 'aria-label': t('shell.search'), title: t('shell.search'),
-    on: { click: () => openBox(NAV) } }, icon('search'), h('span', null, t('shell.search')), h('kbd', null, 'Ctrl K')),
+  fill($('tools'), h('button', { type: 'button', class: 'find', id: 'find', title: t('shell.search'),
+    on: { click: () => openBox(NAV) } }, icon('search'), h('span', null, t('shell.search')), h('kbd', { 'aria-hidden': 'true' }, 'Ctrl K')),
   h('span', { class: 'base', id: 'base' }), iconButton(isDark() ? 'sun' : 'moon', t('shell.theme'), flipTheme, { id: 'theme' }),
   h('span', { class: 'primary-slot', id: 'primary' }));
   base();
@@ -52,8 +52,8 @@ function frame() {
 }
 
 const languages = () => h('div', { class: 'languages', role: 'group', 'aria-label': t('shell.language') },
-  [['en', 'EN', 'English'], ['zh-CN', '中', '简体中文']].map(([code, short, name]) => h('button', { type: 'button', lang: code,
-    'aria-label': name, title: name, 'aria-pressed': String(lang() === code), on: { click: () => setLang(code) } }, short)));
+  [['en', 'English'], ['zh-CN', '中文']].map(([code, name]) => h('button', { type: 'button', lang: code,
+    'aria-pressed': String(lang() === code), on: { click: () => setLang(code) } }, name)));
 
 function flipTheme() {
   setTheme(isDark() ? 'light' : 'dark');
@@ -69,9 +69,9 @@ function openMore() {
 
 function base() {
   const url = get('gateway').baseUrl || '';
-  fill($('base'), url && copyButton(() => get('gateway').baseUrl, '', { kind: 'chip-copy', 'aria-label': t('shell.copyBase', { url }),
-    title: t('shell.copyBase', { url }) }));
-  $('base').firstChild?.prepend(h('small', null, t('shell.base')), h('code', null, url.replace('http://', '')));
+  const short = url.replace('http://', ''), words = t('shell.copyBase', { url: short });
+  fill($('base'), url && copyButton(() => get('gateway').baseUrl, '', { kind: 'chip-copy', 'aria-label': words, title: words }));
+  $('base').firstChild?.prepend(h('small', null, t('shell.base')), ' ', h('code', null, short));
   text($('version'), [get('gateway').listen?.[0], get('gateway').version && `v${get('gateway').version}`].filter(Boolean).join(' · '));
 }
 

@@ -4,10 +4,10 @@ import { fill, h, icon } from './dom.js';
 import { clock, isMasking, setMasking } from './format.js';
 import { lang, setLang, t } from './i18n.js';
 import { go, hash, remount } from './router.js';
+import { CLIENTS } from './snippets.js';
 import { get, nameOf } from './store.js';
 import { copy, dialog, fail, isDark, messages, setTheme, toast } from './ui.js';
 
-const CLIENTS = ['python', 'javascript', 'curl', 'codex', 'openclaw', 'cline', 'openwebui'];
 const SECTIONS = ['general', 'routing', 'codex', 'images', 'network', 'sharing', 'data', 'about'];
 const KEYS = [['Ctrl K', 'keys.box'], ['/', 'keys.search'], ['g o', 'nav.overview'], ['g a', 'nav.accounts'],
   ['g p', 'nav.play'], ['g l', 'nav.log'], ['g u', 'nav.usage'], ['g c', 'nav.connect'], ['g s', 'nav.settings'],
@@ -44,7 +44,7 @@ function entries(pages) {
       { icon: 'switch', words: t('box.serve', { name: nameOf(one) }), hint: one.email, run: () => activate(one) },
       { icon: 'accounts', words: nameOf(one), hint: t('box.account'), run: () => go(hash('accounts', [one.id])) },
     ]),
-    ...CLIENTS.map((one) => page('connect', t('box.connect', { name: t(`client.${one}`) }), ['connect', [one]])),
+    ...CLIENTS.map(({ id }) => page('connect', t('box.connect', { name: t(`client.${id}`) }), ['connect', [id]])),
     ...SECTIONS.map((one) => page('settings', `${t('nav.settings')}: ${t(`section.${one}`)}`, ['settings', [one]])),
     { icon: isDark() ? 'sun' : 'moon', words: t('shell.theme'), run: () => setTheme(isDark() ? 'light' : 'dark') },
     { icon: 'info', words: t('box.language'), run: () => setLang(lang() === 'en' ? 'zh-CN' : 'en') },

@@ -345,8 +345,7 @@ export function meter(quota, options = {}) {
     ticking(reset, now?.resetsAt || 0, say);
     reset.title = now?.resetsAt ? exact(now.resetsAt) : '';
     track.setAttribute('aria-label', name.textContent);
-    if (has) track.setAttribute('aria-valuenow', String(value));
-    else track.removeAttribute('aria-valuenow');
+    track.setAttribute('aria-valuenow', String(has ? value : 0));
     track.setAttribute('aria-valuetext', [left.textContent, say(), words].filter(Boolean).join(', '));
   };
   el.patch(quota, options);

@@ -1,0 +1,84 @@
+"""Every view of the console that is looked at: as a picture, by axe, for overflow, in two languages.
+
+A page joins by a line in `VIEWS`. `prepare` gets the open page and does what leads to the view.
+`scene` is what they are all shown with: accounts in every state, and calls that went well and not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fake_upstream import FakeUpstream, Json, account_file, limit_reached, text
+from harness import Client
+
+
+@dataclass(frozen=True)
+class View:
+    """`route` behind `#/`; `ready`: what is there when it is all there; `empty`: no account."""
+
+    name: str
+    route: str
+    ready: str
+    prepare: Callable[[Any], None] | None = None
+    empty: bool = False
+    proof: bool = True
+
+
+def _open_box(page: Any) -> None:
+    page.keyboard.press("Control+k")
+    page.get_by_role("option").first.wait_for()
+
+
+def _cut_off(page: Any) -> None:
+    page.route("**/_gateway/admin/**", lambda route: route.abort())
+    page.evaluate("import('/js/live.js').then((live) => live.retryNow())")
+    page.locator("#offline").wait_for()
+
+
+VIEWS = [
+    View("overview", "overview", ".figures + .cols .plot svg"),
+    View("overview-first-run", "overview", ".first .btn.primary", empty=True),
+    View("overview-offline", "overview", ".figures", _cut_off),
+    View("command-box", "overview", ".figures", _open_box),
+    View("sign-in", "signin", ".signin form"),
+    View("not-found", "nowhere", ".empty"),
+]
+
+PEOPLE = {
+    "ada@example.com": ("plus", [(38, 11_200), (79, 250_000)]),
+    "work@corp.example": ("team", [(6, 16_860), (12, 500_000)]),
+    "lab-02@example.com": ("plus", [(29, 17_700), (20, 520_000)]),
+    "spare@example.com": ("free", [(60, 9_000), (31, 400_000)]),
+    "night@example.net": ("plus", [(100, 1_440), (64, 300_000)]),
+    "a-very-long-name-of-a-laboratory-that-goes-on@research.example.org": (
+        "pro",
+        [(97, 7_200), (50, 90_000)],
+    ),
+}
+
+
+def people() -> list[Json]:
+    return [
+        account_file(f"acct-{at}", f"user-{at}", email, plan)
+        for at, (email, (plan, _)) in enumerate(PEOPLE.items(), 1)
+    ]
+
+
+def scene(upstream: FakeUpstream, client: Client, proof: dict[str, str]) -> None:
+    """Read all quotas, and make calls of several clients, some of which fail."""
+    for at, (_, windows) in enumerate(PEOPLE.values(), 1):
+        upstream.quotas[f"acct-{at}"] = windows
+    client.post("/_gateway/admin/accounts/refresh-quotas", {}, headers=proof)
+    calls = [("OpenAI/Python 2.0", 9), ("Cline/3.2", 5), ("curl/8.5", 2)]
+    for agent, times in calls:
+        for _ in range(times):
+            asked = {"model": "gpt-5.5", "messages": [{"role": "user", "content": "Say OK"}]}
+            client.post("/v1/chat/completions", asked, headers={"User-Agent": agent})
+    upstream.script(text("O", "K"), delays=0.05)
+    client.responses_stream("Count to 20")
+    upstream.script(status=429, json=limit_reached(7200))
+    client.post("/v1/responses", {"model": "gpt-5.5", "input": "hi"})
+    client.post("/v1/responses", {"model": "no-such-model", "input": "hi"})
+    client.post("/v1/chat/completions", {"model": "gpt-5.5"})
