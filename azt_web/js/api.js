@@ -62,10 +62,14 @@ export const upload = async (path, form, query) => parsed(await call('POST', pat
 export async function download(path, body, method = 'POST') {
   const answer = await call(method, path, method === 'GET' ? { query: body } : { body });
   const named = /filename="([\w.-]{1,80})"/.exec(answer.headers.get('content-disposition') || '');
-  const url = URL.createObjectURL(await answer.blob());
+  saveBlob(await answer.blob(), named ? named[1] : 'azt-download');
+}
+
+export function saveBlob(blob, name) {
+  const url = URL.createObjectURL(blob);
   const link = document.createElement('a');
   link.setAttribute('href', url);
-  link.setAttribute('download', named ? named[1] : 'azt-download');
+  link.setAttribute('download', name);
   link.click();
   setTimeout(() => URL.revokeObjectURL(url), 10000);
 }

@@ -122,3 +122,10 @@ export function waterfall(steps) {
     return h('div', null, h('dt', null, label), h('dd', null, h('span', { class: 'lane', vars }, h('i')), duration(ms)));
   }));
 }
+
+/** The timing of a request (console.md 6.6) as such steps; what is not known is left out. */
+export function timingRows({ queueMs = 0, connectMs = 0, firstByteMs, firstTokenMs, streamMs }) {
+  const steps = { queue: queueMs, connect: connectMs, wait: firstByteMs - queueMs - connectMs,
+    first: firstTokenMs - firstByteMs, stream: streamMs };
+  return Object.entries(steps).filter(([, ms]) => ms > 0).map(([name, ms]) => ({ label: t(`log.t.${name}`), ms }));
+}

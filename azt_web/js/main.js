@@ -7,7 +7,9 @@ import { follow, refetch, retryNow } from './live.js';
 import { openBox, showShortcuts } from './palette.js';
 import { page as accounts } from './pages/accounts.js';
 import { install as installAdd } from './pages/add.js';
+import { page as log } from './pages/log.js';
 import { page as overview } from './pages/overview.js';
+import { page as playground } from './pages/play.js';
 import { askProof, page as signin } from './pages/signin.js';
 import * as router from './router.js';
 import { accountOf, get, load, nameOf, on, set, statusCounts } from './store.js';
@@ -26,7 +28,7 @@ const unknown = {
     return { primary: null };
   },
 };
-const PAGES = { overview, accounts, signin, pair: signin, open: signin, unknown };
+const PAGES = { overview, accounts, playground, log, signin, pair: signin, open: signin, unknown };
 const NEEDS_ACTION = ['login_rejected', 'auth_error', 'expired'];
 
 const $ = (id) => document.getElementById(id);

@@ -27,7 +27,7 @@ function about({ why, accountId }) {
 export function verdict(row) {
   if (!row.why) return t(row.result === 'running' ? 'why.running' : 'why.fine', { d: duration(row.durationMs) });
   const { code, text } = row.why, { params } = about(row);
-  const told = [`why.${code}`, `why.${code}.bare`].filter(known).map((key) => t(key, params));
+  const told = [`why.${code}`, `why.${code}.until`, `why.${code}.bare`].filter(known).map((key) => t(key, params));
   return told.find((one) => !/\{\w+\}/.test(one)) ?? text ?? code;
 }
 

@@ -36,10 +36,10 @@ function patchRow(el, row) {
   if (shown.get(el) === row) return el;
   const { durationMs: whole, firstTokenMs: first, tokens, attempts } = row;
   shown.set(el, row);
-  el.className = row.result;
+  el.dataset.result = row.result;
   while (el.children.length > 1) el.lastChild.remove(); // the first holds the link, and perhaps the focus
   el.append(...[[state(row)], [row.endpoint], [row.model], [accountText(row), attempts > 1 && h('span', { class: 'tag' }, `×${attempts}`)],
-    [compact(tokens?.total)], [whole && h('span', { class: 'mini', vars: { '--v': `${((first ?? whole) / whole) * 100}%` } }),
+    [compact(tokens?.total)], [first && h('span', { class: 'mini', vars: { '--v': `${(first / whole) * 100}%` } }),
       duration(whole)], [row.client]].map((one, at) => h('td', { class: at === 4 || at === 5 ? 'num' : null }, one)));
   el.children[6].title = first ? t('play.first', { d: duration(first) }) : '';
   return el;
