@@ -63,6 +63,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import platform
 import queue
@@ -6738,6 +6739,7 @@ class Turn:
     on_news     told when `account` or `attempts` has changed
     keys        what names the conversation (its session, an earlier response, a Codex thread): it
                 stays with one account while that one can serve
+    pinned      the id of the account that a person chose for this turn: no other is tried
     """
 
     body: bytes = field(repr=False)
@@ -6746,6 +6748,7 @@ class Turn:
     translator: Callable[[], Translator] | None = None
     on_news: Callable[[Turn], None] = lambda turn: None
     keys: tuple[str, ...] = ()
+    pinned: str = ""
     account: Account | None = None
     attempts: int = 0
     tries: list[Json] = field(default_factory=list)  # for the request log: of each attempt
@@ -7120,10 +7123,10 @@ class Rotation:
         raises   AztError: the failure, when nothing more may be tried
         """
         loop = asyncio.get_running_loop()
-        began, body, home = loop.time(), turn.body, self.sticky.find(turn.keys)
+        began, body, home = loop.time(), turn.body, turn.pinned or self.sticky.find(turn.keys)
         tried: dict[str, AztError] = {}
         while True:
-            account = self.choose(home, tried)
+            account = self._store.find(home) if turn.pinned else self.choose(home, tried)
             turn.body = body
             if home and account.id != home:
                 turn.body = await in_thread(self._calls, _without_reasoning, body)
@@ -7132,12 +7135,14 @@ class Rotation:
             except AztError as error:
                 tried[account.id] = error
                 self._blame(account, error)
+                if turn.pinned:
+                    raise
                 pause_s = random.uniform(0, TRY_JITTER_S)
                 if loop.time() + pause_s - began > LAST_TRY_S or not self._moves_on(tried):
                     raise self._failure(tried) from None
                 await asyncio.sleep(pause_s)
             else:
-                self._praise(turn.keys, account, home)
+                self._praise(() if turn.pinned else turn.keys, account, home)
                 return result
 
     def choose(self, home: str = "", tried: dict[str, AztError] | None = None) -> Account:
@@ -7933,7 +7938,7 @@ SAVE_LATER_S, MINUTE_S, JOB_KEPT_S = 5.0, 60.0, 600.0
 
 @dataclass(slots=True)
 class Job:
-    """Long work for many things, with its progress."""
+    """Long work for many things, with its progress. `result` is what the work on one told last."""
 
     id: str
     kind: str
@@ -7943,6 +7948,7 @@ class Job:
     done: int = 0
     failures: list[Json] = field(default_factory=list)
     ended_at: float = 0.0
+    result: Json | None = None
     task: asyncio.Task[None] | None = None
 
     async def run(
@@ -7953,14 +7959,15 @@ class Job:
         async def worker() -> None:
             for one in waiting:
                 try:
-                    await work(one)
+                    told = await work(one)
+                    self.result = told if isinstance(told, dict) else self.result
                 except AztError as error:
                     self.failures.append({"id": one, "code": error.code, "message": error.message})
                 self.done += 1
 
         try:
             await asyncio.gather(*(worker() for _ in range(at_once)))
-            self.state = "done"
+            self.state = "failed" if 0 < self.total == len(self.failures) else "done"
         except Exception:  # a mistake in the work must show in the job
             log.exception("job %s failed", self.kind)
             self.state = "failed"
@@ -7972,6 +7979,7 @@ class Job:
 
 FLUSH_PAUSE_S, SUMS_EVERY_S = 0.5, 60.0
 EVENTS_KEPT, WATCHERS_MAX, WATCHER_WAITING_MAX, PING_S = 500, 8, 1000, 15.0
+WATCH_LINGER_S, TELL_EVERY_S, CODEX_EVERY_S, TOLD_AT_ONCE_MAX = 60.0, 0.25, 3.0, 100
 
 
 class Events:
@@ -7980,7 +7988,8 @@ class Events:
     def __init__(self) -> None:
         self.newest_id = 0
         self._kept: collections.deque[tuple[int, bytes]] = collections.deque(maxlen=EVENTS_KEPT)
-        self._watchers: list[asyncio.Queue[bytes]] = []
+        self._watchers: list[tuple[str, asyncio.Queue[bytes]]] = []  # session, what it shall get
+        self.watched_s = -math.inf  # monotonic: when somebody last watched
 
     def publish(self, name: str, data: Json) -> None:
         self.newest_id += 1
@@ -7988,22 +7997,41 @@ class Events:
         event = raw % (self.newest_id, name.encode(), encode_json(data))
         self._kept.append((self.newest_id, event))
         for watcher in list(self._watchers):
-            if watcher.qsize() < WATCHER_WAITING_MAX:
-                watcher.put_nowait(event)
+            if watcher[1].qsize() < WATCHER_WAITING_MAX:
+                watcher[1].put_nowait(event)
             else:
                 self._end(watcher)  # it does not read: it may come back, and catch up
 
-    def _end(self, watcher: asyncio.Queue[bytes]) -> None:
-        self._watchers.remove(watcher)
-        watcher.put_nowait(b'event: bye\ndata: {"reason":"too_many"}\n\n')
-        watcher.put_nowait(b"")
+    def is_watched(self) -> bool:
+        """Or was a moment ago: who returns then is told what happened meanwhile."""
+        now_s = time.monotonic()
+        self.watched_s = now_s if self._watchers else self.watched_s
+        return now_s - self.watched_s < WATCH_LINGER_S
 
-    async def watch(self, hello: Json, last_id: int | None) -> AsyncIterator[bytes]:
+    def forget(self) -> None:
+        """From here on nobody is told of everything: who returns later begins anew."""
+        self.newest_id += 1
+        self._kept.clear()
+
+    def end(self, reason: str, session: str | None = None) -> None:
+        """End the streams of a session, or all of them."""
+        for watcher in [one for one in self._watchers if session in (None, one[0])]:
+            self._end(watcher, reason)
+
+    def _end(self, watcher: tuple[str, asyncio.Queue[bytes]], reason: str = "too_many") -> None:
+        self._watchers.remove(watcher)
+        watcher[1].put_nowait(b'event: bye\ndata: {"reason":"%b"}\n\n' % reason.encode())
+        watcher[1].put_nowait(b"")
+
+    async def watch(
+        self, hello: Json, last_id: int | None, session: str = ""
+    ) -> AsyncIterator[bytes]:
         """The events as they come, first those since `last_id`. Too old for that: `resync`."""
-        while len(self._watchers) >= WATCHERS_MAX:
-            self._end(self._watchers[0])
+        own = [one for one in self._watchers if one[0] == session]
+        for watcher in own[: max(0, len(own) + 1 - WATCHERS_MAX)]:
+            self._end(watcher)
         mine: asyncio.Queue[bytes] = asyncio.Queue()
-        self._watchers.append(mine)
+        self._watchers.append((session, mine))
         hello = {"eventId": self.newest_id, **hello}
         missed = [event for number, event in self._kept if number > (last_id or 0)]
         is_known = last_id is None or self.newest_id - last_id <= len(missed)
@@ -8020,7 +8048,7 @@ class Events:
                 yield event
         finally:
             with contextlib.suppress(ValueError):
-                self._watchers.remove(mine)
+                self._watchers.remove((session, mine))
 
 
 class Gateway:
@@ -8056,10 +8084,13 @@ class Gateway:
         self.codex_seen: Json = {}  # Codex's files as they were when somebody last looked
         self.renewals.on_renewed = functools.partial(in_thread, self.files, self.codex.follow)
         self.started_at = time.time()
-        self.running: Callable[[], int] = lambda: 0  # requests, told by who serves
+        # The calls of the API that are being answered, told by who serves.
+        self.running: Callable[[], list[RequestRecord]] = list
         self.usage = UsageStats()
         self.requests = RequestLog(0)
         self.events = Events()
+        self.telling: asyncio.Task[None] | None = None  # who watches of changes (room 16c)
+        self.minute = {"t": 0, "ok": 0, "failed": 0}  # the newest in which a request has ended
         self.ended: list[RequestRecord] = []  # and not counted yet
         self._counting = asyncio.Lock()
         self._flushing: asyncio.Task[None] | None = None
@@ -8085,8 +8116,17 @@ class Gateway:
     async def with_codex(self, work: Callable[..., Json], *arguments: Any) -> Json:
         """One piece of work on Codex's files, in the thread that all file work shares."""
         done = await in_thread(self.files, work, *arguments)
-        self.codex_seen = await in_thread(self.files, self.codex.look, f"{self.url}/codex/v1")
+        await self.look_at_codex()
         return done
+
+    async def look_at_codex(self) -> None:
+        """What is so by now. A sign-in that azt has lost and Codex has anew comes back."""
+        self.codex_seen = await in_thread(self.files, self.codex.look, f"{self.url}/codex/v1")
+        ours = self.store.accounts.get(str(self.codex_seen["auth"]["accountId"]))
+        if ours is not None and ours.rejected:
+            found = await in_thread(self.files, read_codex_sign_in, self.paths.codex_auth)
+            if ours.rejected and self.renewals.adopt(found):
+                await self.renewals.keep()
 
     @blocking
     @disk_errors()
@@ -8119,11 +8159,20 @@ class Gateway:
 
     @property
     def notices(self) -> list[Json]:
-        """What the person should know about the state on disk (console.md 6.2)."""
-        found = [{"code": "state_damaged", "params": {"file": name}} for name in self.damaged]
-        if self.renewals.unsaved:
-            found.append({"code": "accounts_unsaved", "params": {"why": self.renewals.unsaved}})
-        return [{"id": f"n{at}", "level": "error", **one} for at, one in enumerate(found)]
+        """What the person should know, the most urgent first (console.md 6.2)."""
+        found: list[Json] = [
+            {"code": "state_damaged", "level": "error", "params": {"file": name}}
+            for name in self.damaged
+        ]
+        if why := self.renewals.unsaved:
+            found.insert(0, {"code": "accounts_unsaved", "level": "error", "params": {"why": why}})
+        for one in itertools.islice((a for a in self.store.accounts.values() if a.rejected), 20):
+            params = {"id": one.id, "account": one.name, "reason": one.rejected}
+            action = {"kind": "login", "accountId": one.id}
+            wish: Json = {"code": "login_rejected", "level": "warn", "params": params}
+            found.append(wish | {"action": action})
+        ids = (":".join((one["code"], *one["params"].values())) for one in found)
+        return [{"id": name, **one} for name, one in zip(ids, found, strict=True)]
 
     def _apply_settings(self, saved: Json | None) -> None:
         self.settings = load_settings(saved, self.environment, self.flags)
@@ -8184,6 +8233,11 @@ class Gateway:
             rows.add(batch.rows)
             for event in batch.events:
                 self.events.publish("request.finished", event)
+                minute = (event["at"] + event["durationMs"]) // 60_000 * 60_000
+                if minute > self.minute["t"]:
+                    self.minute = {"t": minute, "ok": 0, "failed": 0}
+                if event["result"] in self.minute:
+                    self.minute[event["result"]] += 1
             lines, usage.pending = usage.pending, []
             sums = usage.snapshot() if with_sums else ()  # of exactly these lines and all before
             try:
@@ -8251,22 +8305,42 @@ class Gateway:
         self.save_soon()
         return account
 
-    def refresh_quotas(self, accounts: Iterable[Account], by_person: bool = True) -> Job:
-        """As a job, some accounts at once. Raises AztError 409 while another such job runs."""
-        now = time.time()
-        for job in list(self.jobs.values()):
-            if not job.ended_at:
+    def ready_for(self, kind: str) -> None:
+        """Raises AztError 409 while a job of this kind runs."""
+        for job in self.jobs.values():
+            if job.kind == kind and not job.ended_at:
                 text = f"This is being done already: job {job.id}."
                 raise AztError(409, "already_running", text, extra={"params": {"jobId": job.id}})
-            if job.ended_at < now - JOB_KEPT_S:
-                del self.jobs[job.id]
-        ids = [one.id for one in accounts]
-        job = Job(f"job_{secrets.token_hex(4)}", "refresh_quotas", len(ids), now)
-        work = functools.partial(self.refresh_quota, by_person=by_person)
-        at_once = self.settings.number("quota.concurrency")
+
+    def start_job(
+        self,
+        kind: str,
+        ids: Collection[str],
+        work: Callable[[str], Awaitable[Any]],
+        at_once: int = 1,
+    ) -> Job:
+        """Long work on each of `ids`, with a progress to look at until JOB_KEPT_S after its end.
+
+        raises  AztError 409 while another job of this kind runs
+        """
+        self.ready_for(kind)
+        job = Job(f"job_{secrets.token_hex(4)}", kind, len(ids), time.time())
+        later = asyncio.get_running_loop().call_later
         job.task = asyncio.create_task(job.run(ids, work, at_once))
+        job.task.add_done_callback(lambda _: later(JOB_KEPT_S, self.jobs.pop, job.id, None))
         self.jobs[job.id] = job
         return job
+
+    def refresh_quotas(
+        self,
+        accounts: Iterable[Account],
+        by_person: bool = True,
+        kind: str = "refresh_quotas",
+    ) -> Job:
+        """As a job, some accounts at once. Raises AztError 409 while another such job runs."""
+        work = functools.partial(self.refresh_quota, by_person=by_person)
+        at_once = self.settings.number("quota.concurrency")
+        return self.start_job(kind, [one.id for one in accounts], work, at_once)
 
     async def watch_quotas(self) -> None:
         """Read all quotas as often as the setting says; by default never."""
@@ -8427,6 +8501,7 @@ class Request:
     target: str = ""  # the request target as it was sent
     params: dict[str, str] = field(default_factory=dict)
     has_proof: bool = False  # the caller knows the admin token
+    pinned: str = ""  # the id of the account that the Playground has named
 
     def release(self) -> None:
         """Free the body before the answer is complete: a stream may run for an hour."""
@@ -8983,7 +9058,11 @@ class _Exchange:
 
     def failed(self, error: AztError) -> Reply:
         self.request.record.error_code = error.code or "error"
-        return json_reply(error_body(error), error.status, error.headers.items())
+        body = error_body(error)
+        if self.request.path.startswith("/_gateway/admin/"):  # console.md 6
+            field = {"field": error.param, "reason": mask(error.message)} if error.param else {}
+            body["error"] = {"params": field, "requestId": self.request.id, **body["error"]}
+        return json_reply(body, error.status, error.headers.items())
 
     async def _inflate(self, coding: str) -> None:
         """Undo one content coding, in a thread: a small body may be a large document."""
@@ -9456,6 +9535,12 @@ class HttpServer:
 
     # -- connections
 
+    def calls(self) -> list[RequestRecord]:
+        """The calls of the API that are being answered."""
+        open_ones = (one.exchange for one in self.connections if one.state == "ANSWER")
+        records = [one.request.record for one in open_ones if one and not one.ended]
+        return [record for record in records if record.route]
+
     async def listen(self, host: str, port: int) -> list[tuple[str, int]]:
         """Listen there, and on the loopback address of the other family where it can be had.
 
@@ -9643,7 +9728,7 @@ def _own_headers(request: Request, ignored: Sequence[str] = ()) -> list[tuple[st
     headers = [("x-azt-attempts", str(request.record.attempts))]
     if ignored:
         headers.append(("x-azt-ignored-params", ", ".join(ignored)))
-    if request.peer_class == "own":
+    if request.peer_class == "own" or request.record.client == PLAYGROUND:
         headers.append(("x-azt-account", urllib.parse.quote(request.record.account)))
     return headers
 
@@ -9659,7 +9744,9 @@ async def _translated(gw: Gateway, request: Request, translate: Callable[..., T]
     return translate(*arguments)
 
 
-LOW_PERCENT, QUEUE_SHOWN = 20, 5
+LOW_PERCENT, QUEUE_SHOWN, SWITCHES_SHOWN, RECENT_SHOWN = 20, 5, 20, 10
+PLAYGROUND = "Playground"
+MODELS_OLD_S = 7 * 24 * 3600
 
 
 async def _run_turn(
@@ -9692,7 +9779,7 @@ async def _run_turn(
         keep(relay.translator)
 
     note_turn = functools.partial(_note_turn, record)
-    turn = Turn(body, session, asked.stream, translator, note_turn, (session,))
+    turn = Turn(body, session, asked.stream, translator, note_turn, (session,), request.pinned)
     relay = await gw.rotation.open_turn(turn)
     record.head_ms = round((time.monotonic() - record.complete_s) * 1000)
     turn.body = b""
@@ -9801,7 +9888,7 @@ async def _post_images(is_edit: bool, gw: Gateway, request: Request) -> Reply:
     del body
     stream = functools.partial(ImageStream, asked, time.time())
     told, keys = functools.partial(_note_turn, record), (asked.session,)
-    turn = Turn(b"", asked.session, asked.stream, stream, told, keys)
+    turn = Turn(b"", asked.session, asked.stream, stream, told, keys, request.pinned)
     made = await gw.rotation.try_accounts(turn, _Drawing(gw, record, turn, asked).attempt)
     turn.body = b""
     record.head_ms = round((time.monotonic() - record.complete_s) * 1000)
@@ -9940,6 +10027,16 @@ _NOT_OFFERED = {
     }.items()
     for name in names.split()
     for rest in ("", "/{rest}")
+}
+
+
+# What the Playground may call.
+_PLAYED: dict[str, Handler] = {
+    "/v1/chat/completions": post_chat_completions,
+    "/v1/images/edits": functools.partial(_post_images, True),
+    "/v1/images/generations": functools.partial(_post_images, False),
+    "/v1/models": get_models,
+    "/v1/responses": post_responses,
 }
 
 
@@ -10175,7 +10272,7 @@ def _account_status(gw: Gateway, account: Account, now: float) -> tuple[str, Jso
     return "unknown" if left < 0 else "low" if left <= LOW_PERCENT else "ready", {}
 
 
-def _quota_view(quota: Json, now: float) -> Json:
+def _quota_view(quota: Json, now: float, trusted: bool) -> Json:
     def view(window: Json) -> Json:
         over = 0 < window["resets_at"] <= now
         used = 0 if over else round(window["used"])
@@ -10186,6 +10283,7 @@ def _quota_view(quota: Json, now: float) -> Json:
     return {
         "capturedAt": _ms(quota["captured_at"]),
         "source": quota["source"],
+        "trusted": trusted,
         "windows": list(map(view, quota.get("windows", ()))),
         "extra": list(map(view, quota.get("extra", ()))),
         "credits": quota.get("credits"),
@@ -10215,7 +10313,7 @@ def _routing_view(gw: Gateway) -> Json:
         "skipped": skipped,
         "switches": [
             {**one, "at": _ms(one["at"]), "until": _ms(one["until"])}
-            for one in gw.rotation.switches
+            for one in gw.rotation.switches[-SWITCHES_SHOWN:]
         ],
     }
 
@@ -10227,7 +10325,7 @@ def _job_view(job: Job) -> Json:
         **{"id": job.id, "kind": job.kind, "state": job.state},
         **{"done": job.done, "total": job.total, "failed": len(job.failures)},
         **{"startedAt": _ms(job.started_at), "etaMs": None if left_s is None else _ms(left_s)},
-        **{"cancellable": not job.ended_at, "failures": job.failures, "result": None},
+        **{"cancellable": not job.ended_at, "failures": job.failures, "result": job.result},
     }
 
 
@@ -10246,10 +10344,18 @@ def _found(kept: Mapping[str, T], name: Any, code: str) -> T:
     return kept[str(name)]
 
 
+def _images_view(gw: Gateway, account: Account) -> Json:
+    """By which way an account makes pictures, and whether it can."""
+    if account.plan == "free":
+        return {"route": "chatgpt_web", "ok": gw.settings.flag(_WEB_PICTURES)}
+    return {"route": "responses_tool" if account.id in gw.no_images else "codex_images", "ok": True}
+
+
 def _account_view(gw: Gateway, account: Account) -> Json:
     now = time.time()
     status, params = _account_status(gw, account, now)
     reason, until = hindrance(account, now, replace(gw.rotation.rules, before_percent=0))
+    proven = account.last_used_at, account.refreshed_at, account.quota.get("captured_at", 0)
     return {
         "id": account.id,
         "email": account.email,
@@ -10261,8 +10367,13 @@ def _account_view(gw: Gateway, account: Account) -> Json:
         "excluded": "excluded" in (status, reason),
         "excludedUntil": _ms(until) if reason == "excluded" else None,
         "lastUsedAt": _ms(account.last_used_at),
-        "auth": {"state": status if status in _AUTH else "ok", "code": account.rejected or None},
-        "quota": _quota_view(account.quota, now) if account.quota else None,
+        "auth": {
+            "state": status if status in _AUTH else "ok",
+            "code": account.rejected or None,
+            "checkedAt": _ms(max(proven)),
+        },
+        "images": _images_view(gw, account),
+        "quota": _quota_view(account.quota, now, status not in _AUTH) if account.quota else None,
         "active": gw.store.active_id == account.id,
         "priority": account.priority or None,
         "inCodex": gw.codex_seen["auth"]["accountId"] == account.id,
@@ -10584,8 +10695,10 @@ admin_get_models = _view(lambda gw, request: _models_view(gw))
 
 
 async def admin_post_refresh(gw: Gateway, request: Request) -> Reply:
-    changed = await gw.refresh_models()
-    return _private_reply({"changed": changed, **_models_view(gw)})
+    async def refresh(what: str) -> Json:
+        return {"changed": await gw.refresh_models(), "count": len(gw.catalogue.listed)}
+
+    return _private_reply({"job": _job_view(gw.start_job("models", ["catalogue"], refresh))}, 202)
 
 
 @_view
@@ -10622,14 +10735,30 @@ async def admin_patch_settings(gw: Gateway, request: Request) -> Reply:
     return await admin_get_settings(gw, request)
 
 
+def _models_told(gw: Gateway) -> Json:
+    catalogue = gw.catalogue
+    is_old = catalogue.fetched_at < time.time() - MODELS_OLD_S
+    known = {"count": len(catalogue.listed), "syncedAt": _ms(catalogue.fetched_at)}
+    return {**known, "stale": is_old, "source": catalogue.source}
+
+
+def _gateway_told(gw: Gateway, status: str = "running") -> Json:
+    listen = [_address(*one) for one in gw.listening]
+    return {"status": status, "running": len(gw.running()), "listen": listen}
+
+
+def _today(gw: Gateway) -> Json:
+    return sums_view(gw.usage.day(_day(int(time.time() * 1000))).total)
+
+
 @_counted_view
 def admin_get_state(gw: Gateway, request: Request) -> Json:
-    base, codex = gw.url, gw.codex_seen
+    base, codex, lifetime = gw.url, gw.codex_seen, gw.usage.lifetime
     gateway = {
         "version": VERSION,
         "startedAt": _ms(gw.started_at),
         "pid": os.getpid(),
-        "listen": [_address(*one) for one in gw.listening],
+        **_gateway_told(gw),
         "baseUrl": f"{base}/v1",
         "codexBaseUrl": f"{base}/codex/v1",
         "adminUrl": f"{base}/",
@@ -10637,9 +10766,11 @@ def admin_get_state(gw: Gateway, request: Request) -> Json:
         "lanApi": gw.settings.flag("server.lanApi"),
         "keys": len(gw.keys),
     }
-    catalogue = gw.catalogue
-    models = {"count": len(catalogue.listed), "syncedAt": _ms(catalogue.fetched_at)}
+    clients = (one for one in lifetime.by["bySource"] if one not in _OWN_CLIENTS)
+    begun = {"hasAccount": bool(gw.store.accounts), "hasCalled": lifetime.total["requestCount"] > 0}
+    _watch_changes(gw)  # what happens from now on follows by events
     return {
+        "eventId": gw.events.newest_id,
         "now": _ms(time.time()),
         "gateway": gateway,
         "defaultModel": gw.default_model,
@@ -10647,14 +10778,114 @@ def admin_get_state(gw: Gateway, request: Request) -> Json:
         "jobs": [_job_view(job) for job in gw.jobs.values()],
         "accounts": [_account_view(gw, account) for account in gw.store.accounts.values()],
         "codex": {"takeover": codex["takeover"], "authAccountId": codex["auth"]["accountId"]},
-        "today": sums_view(gw.usage.day(_day(int(time.time() * 1000))).total),
-        "models": {**models, "source": catalogue.source},
+        "today": _today(gw),
+        "recent": list(map(_row_of, itertools.islice(gw.requests.rows(), RECENT_SHOWN))),
+        "models": _models_told(gw),
         "notices": gw.notices,
+        "firstRun": {**begun, "clientSeen": next(clients, None)},
         "removed": [
             {"label": (gone[0].label or gone[0].email), "count": len(gone), **undo}
             for gone, _, _, undo in gw.removed.values()
         ],
     }
+
+
+async def admin_post_playground(gw: Gateway, request: Request) -> Reply:
+    """A real call: the request becomes one of a public endpoint, perhaps with a pinned account."""
+    asked, record = await read_object(gw, request), request.record
+    path, body, name = asked.get("path"), asked.get("body", {}), asked.get("accountId")
+    if path not in _PLAYED or not isinstance(body, dict):
+        text = f"Send a 'path' ({', '.join(_PLAYED)}) and a 'body'."
+        raise BadRequest(text, "path" if isinstance(body, dict) else "body", "bad_field")
+    request.pinned = gw.store.find(str(name)).id if name else ""
+    request.body = await in_thread(gw.short, encode_large_json, body)
+    request.held(len(request.body))
+    request.path = record.path = record.route = path
+    record.method = "GET" if path == "/v1/models" else "POST"
+    record.client = PLAYGROUND
+    return await _PLAYED[path](gw, request)
+
+
+# -- live: what the console shows is compared, a few times a second, with what it was told
+
+_OWN_CLIENTS = (PLAYGROUND, "azt", "console", "unknown")
+_WHOLE_ACCOUNT = operator.attrgetter(*Account.__slots__)
+_Tellable = dict[tuple[str, str], tuple[Any, Callable[[], Json]]]
+"""(event, of what) -> (what it depends on, what is told when that has changed)"""
+
+
+def _tellable(gw: Gateway) -> _Tellable:
+    found: _Tellable = {}
+    now, in_codex = time.time(), gw.codex_seen["auth"]["accountId"]
+    for one in gw.store.accounts.values():
+        places = one.id == gw.store.active_id, one.id == in_codex, one.id in gw.no_images
+        depends = _WHOLE_ACCOUNT(one), places, _account_status(gw, one, now)
+        found["account", one.id] = depends, functools.partial(_account_view, gw, one)
+    for record in gw.running():
+        found["request.started", record.id] = True, record.event
+    for job in gw.jobs.values():
+        found["job", job.id] = (job.state, job.done), functools.partial(_job_view, job)
+    plain = {("notice", one["id"]): one for one in gw.notices}
+    plain["routing", ""], plain["codex", ""] = _routing_view(gw), gw.codex_seen
+    plain["models", ""], plain["gateway", ""] = _models_told(gw), _gateway_told(gw)
+    plain["settings", ""] = {"revision": gw.settings.revision}
+    found |= {key: (value, functools.partial(dict, value)) for key, value in plain.items()}
+    return found
+
+
+def _tell_changes(gw: Gateway, seen: _Tellable, now: _Tellable) -> None:
+    """Publish how `_tellable` differs from what it was."""
+    tell, gone = gw.events.publish, [key for key in seen if key not in now]
+    changed = [key for key in now if key not in seen or seen[key][0] != now[key][0]]
+    if len(changed) > TOLD_AT_ONCE_MAX:
+        return tell("resync", {})
+    for key in changed:
+        data = now[key][1]()
+        if key[0] == "routing" and data["activeId"] != seen[key][0]["activeId"]:
+            switch = data["switches"][-1:]
+            if switch and switch != seen[key][0]["switches"][-1:]:  # azt did it, not the person
+                data["cause"] = {"code": switch[0]["reason"], **switch[0]}
+        tell(key[0], data)
+    if ids := [name for kind, name in gone if kind == "account"]:
+        undos = [undo for left, *_, undo in gw.removed.values() if left[0].id in ids]
+        tell("account.removed", {"ids": ids, "undo": undos[-1] if undos else None})
+    for kind, name in gone:
+        if kind == "notice":
+            tell("notice.cleared", {"id": name})
+
+
+def _watch_changes(gw: Gateway) -> None:
+    """Have the changes told from now on, for as long as somebody watches."""
+
+    async def watch() -> None:
+        events, counted, looked_s = gw.events, 0, time.monotonic()
+        seen, told_s = first, looked_s
+        while events.is_watched():
+            await asyncio.sleep(TELL_EVERY_S)
+            now_s, count = time.monotonic(), gw.usage.startup.total["requestCount"]
+            if now_s - looked_s > CODEX_EVERY_S:
+                await gw.look_at_codex()
+                looked_s = now_s
+            if count != counted and now_s - told_s > 1:
+                events.publish("usage", {"today": _today(gw), "minute": gw.minute})
+                counted, told_s = count, now_s
+            now = _tellable(gw)
+            _tell_changes(gw, seen, now)
+            seen = now
+
+    gw.events.watched_s = time.monotonic()
+    if gw.telling is None or gw.telling.done():
+        gw.events.forget()
+        first = _tellable(gw)
+        gw.telling = asyncio.create_task(watch())
+
+
+async def admin_get_events(gw: Gateway, request: Request) -> Reply:
+    last_id = request.headers.get("last-event-id") or request.query.get("lastEventId", "")
+    _watch_changes(gw)
+    hello = {"now": _ms(time.time()), "version": VERSION, "pid": os.getpid()}
+    body = gw.events.watch(hello, int(last_id) if last_id.isdecimal() else None)
+    return Reply(200, body, _STREAM_HEADERS)
 
 
 @_view
@@ -10821,12 +11052,16 @@ def _rows(gw: Gateway, query: Mapping[str, str]) -> Iterator[Json]:
 _ROW_DETAIL = ("attemptList", "timing", "why", "request", "response", "keyId", "remote")
 
 
+def _row_of(row: Json) -> Json:
+    return {name: value for name, value in row.items() if name not in _ROW_DETAIL}
+
+
 async def admin_get_requests(gw: Gateway, request: Request) -> Reply:
     query, most = request.query, min(_number_in(request.query, "limit", 50), 500)
 
     def page() -> Json:
         found = list(itertools.islice(_rows(gw, query), most + 1))
-        items = [{k: v for k, v in row.items() if k not in _ROW_DETAIL} for row in found[:most]]
+        items = list(map(_row_of, found[:most]))
         everything = list(gw.requests.rows())
         facets = {
             name: sorted({str(row[name]) for row in everything if row[name]})[:USAGE_KEYS_MAX]
@@ -10862,13 +11097,6 @@ async def admin_delete_requests(gw: Gateway, request: Request) -> Reply:
     return _private_reply({"deleted": await gw.forget_requests(before_ms)})
 
 
-async def admin_get_events(gw: Gateway, request: Request) -> Reply:
-    last_id = request.headers.get("last-event-id", "")
-    hello = {"now": _ms(time.time()), "version": VERSION, "pid": os.getpid()}
-    body = gw.events.watch(hello, int(last_id) if last_id.isdecimal() else None)
-    return Reply(200, body, _STREAM_HEADERS)
-
-
 async def get_metrics(gw: Gateway, request: Request) -> Reply:
     """Prometheus text. Counters are of this process; who may read it is row 13 of trust.md 2."""
     startup, now = (await gw.counted()).startup, time.time()
@@ -10883,7 +11111,7 @@ async def get_metrics(gw: Gateway, request: Request) -> Reply:
             key: row["requestCount"] for key, row in startup.by["byError"].items()
         },
         "quota_left_percent gauge account": {name: n for name, n in left.items() if n >= 0},
-        "running_requests gauge ": {"": gw.running()},
+        "running_requests gauge ": {"": len(gw.running())},
         "start_time_seconds gauge ": {"": gw.started_at},
     }
     for name, value in (await in_thread(gw.short, process_figures)).items():
@@ -11047,6 +11275,7 @@ ROUTES: list[Route] = sorted(
         Route("POST", f"{ADMIN}/login/{{id}}/callback", admin_login, "admin_write"),
         Route("POST", f"{ADMIN}/login/{{id}}/open", admin_login, "admin_write"),
         Route("POST", f"{ADMIN}/models/refresh", admin_post_refresh, "admin_write"),
+        Route("POST", f"{ADMIN}/playground", admin_post_playground, "admin_write"),
         Route("POST", "/codex/v1/responses/compact", codex_call, "codex", 256 * MIB, True),
         *(
             Route(method, "/codex/v1/{rest}", codex_call, "codex", raw_body=True)
@@ -11407,7 +11636,7 @@ def _port_holder(port: int) -> str:
 async def _serving(gw: Gateway, host: str, port: int) -> AsyncIterator[tuple[HttpServer, str]]:
     """A loaded gateway that listens, and its address for this machine."""
     server = HttpServer(routes_of(gw), gw, policy_source(gw), gw.recorded)
-    gw.running = lambda: server.running
+    gw.running = server.calls
     sys.audit("azt.listen", host)
     try:
         gw.listening = await server.listen(host, port)
@@ -11459,7 +11688,9 @@ async def _serve(gw: Gateway, lock: HomeLock, opens_browser: bool) -> None:
         watching = asyncio.create_task(gw.watch_quotas())
         await signals.get()
         watching.cancel()
-        log.info("stopping: %d requests are still running", server.running)
+        gw.events.publish("gateway", _gateway_told(gw, "draining"))
+        gw.events.end("shutdown")  # no stream of events keeps the gateway waiting
+        log.info("stopping: %d requests are still running", len(gw.running()))
         ends = {asyncio.ensure_future(server.drain(DRAIN_S)), asyncio.ensure_future(signals.get())}
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         for task in ends:
@@ -12067,16 +12298,22 @@ def _row(account: Json) -> list[str]:
     return _account_lines({"items": [account]})
 
 
+def _followed(link: _Link, path: str, body: Json, is_quiet: bool) -> Json:
+    """A job from its start to its end, with its progress unless quiet."""
+    job = cast(Json, link.admin("POST", path, body)["job"])
+    while job["state"] == "running":
+        time.sleep(0.1)
+        job = link.admin("GET", f"/jobs/{job['id']}")
+        if job["total"] and not is_quiet:
+            end = "" if job["state"] == "running" else "\n"
+            say(f"\r{job['done']} of {job['total']}", end=end, to_stderr=True)
+    return job
+
+
 def _refresh_quotas(args: argparse.Namespace) -> int:
     def work(link: _Link) -> tuple[Json, Json]:
-        job = link.admin("POST", "/accounts/refresh-quotas", {"ids": args.account or None})["job"]
-        while job["state"] == "running":
-            time.sleep(0.1)
-            job = link.admin("GET", f"/jobs/{job['id']}")
-            if job["total"] and not args.json:
-                end = "" if job["state"] == "running" else "\n"
-                say(f"\r{job['done']} of {job['total']}", end=end, to_stderr=True)
-        return job, link.admin("GET", "/accounts")
+        path, body = "/accounts/refresh-quotas", {"ids": args.account or None}
+        return _followed(link, path, body, args.json), link.admin("GET", "/accounts")
 
     job, accounts = _on_gateway(work)
     missed = [f"{one['id']}: {one['message']}" for one in job["failures"]]
@@ -12085,8 +12322,16 @@ def _refresh_quotas(args: argparse.Namespace) -> int:
 
 
 def _models(args: argparse.Namespace) -> int:
-    method, path = ("POST", "/models/refresh") if args.refresh else ("GET", "/models")
-    return _admin(method, path, _model_lines)(args)
+    def refresh(link: _Link) -> Json:
+        job = _followed(link, "/models/refresh", {}, is_quiet=True)
+        for one in job["failures"]:
+            raise AztError(502, one["code"], one["message"])
+        return {**link.admin("GET", "/models"), **job["result"]}
+
+    if not args.refresh:
+        return _admin("GET", "/models", _model_lines)(args)
+    shown = _on_gateway(refresh)
+    return _show(args, shown, _model_lines(shown))
 
 
 _use = _admin(

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from fake_upstream import FakeUpstream, Json, account_file
-from harness import Answer, Client, Gateway, chat_body
+from harness import Answer, Client, Gateway, chat_body, eventually
 
 import azt
 
@@ -205,11 +205,12 @@ def test_a_change_that_cannot_be_saved_is_refused_and_taken_back(new_gateway: Ne
         ("PATCH", "/settings", {"values": {"server.lanApi": False}}),
         ("POST", "/keys", {"name": "tablet"}),
         ("DELETE", f"/keys/{key['item']['id']}", None),
-        ("POST", "/models/refresh", {}),
     ]
 
     with no_file_may_grow(gateway.process):
         answers = [admin.call(*change) for change in changes]
+        job = admin.call("POST", "/models/refresh", {}).json["job"]
+        eventually(lambda: admin.read(f"/jobs/{job['id']}")["state"] == "failed")
         during = {path: admin.read(path) for path in before}
         served = admin.chat()
 

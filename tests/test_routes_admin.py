@@ -576,9 +576,13 @@ def test_models_are_listed_and_refreshed(admin: Admin, upstream: FakeUpstream) -
     upstream.etag = 'W/"new"'
     upstream.models = upstream.models[:2]
 
-    refreshed = admin.call("POST", "/models/refresh", {})
+    begun = admin.call("POST", "/models/refresh", {})
 
-    assert (refreshed.json["changed"], refreshed.json["source"]) == (True, "azt")
+    assert begun.status == 202
+    job = wait_for_job(admin, begun.json["job"])
+    assert (job["kind"], job["state"]) == ("models", "done")
+    assert job["result"] == {"changed": True, "count": 2}
+    assert admin.read("/models")["source"] == "azt"
     assert [one["id"] for one in admin.read("/models")["items"]] == ["gpt-5.5", "gpt-5.4"]
     assert admin.read("/models")["items"][1] == {
         "id": "gpt-5.4",
@@ -592,9 +596,11 @@ def test_models_are_listed_and_refreshed(admin: Admin, upstream: FakeUpstream) -
 
 
 def test_a_refresh_without_an_account_says_what_to_do(admin: Admin) -> None:
-    assert "azt accounts import" in refused(
-        admin.call("POST", "/models/refresh", {}), 503, "no_account"
-    )
+    job = wait_for_job(admin, admin.call("POST", "/models/refresh", {}).json["job"])
+
+    [failure] = job["failures"]
+    assert (job["state"], failure["code"]) == ("failed", "no_account")
+    assert "azt accounts import" in failure["message"]
 
 
 # -- Who may: rows 6 to 11 of the decision table --------------------------------------------------

@@ -285,11 +285,11 @@ def test_requests_are_seen_live_and_those_missed_are_sent_again(new_gateway: New
         assert live.headers["content-type"].startswith("text/event-stream")
         live.read_until(b"event: hello")
         client.chat()
-        seen = live.read_until(b'"imageRoute"')
-    number = int(seen.split(b"id: ")[1].split(b"\n")[0])
+        seen = live.read_until(b'"result":"ok"')
+    number = int(seen.rpartition(b"id: ")[2].split(b"\n")[0])
     client.responses()
     with client.open("GET", f"{ADMIN}/events", headers={"Last-Event-ID": str(number)}) as live:
-        assert b"/v1/responses" in live.read_until(b'"imageRoute"')
+        assert b"/v1/responses" in live.read_until(b'"result":"ok"')
     with client.open("GET", f"{ADMIN}/events", headers={"Last-Event-ID": "999999"}) as live:
         live.read_until(b"event: hello")
         client.chat()
