@@ -150,7 +150,7 @@ MAX_HEAD_BYTES, MAX_HEAD_FIELDS = 32 * KIB, 100
 MAX_BODY_BYTES, MAX_BODIES_BYTES = 128 * MIB, 512 * MIB  # of one request, of all at once
 MAX_TRAILER_BYTES, MAX_CHUNK_EXTENSION_BYTES = 8 * KIB, 256
 MAX_CODING_LAYERS, ZSTD_WINDOW_LOG = 2, 23
-MAX_JSON_DEPTH = 64
+MAX_JSON_DEPTH, MAX_JSON_MARKS = 64, 600_000
 MAX_LINE_BYTES = 256 * KIB  # of our own logs
 JSON_PIECES_MAX = 10_000
 HEADS_KEPT_MAX = 256
@@ -431,6 +431,7 @@ async def in_thread(pool: WorkerPool, function: Callable[..., T], *args: Any) ->
             error = caught
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             loop.call_soon_threadsafe(fulfil, value, error)
+        error = None  # its traceback holds this frame, and the frame a body in `args`
 
     if not pool.submit(job):
         text = "azt is busy with too many calls. Try again in a few seconds."
@@ -441,6 +442,9 @@ async def in_thread(pool: WorkerPool, function: Callable[..., T], *args: Any) ->
         # Cancelled between the arrival of the value and its taking.
         if future.done() and not future.cancelled() and future.exception() is None:
             _discard(future.result())
+        raise
+    except BaseException:
+        del future  # it holds the error, whose traceback holds this frame: see `job`
         raise
 
 
@@ -2090,14 +2094,28 @@ def _no_constant(name: str) -> Any:
 
 _DECODER = json.JSONDecoder(parse_constant=_no_constant)
 _SPACE = re.compile(r"[ \t\n\r]*")
+_NO_MARKS = bytes(set(range(256)) - set(b'"[{,'))
+
+
+def _count_marks(body: bytes | bytearray) -> int:
+    """Strings, and openings and commas outside of them: 128 MiB of "[]," are 3 GiB of lists."""
+    marks = body.replace(rb"\\", b"").replace(rb"\"", b"").translate(None, _NO_MARKS)
+    strings = marks.count(b'"') // 2
+    outside = marks.split(b'"')[::2] if strings <= MAX_JSON_MARKS else []
+    return strings + sum(map(len, outside))
 
 
 def parse_json(body: bytes | bytearray, clears: bool = False) -> Any:
     """Bytes from a client -> a JSON value.
 
     clears  empty a bytearray as soon as it is a text: a large body is then not held three times
-    raises  ValueError (also for NaN, numbers of more than 4,300 digits, not UTF-8, too deep)
+    raises  ValueError (also for NaN, numbers of more than 4,300 digits, not UTF-8, too deep, too
+            many values)
     """
+    if sum(map(body.count, b'"[{,')) > MAX_JSON_MARKS:
+        # The beginning of a bomb is enough, and quick.
+        if any(_count_marks(body[:size]) > MAX_JSON_MARKS for size in (4 * MIB, len(body))):
+            raise ValueError(f"more than {MAX_JSON_MARKS} strings and values")
     try:
         text = str(body, "utf-8-sig")
         if clears and isinstance(body, bytearray):
@@ -9048,7 +9066,8 @@ class _Exchange:
                 return
             reply = self.failed(_refusal("shutting_down"))
         except AztError as error:
-            reply = self.failed(error)
+            # Whoever keeps the error (`tried` of rotation) would keep the frames, and their bodies.
+            reply = self.failed(error.with_traceback(None))
         except Exception:  # the one catch-all around handlers
             log.exception("%s failed", self.request.id)
             reply = self.failed(_refusal("internal_error", id=self.request.id))

@@ -55,6 +55,7 @@ GOOD_KEY = [{"Authorization": f"Bearer {KEY}"}, {"X-Api-Key": KEY}, {"Api-Key": 
 WRONG_KEY = [{"Authorization": "Bearer sk-placeholder"}, {"X-Api-Key": KEY[:-1]}]
 PROOF = {"Authorization": f"Bearer {TOKEN}"}
 MARK = {"X-AZT-Admin": "1"}
+AT_8787 = {"Host": "localhost:8787"}
 
 
 def pages(*origins: str, site: str = "") -> list[Headers]:
@@ -118,9 +119,9 @@ CALLERS: dict[str, tuple[list[str], list[Headers]]] = {
     "own page, proof": (OWN, each([{**MARK, **PROOF}], OWN_PAGE)),
     "local page": (
         OWN,
-        each([{**MARK, **PROOF}], LOCAL_PAGES, [{}, {"Sec-Fetch-Site": "cross-site"}]),
+        each([{**MARK, **PROOF, **AT_8787}], LOCAL_PAGES, [{}, {"Sec-Fetch-Site": "cross-site"}]),
     ),
-    "local page, good key": (OWN, each([MARK], LOCAL_PAGES, GOOD_KEY)),
+    "local page, good key": (OWN, each([{**MARK, **AT_8787}], LOCAL_PAGES, GOOD_KEY)),
     "listed page": (OWN, each([MARK], LISTED_PAGE)),
     "listed page, good key": (OWN, each([{**MARK, **GOOD_KEY[0]}], LISTED_PAGE)),
     "foreign page": (OWN, each([{**MARK, **PROOF}, {**MARK, **GOOD_KEY[0]}], FOREIGN_PAGES)),

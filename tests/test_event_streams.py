@@ -427,7 +427,7 @@ def test_large_numbers_are_kept_exactly() -> None:
 
 
 def test_a_document_above_a_mebibyte_lets_other_threads_run() -> None:
-    body = azt.encode_json({"input": [list(range(20_000)) for _ in range(100)]})
+    body = azt.encode_json({"input": [list(range(10_000_000, 10_004_000)) for _ in range(100)]})
     beats, over = [0], threading.Event()
 
     def beat() -> None:
