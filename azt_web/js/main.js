@@ -7,10 +7,13 @@ import { follow, refetch, retryNow } from './live.js';
 import { openBox, showShortcuts } from './palette.js';
 import { page as accounts } from './pages/accounts.js';
 import { install as installAdd } from './pages/add.js';
+import { page as connect } from './pages/connect.js';
 import { page as log } from './pages/log.js';
 import { page as overview } from './pages/overview.js';
 import { page as playground } from './pages/play.js';
+import { page as settings } from './pages/settings.js';
 import { askProof, page as signin } from './pages/signin.js';
+import { page as usage } from './pages/usage.js';
 import * as router from './router.js';
 import { accountOf, get, load, nameOf, on, set, statusCounts } from './store.js';
 import { button, copyButton, dialog, empty, fail, iconButton, isDark, jobLine, setTheme, theme, toast } from './ui.js';
@@ -28,7 +31,7 @@ const unknown = {
     return { primary: null };
   },
 };
-const PAGES = { overview, accounts, playground, log, signin, pair: signin, open: signin, unknown };
+const PAGES = { overview, accounts, playground, log, usage, connect, settings, signin, pair: signin, open: signin, unknown };
 const NEEDS_ACTION = ['login_rejected', 'auth_error', 'expired'];
 
 const $ = (id) => document.getElementById(id);
