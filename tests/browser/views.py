@@ -37,11 +37,31 @@ def _cut_off(page: Any) -> None:
     page.locator("#offline").wait_for()
 
 
+def _codex_diff(page: Any) -> None:
+    page.locator(".codex .btn.primary").click()
+    page.locator("dialog .diff").wait_for()
+
+
+def _unsaved(page: Any) -> None:
+    page.locator(".switch").first.click()
+    page.locator(".dirty").wait_for()
+
+
 VIEWS = [
     View("overview", "overview", ".figures + .cols .plot svg"),
     View("overview-first-run", "overview", ".first .btn.primary", empty=True),
     View("overview-offline", "overview", ".figures", _cut_off),
     View("command-box", "overview", ".figures", _open_box),
+    View("usage", "usage", ".usage .plot svg"),
+    View("connect", "connect/python", ".connect-page .code"),
+    View("connect-codex", "connect/codex", ".codex .line", _codex_diff),
+    View("settings-general", "settings", ".settings .form"),
+    View("settings-routing", "settings/routing", ".settings .form", _unsaved),
+    View("settings-images", "settings/images", ".settings .form"),
+    View("settings-network", "settings/network", ".settings .form"),
+    View("settings-sharing", "settings/sharing", ".settings .card + .card"),
+    View("settings-data", "settings/data", ".settings .form"),
+    View("settings-about", "settings/about", ".settings .form"),
     View("sign-in", "signin", ".signin form"),
     View("not-found", "nowhere", ".empty"),
 ]

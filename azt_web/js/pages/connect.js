@@ -3,7 +3,7 @@ import { get as fetchJson } from '../api.js';
 import { codexPanel } from '../codex_panel.js';
 import { fill, h, icon, text } from '../dom.js';
 import { timeEl } from '../format.js';
-import { pref, setPref, t } from '../i18n.js';
+import { known, pref, setPref, t } from '../i18n.js';
 import { current, hash, setQuery } from '../router.js';
 import { CLIENTS, atHost, clientSeen, snippets } from '../snippets.js';
 import { get, isLocal, on } from '../store.js';
@@ -20,6 +20,8 @@ const OWN_CLIENTS = ['console', 'azt', 'Playground'];
 
 let key = 'local'; // what was typed stays while this page is open, and nowhere else
 
+const named = (id) => (known(`con.${id}`) ? t(`con.${id}`) : t(`client.${id}`));
+
 /** [what is shown, base URL without /v1] for each place that a client may run in. */
 function places(share) {
   const here = get('gateway').adminUrl?.replace(/\/$/, '') || location.origin;
@@ -35,7 +37,7 @@ function copyLine(label, shown, from, note) {
 
 /** Waits for a call of this client, and tells how it went. */
 function checker({ id, seen }) {
-  const name = t(`client.${id}`), said = h('p', { class: 'row', role: 'status' });
+  const name = named(id), said = h('p', { class: 'row', role: 'status' });
   let off = null;
   const stop = () => { off?.(); off = null; };
   const isIts = ({ client }) => (seen.length ? seen.includes(client) : !OWN_CLIENTS.includes(client));
@@ -62,7 +64,7 @@ details(t('con.absent'), h('ul', { class: 'bullets' }, ABSENT.map((name) => h('l
 export const page = {
   title: 'nav.connect',
   mount(root) {
-    const links = CLIENTS.map(({ id }) => h('a', { href: hash('connect', [id]), 'data-id': id }, t(`client.${id}`)));
+    const links = CLIENTS.map(({ id }) => h('a', { href: hash('connect', [id]), 'data-id': id }, named(id)));
     const place = h('div', { class: 'stack' });
     let share = null, models = [], check = null, codex = null, shown = '';
 
@@ -81,14 +83,14 @@ export const page = {
         at, (name) => setQuery({ at: name === 'here' ? null : name }));
       const closed = isLocal() && share && !share.lanApi;
       check = checker(client);
-      const steps = h('ol', { class: 'steps' }, t(`con.steps.${id}`).split('|').map((one) => h('li', null, one)));
+      const steps = h('ol', { class: 'numbered' }, t(`con.steps.${id}`).split('|').map((one) => h('li', null, one)));
       const body = [h('div', { class: 'row' }, h('span', { class: 'note' }, t('con.at')), where,
         closed && h('a', { class: 'note', href: '#/settings/sharing' }, t('con.closed'))),
       h('div', { class: 'copylines' }, copyLine(t('shell.base'), h('code', null, id === 'codex' ? values().codexBase : values().base),
         () => (id === 'codex' ? values().codexBase : values().base)),
-      copyLine(t('ov.key'), input, () => key, t(needs ? 'con.needKey' : 'ov.anyKey')),
+      copyLine(t('ov.key'), input, () => key, t(needs ? 'con.needKey' : 'con.anyKey')),
       copyLine(t('ov.model'), model, () => model.input.value)), blocks, steps, check.el];
-      if (id !== 'codex') return fill(place, card({ title: t(`client.${id}`) }, body), endpoints());
+      if (id !== 'codex') return fill(place, card({ title: named(id) }, body), endpoints());
       codex ||= codexPanel();
       return fill(place, codex.el, card({ title: t('cdx.byHand') }, body), endpoints());
     }
