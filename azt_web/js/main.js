@@ -182,8 +182,16 @@ function onrouting(routing, changes) {
     label: t('toast.switchBack'), run: () => api.send('POST', `/accounts/${cause.from}/activate`) } });
 }
 
+const followed = new Set();
+
+/** One line for each job that runs, and a word when one that was seen running is done. */
 function onjobs(jobs, changes) {
   const running = jobs.filter((one) => ['queued', 'running'].includes(one.state));
+  for (const job of changes.flat()) {
+    if (job.state === 'done' && followed.delete(job.id)) toast(t('job.done', { name: t(`job.${job.kind}`),
+      n: job.done - job.failed, m: job.total }), { kind: job.failed ? 'info' : 'ok' });
+  }
+  for (const job of running) followed.add(job.id);
   const known = new Map([...$('bars').querySelectorAll('.jobline')].map((el) => [el.dataset.job, el]));
   for (const job of running) {
     if (known.has(job.id)) known.get(job.id).patch(job);
@@ -195,10 +203,6 @@ function onjobs(jobs, changes) {
     known.delete(job.id);
   }
   for (const el of known.values()) el.remove();
-  for (const job of changes.flat()) {
-    if (job.state === 'done') toast(t('job.done', { name: t(`job.${job.kind}`), n: job.done - job.failed, m: job.total }),
-      { kind: job.failed ? 'info' : 'ok' });
-  }
 }
 
 async function boot() {

@@ -1,4 +1,4 @@
-"""Every view of the console that is looked at: as a picture, by axe, for overflow, in two languages.
+"""Every view of the console: as a picture, by axe, for overflow, in two languages.
 
 A page joins by a line in `VIEWS`. `prepare` gets the open page and does what leads to the view.
 `scene` is what they are all shown with: accounts in every state, and calls that went well and not.

@@ -43,8 +43,8 @@ function hero() {
     const state = h('span'), fresh = iconButton('refresh', '', () => api.send('POST', `/accounts/${account.id}/refresh-quota`));
     const meters = (windows(account).length ? windows(account).slice(0, 2) : [null]).map((one) => meter(one, { big: true }));
     const extra = [...windows(account).slice(2), ...(account.quota?.extra || [])];
-    fill(el, h('div', { class: 'part who' }, h('h2', { class: 'live' }, h('i'), t('hero.now')), h('p', { class: 'name' }, nameLink(account)),
-      h('p', { class: 'row' }, tag(account.plan), state, h('span', { class: 'role' }, 'API')), h('p', { class: 'row' }, change(), fresh)),
+    fill(el, h('div', { class: 'part who' }, h('h2', { class: 'live' }, h('i'), t('hero.now'), h('span', { class: 'role' }, 'API')), h('p', { class: 'name' }, nameLink(account)),
+      h('p', { class: 'row' }, tag(account.plan), state), h('p', { class: 'row' }, change(), fresh)),
     meters.map((one, i) => h('div', { class: 'part' }, one, extra.length > 0 && i === meters.length - 1
       && details(plural('quota.more', extra.length), extra.map((more) => meter(more))))), next);
     return ({ quota, status }, same) => {
