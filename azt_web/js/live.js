@@ -5,7 +5,7 @@ import { get, load, reducers, set } from './store.js';
 
 const PAUSES_S = [1, 2, 4, 8, 15];
 const HIDDEN_MS = 30000;
-let lastId = 0, pid = 0, version = '', failures = 0, ending = null, timer = 0, hidden = 0, onversion = () => {};
+let lastId = 0, pid = 0, version = '', leaving = '', failures = 0, ending = null, timer = 0, hidden = 0, onversion = () => {};
 
 /** Everything at once, and where the events go on from. */
 export async function refetch() {
@@ -22,17 +22,13 @@ function take({ event, data, id }) {
   if (event === 'hello') greet(value);
   else if (event === 'resync') refetch().catch(() => {});
   else if (event === 'bye' && value.reason === 'session_ended') api.hooks.signIn();
-  else {
-    if (event === 'gateway' && value.status) set('connection', { ...get('connection'), leaving: value.status === 'restarting' });
-    if (event === 'gateway' && value.to) followTo = value.to;
-    reducers[event]?.(value);
-  }
+  else reducers[event]?.(value);
+  if (event === 'gateway' && value.status === 'restarting') leaving = value.to || location.host;
 }
-
-let followTo = '';
 
 function greet({ now, pid: process, version: told, eventId }) {
   setNow(now);
+  leaving = '';
   if (process !== pid) refetch().catch(() => {}); // another process: its numbers start anew
   if (!lastId) lastId = eventId || 0;
   if (version && told !== version) onversion(told);
@@ -58,9 +54,11 @@ async function run() {
 function again() {
   const pause = PAUSES_S[Math.min(failures, PAUSES_S.length - 1)] * 1000 * (failures ? 0.9 + Math.random() * 0.2 : 1);
   failures += 1;
-  const state = get('connection').leaving ? 'restarting' : 'offline';
-  set('connection', { ...get('connection'), state, retryAt: Date.now() + pause, to: followTo });
-  timer = setTimeout(run, pause);
+  set('connection', { state: leaving ? 'restarting' : 'offline', retryAt: Date.now() + pause });
+  const port = leaving.split(':').at(-1);
+  // It comes back at another port: this page can ask nothing there, it can only go there.
+  if (failures > 1 && leaving && port !== location.port) location.port = port;
+  else timer = setTimeout(run, pause);
 }
 
 export function retryNow() {

@@ -5,7 +5,7 @@ import { clock, isMasking, setMasking } from './format.js';
 import { lang, setLang, t } from './i18n.js';
 import { go, hash, remount } from './router.js';
 import { CLIENTS } from './snippets.js';
-import { get, nameOf } from './store.js';
+import { get, nameOf, reducers } from './store.js';
 import { copy, dialog, fail, isDark, messages, setTheme, toast } from './ui.js';
 
 const SECTIONS = ['general', 'routing', 'codex', 'images', 'network', 'sharing', 'data', 'about'];
@@ -17,9 +17,10 @@ const KEYS = [['Ctrl K', 'keys.box'], ['/', 'keys.search'], ['g o', 'nav.overvie
 /** Serve with this account from now on; the toast takes it back. */
 export async function activate(account) {
   const before = get('routing').activeId;
-  const done = await send('POST', `/accounts/${account.id}/activate`);
-  const back = before && before !== account.id && { label: t('act.undo'), run: () => send('POST', `/accounts/${before}/activate`) };
-  toast(t('toast.switched', { name: nameOf(done?.account || account) }), { action: back || undefined });
+  const serve = async (id) => reducers.routing({ activeId: (await send('POST', `/accounts/${id}/activate`)).activeId });
+  await serve(account.id);
+  toast(t('toast.switched', { name: nameOf(account) }), before && before !== account.id
+    ? { action: { label: t('act.undo'), run: () => serve(before) } } : {});
 }
 
 export function showShortcuts() {

@@ -75,7 +75,7 @@ export function start(table, how) {
   const mark = () => { scrolls[history.state?.at ?? -1] = scrollY; };
   addEventListener('scroll', mark, { passive: true });
   const arrive = (moves) => {
-    if (!/^#\//.test(location.hash)) history.replaceState(null, '', '#/overview');
+    if (!/^#\/./.test(location.hash)) history.replaceState(null, '', '#/overview');
     const back = history.state?.at;
     if (back === undefined) history.replaceState({ at: key += 1 }, '');
     const top = scrolls[back] || 0, before = shown.page;

@@ -69,7 +69,10 @@ export const reducers = {
   usage: (data) => { set('usage', data); if (data.today) set('today', data.today); },
   gateway: (data) => set('gateway', { ...state.gateway, ...data }),
   job: (job) => upsert('jobs', job, JOBS_KEPT),
-  login: (flow) => set('login', flow),
+  login: (flow) => {
+    if (flow.status === 'done') upsert('accounts', flow.account);
+    set('login', flow);
+  },
   codex: (codex) => set('codex', { ...state.codex, ...codex, authAccountId: codex.auth?.accountId }),
   settings: (settings) => set('settings', settings),
   models: (models) => set('models', { ...state.models, ...models }),

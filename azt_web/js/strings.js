@@ -110,6 +110,7 @@ export const STRINGS = {
   'plan.business': ['Business', 'Business'],
   'plan.enterprise': ['Enterprise', 'Enterprise'],
   'plan.edu': ['Edu', 'Edu'],
+  'quota.any': ['Quota', '额度'],
   'quota.5h': ['5-hour window', '5 小时窗口'],
   'quota.week': ['Weekly window', '每周窗口'],
   'quota.code_review': ['Code review', '代码审查'],

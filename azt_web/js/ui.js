@@ -304,9 +304,10 @@ export const tag = (plan) => (plan ? h('span', { class: 'tag' }, known(`plan.${p
 
 export function windowName({ key, minutes }) {
   if (known(`quota.${key}`)) return t(`quota.${key}`);
+  if (!minutes) return t('quota.any');
   if (minutes === 300) return t('quota.5h');
   if (minutes === 10080) return t('quota.week');
-  return minutes >= 1440 ? plural('quota.days', Math.round(minutes / 1440)) : plural('quota.hours', Math.round((minutes || 60) / 60));
+  return minutes >= 1440 ? plural('quota.days', Math.round(minutes / 1440)) : plural('quota.hours', Math.round(minutes / 60));
 }
 
 /** [colour, icon, words] of how a window is doing. */

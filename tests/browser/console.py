@@ -65,8 +65,7 @@ class Console:
         self.left_open.append(profile)
         profile.add_init_script(WATCH)
         profile.on("request", self._check_place)
-        with contextlib.suppress(Exception):
-            profile.grant_permissions(["clipboard-read", "clipboard-write"], origin=self.url)
+        profile.grant_permissions(["clipboard-write"], origin=self.url)
         page = profile.new_page()
         page.set_default_timeout(10_000)
         page.on("console", self._note)
@@ -98,6 +97,15 @@ class Console:
     def press(self, keys: str) -> None:
         self.clicks += 1
         self.page.keyboard.press(keys)
+
+    def clipboard(self) -> str:
+        """What was copied. The console's own policy does not let its pages read it."""
+        page = self.page.context.new_page()
+        page.goto(f"{self.upstream.url}/codex/device")
+        page.context.grant_permissions(["clipboard-read"], origin=self.upstream.url)
+        copied = str(page.evaluate("navigator.clipboard.readText()"))
+        page.close()
+        return copied
 
     def admin(self, method: str, path: str, json: Any = None) -> Any:
         """A call to the admin API by the owner, past the page."""

@@ -81,7 +81,7 @@ def test_it_shows_who_serves_what_is_left_and_who_is_next(console: Any, upstream
 
 def test_the_account_is_switched_with_two_clicks_and_back(console: Any) -> None:
     """13 and T6, by mouse."""
-    page, hero = console.page, console.page.locator(".hero .name")
+    page, hero = console.page, console.page.locator(".hero p.name")
     console.click("Switch account")
     console.click(page.get_by_role("menuitem", name="work@corp.dev"))
 
@@ -98,7 +98,7 @@ def test_the_account_is_switched_by_keyboard_alone(console: Any) -> None:
     page.keyboard.press("Enter")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
-    expect(page.locator(".hero .name")).to_have_text("work@corp.dev")
+    expect(page.locator(".hero p.name")).to_have_text("work@corp.dev")
     switch.focus()
     page.keyboard.press("Enter")
     page.keyboard.press("Escape")
@@ -134,7 +134,7 @@ def test_an_automatic_switch_is_told_with_its_reason(gateway_console: Any, upstr
 
     toast = console.page.locator(".toast")
     expect(toast).to_contain_text("Switched from ada@example.com to work@corp.dev")
-    expect(console.page.locator(".hero .name")).to_have_text("work@corp.dev")
+    expect(console.page.locator(".hero p.name")).to_have_text("work@corp.dev")
     expect(toast.get_by_role("button", name="Switch back")).to_be_visible()
 
 
@@ -145,10 +145,10 @@ def test_the_base_url_is_copied_with_one_click_and_a_snippet_with_one(console: A
     """4, T2, T3."""
     page = console.page
     console.click(page.locator("#base button"))
-    assert page.evaluate("navigator.clipboard.readText()") == f"{console.url}/v1"
+    assert console.clipboard() == f"{console.url}/v1"
     console.click(page.locator("figure.code").get_by_role("button", name="Copy"))
 
-    copied = page.evaluate("navigator.clipboard.readText()")
+    copied = console.clipboard()
     assert f'base_url="{console.url}/v1"' in copied
     assert console.clicks == 2
 
@@ -274,7 +274,7 @@ def test_the_command_box_finds_pages_accounts_and_actions(console: Any) -> None:
     page.keyboard.type("serve work")
     expect(page.get_by_role("option")).to_have_count(1)
     page.keyboard.press("Enter")
-    expect(page.locator(".hero .name")).to_have_text("work@corp.dev")
+    expect(page.locator(".hero p.name")).to_have_text("work@corp.dev")
     page.keyboard.press("Control+k")
     page.keyboard.type("recent mess")
     page.keyboard.press("Enter")

@@ -7,7 +7,7 @@ import { known, plural, pref, setPref, t } from '../i18n.js';
 import { activate } from '../palette.js';
 import { go, hash } from '../router.js';
 import { CLIENTS, clientSeen, snippets } from '../snippets.js';
-import { accountOf, get, nameOf, on } from '../store.js';
+import { accountOf, get, nameOf, on, reducers } from '../store.js';
 import { button, card, codeBlock, copyButton, details, empty, errorPanel, fail, iconButton, menu, meter, pill, segmented,
   tag, wording } from '../ui.js';
 
@@ -40,7 +40,7 @@ function hero() {
   let shape = '', patch = () => {};
 
   function build(account) {
-    const state = h('span'), fresh = iconButton('refresh', '', () => api.send('POST', `/accounts/${account.id}/refresh-quota`));
+    const state = h('span'), fresh = iconButton('refresh', '', async () => reducers.account(await api.send('POST', `/accounts/${account.id}/refresh-quota`)));
     const meters = (windows(account).length ? windows(account).slice(0, 2) : [null]).map((one) => meter(one, { big: true }));
     const extra = [...windows(account).slice(2), ...(account.quota?.extra || [])];
     fill(el, h('div', { class: 'part who' }, h('h2', { class: 'live' }, h('i'), t('hero.now'), h('span', { class: 'role' }, 'API')), h('p', { class: 'name' }, nameLink(account)),
@@ -328,8 +328,8 @@ export const page = {
       parts?.pool.update();
     };
     fill(root, h('div', { class: 'stack' }, top.el, bad.el, first, rest));
-    const { hasCalled, clientSeen: client } = get('firstRun');
-    if (pref('first') !== 'done' && !hasCalled && !client) fill(first, (steps = firstRun(over)).el);
+    // They stay until dismissed, or until a client of the person's own has called.
+    if (pref('first') !== 'done' && !get('firstRun').clientSeen) fill(first, (steps = firstRun(over)).el);
     const offs = [...['accounts', 'routing', 'notices'].map((slice) => on(slice, all)), on('login', (told) => steps?.onlogin(told)),
       on('recent', () => parts?.recent.update()), on('today', () => parts?.figures.update()),
       on('usage', (told) => parts?.traffic.minute(told?.minute))];
