@@ -1028,6 +1028,7 @@ _ORIGINS = _texts("a list of origins such as https://app.example", _ORIGIN)
 _PROXY = _text("http://host:port or https://host:port", r"(https?://[^\s/]+/?)?")
 _ORDER = _text("most_left, soonest_reset or priority", "most_left|soonest_reset|priority")
 _LEVEL = _text("debug, info, warning or error", "debug|info|warning|error")
+_MASK = _text("lan, always or never", "lan|always|never")
 _WORDS = _texts("a list of texts", ".+")
 _TEXT = _text("a text")
 
@@ -1055,6 +1056,7 @@ SETTINGS: dict[str, Setting] = {
     "server.host": Setting("0.0.0.0", *_text("an address to listen on"), "AZT_HOST", widens=True),
     "server.lanApi": Setting(True, *_YES_NO, widens=True),
     "server.port": Setting(8787, *_number(0, 65535), "AZT_PORT", widens=True),
+    "ui.maskEmails": Setting("lan", *_MASK, widens=True),
     "usage.keepDays": Setting(365, *_number(1, 3650)),
     "usage.keepMb": Setting(512, *_number(1, 100_000)),
 }
@@ -2374,8 +2376,14 @@ def _quantity(value: Any) -> float | None:
 
 
 def learn_quota(account: Account, reading: Json) -> None:
-    """Keep a reading; what it does not speak of stays as it was."""
-    quota = account.quota = {**account.quota, **reading}
+    """Keep a reading; what it does not speak of stays as it was, a window that is over apart."""
+    quota = {**account.quota, **reading}
+    told, known = reading.get("windows", ()), account.quota.get("windows", ())
+    if told and (missing := {one["key"] for one in known} - {one["key"] for one in told}):
+        is_open = (one for one in known if one["resets_at"] > quota["captured_at"])
+        quota["windows"] = [*told, *(one for one in is_open if one["key"] in missing)]
+        quota["windows"].sort(key=lambda one: str(one["key"]))
+    account.quota = quota
     account.plan = quota.get("plan", account.plan)
     resets = [one["resets_at"] for one in quota.get("windows", ()) if one["resets_at"]]
     quota["until"] = min(resets, default=0)
@@ -7349,6 +7357,7 @@ def _without_reasoning(body: bytes) -> bytes:
 # ==================================================================================================
 
 USAGE_KEYS_MAX, USAGE_DAYS_MAX, USAGE_DETAIL_DAYS = 64, 400, 92
+HISTORY_DAYS, HISTORY_MAX = 14, 336
 USAGE_PENDING_MAX, USAGE_SERIES_MAX = 20_000, 2_000
 _DURATIONS_MS = (100, 300, 500, 1000, 2000, 5000, 10_000, 30_000, 60_000, 120_000)
 _BUCKET_KEYS = (*map(str, _DURATIONS_MS), "inf")
@@ -7827,6 +7836,13 @@ class UsageStats:
         for path, value in zip((paths.usage_lifetime, paths.usage_daily), sums, strict=False):
             write_json(path, value | {"through": dict(self.through)}, None)
 
+    @blocking
+    def clear(self, paths: Paths) -> None:
+        for path in (paths.usage_lifetime, paths.usage_daily):  # first, or the events count anew
+            write_json(path, {"version": 1})
+        for path in paths.usage_events.glob("*.jsonl"):
+            delete_file(path)
+
 
 def _day(at_ms: int) -> str:
     """The day of this machine's own calendar."""
@@ -7843,6 +7859,16 @@ def read_events(path: Path, start: int = 0) -> Iterator[Json]:
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
         yield event
+
+
+@blocking
+def read_quotas(folder: Path, account_id: str, since_ms: int) -> list[Json]:
+    """What was left of an account's windows, hour by hour: the lines of `Gateway.note_quotas`."""
+    mark, points = b'{"quota":"%b"' % account_id.encode(), []
+    for path in sorted(folder.glob("*.jsonl")):
+        lines = read_from(path, 0) if path.stem >= _day(since_ms) else ()
+        points += [parse_event(line) or {} for line in lines if line.startswith(mark)]
+    return [{k: v for k, v in one.items() if k != "quota"} for one in points][-HISTORY_MAX:]
 
 
 # -- charts and tables, folded from the events of their stretch of time
@@ -8042,9 +8068,16 @@ class Events:
         watcher[1].put_nowait(b"")
 
     async def watch(
-        self, hello: Json, last_id: int | None, session: str = ""
+        self,
+        hello: Json,
+        last_id: int | None,
+        session: str = "",
+        shown: Callable[[bytes], bytes] = bytes,
     ) -> AsyncIterator[bytes]:
-        """The events as they come, first those since `last_id`. Too old for that: `resync`."""
+        """The events as they come, first those since `last_id`. Too old for that: `resync`.
+
+        shown  what the one who watches may see of an event
+        """
         own = [one for one in self._watchers if one[0] == session]
         for watcher in own[: max(0, len(own) + 1 - WATCHERS_MAX)]:
             self._end(watcher)
@@ -8055,7 +8088,7 @@ class Events:
         is_known = last_id is None or self.newest_id - last_id <= len(missed)
         first = b"".join(missed if last_id else []) if is_known else b"event: resync\ndata: {}\n\n"
         try:
-            yield b"retry: 2000\nevent: hello\ndata: %b\n\n%b" % (encode_json(hello), first)
+            yield b"retry: 2000\nevent: hello\ndata: %b\n\n%b" % (encode_json(hello), shown(first))
             while True:
                 try:
                     event = await asyncio.wait_for(mine.get(), PING_S)
@@ -8063,7 +8096,7 @@ class Events:
                     event = b": ping\n\n"
                 if not event:
                     return
-                yield event
+                yield shown(event)
         finally:
             with contextlib.suppress(ValueError):
                 self._watchers.remove((session, mine))
@@ -8211,8 +8244,28 @@ class Gateway:
         """A request has ended. It is counted and written soon, with others, off the loop."""
         if record.route:
             self.ended.append(record)
-            if self._flushing is None or self._flushing.done():
-                self._flushing = asyncio.create_task(self._flush_soon())
+            self._flush_later()
+
+    def _flush_later(self) -> None:
+        if self._flushing is None or self._flushing.done():
+            self._flushing = asyncio.create_task(self._flush_soon())
+
+    def note_quotas(self) -> None:
+        """Once an hour what is left of each account, among the events: its chart shows it."""
+        for account in self.store.accounts.values():
+            quota, at = account.quota, account.quota.get("captured_at", 0)
+            if at // 3600 > quota.get("noted", 0):
+                quota["noted"] = at // 3600
+                left = {one["key"]: 100 - round(one["used"]) for one in quota.get("windows", ())}
+                point = encode_json({"quota": account.id, "at": at * 1000, **left}) + b"\n"
+                self.usage.pending.append((_day(at * 1000), point))
+                self._flush_later()
+
+    async def forget_usage(self) -> None:
+        """Clear the statistics, on disk too."""
+        async with self._counting:
+            self.ended, self.usage = [], UsageStats()
+            await in_thread(self.files, self.usage.clear, self.paths)
 
     async def forget_requests(self, before_ms: int) -> int:
         """Take the rows before that time (0: all) out of the log, on disk too; how many."""
@@ -8306,6 +8359,7 @@ class Gateway:
         """What `save_soon` has put off."""
         if self._saving is not None:
             self._saving = None
+            self.note_quotas()
             await self.renewals.keep()
 
     async def refresh_quota(self, account_id: str, by_person: bool = True) -> Account:
@@ -9765,7 +9819,7 @@ async def _translated(gw: Gateway, request: Request, translate: Callable[..., T]
 
 LOW_PERCENT, QUEUE_SHOWN, SWITCHES_SHOWN, RECENT_SHOWN = 20, 5, 20, 10
 PLAYGROUND = "Playground"
-MODELS_OLD_S = 7 * 24 * 3600
+MODELS_OLD_S, QUOTA_STALE_S = 7 * 24 * 3600, 3600
 
 
 async def _run_turn(
@@ -10265,6 +10319,30 @@ async def _codex_attempt(
 # -- 16c. Admin ------------------------------------------------------------------------------------
 
 
+_EMAIL = re.compile(rb"([\w.+%\x80-\xff-])[\w.+%\x80-\xff-]*@([\w-]+(?:\.[\w-]+)+)")
+
+
+def _email_rule(gw: Gateway, request: Request) -> Callable[[bytes], bytes]:
+    """How e-mail addresses are shown to this caller: as they are, or `a***@example.com`."""
+    mode = gw.settings.text("ui.maskEmails")
+    if mode == "always" or (mode == "lan" and request.peer_class != "own"):
+        return functools.partial(_EMAIL.sub, rb"\1***@\2")
+    return bytes
+
+
+def _discreet(handler: Handler) -> Handler:
+    """The handler whose JSON keeps to `_email_rule`; files and the Playground's answers do not."""
+
+    async def answer(gw: Gateway, request: Request) -> Reply:
+        reply = await handler(gw, request)
+        if isinstance(reply.body, bytes) and request.path.startswith(ADMIN):
+            is_file = any(name == "content-disposition" for name, _ in reply.headers)
+            reply.body = reply.body if is_file else _email_rule(gw, request)(reply.body)
+        return reply
+
+    return answer
+
+
 def _ms(seconds: float) -> int | None:
     return int(seconds * 1000) if seconds else None
 
@@ -10398,14 +10476,73 @@ def _account_view(gw: Gateway, account: Account) -> Json:
         "inCodex": gw.codex_seen["auth"]["accountId"] == account.id,
         "createdAt": _ms(account.created_at),
         "tokenExpiresAt": _ms(account.expires_at),
-        "exports": account.exports or {"count": 0},
+        "exports": account.exports or None,
     }
+
+
+_NOT_LISTED = "accountId createdAt credits source tokenExpiresAt usedPercent".split()
+
+
+def _slim(view: Any) -> Any:
+    """What the list of everything needs (console.md 6.2): nothing empty, no details."""
+    if isinstance(view, dict):
+        kept = ((k, v) for k, v in view.items() if v not in (None, {}, []) and k not in _NOT_LISTED)
+        return {name: _slim(value) for name, value in kept}
+    return [_slim(one) for one in view] if isinstance(view, list) else view
+
+
+def _by_windows(view: Json, name: str, missing: float) -> float:
+    windows = (view["quota"] or {}).get("windows", ())
+    return min((one[name] or missing for one in windows), default=missing)
+
+
+# `sort` -> the key of a view; without it they come as they were added.
+_SORTS: dict[str, Callable[[Json], Any]] = {
+    "": lambda view: 0,
+    "left": lambda view: -_by_windows(view, "remainingPercent", 0),
+    "name": lambda view: (view["label"] or view["email"]).casefold(),
+    "reset": lambda view: _by_windows(view, "resetsAt", math.inf),
+    "used": lambda view: -(view["lastUsedAt"] or 0),
+}
+_SERVES = ("ready", "low", "unknown")
+_STATUSES = "ready low empty unknown login_rejected auth_error expired excluded".split()
 
 
 @_view
 def admin_get_accounts(gw: Gateway, request: Request) -> Json:
-    items = [_account_view(gw, account) for account in gw.store.accounts.values()]
-    return {"items": items, "next": None, "total": len(items)}
+    query, everyone = request.query, [_account_view(gw, a) for a in gw.store.accounts.values()]
+    states = collections.Counter(view["status"] for view in everyone)
+    wanted, said = query.get("q", "").casefold(), operator.itemgetter("email", "id", "accountId")
+    found = [
+        view
+        for view in everyone
+        if all(query.get(name) in (None, "", view[name]) for name in ("status", "plan"))
+        and wanted in " ".join([view["label"] or "", *said(view)]).casefold()
+    ]
+    found.sort(key=_SORTS[_word_in(query, "sort", _SORTS, "")])
+    at = next((n for n, view in enumerate(found, 1) if view["id"] == query.get("cursor")), 0)
+    page = found[at : at + _number_in(query, "limit", len(found))]
+    return {
+        "items": page,
+        "next": page[-1]["id"] if page and page[-1] is not found[-1] else None,
+        "total": len(found),
+        "counts": {"all": len(everyone), **{name: states[name] for name in _STATUSES}},
+    }
+
+
+async def admin_get_account(gw: Gateway, request: Request) -> Reply:
+    """One account with what was left of it, hour by hour, and its last requests."""
+    account = gw.store.find(request.params["id"])
+    since_ms, folder = int(time.time() - HISTORY_DAYS * 86400) * 1000, gw.paths.usage_events
+    await gw.counted()
+
+    def details() -> Json:
+        rows = (_row_of(row) for row in gw.requests.rows() if row["accountId"] == account.id)
+        history = read_quotas(folder, account.id, since_ms)
+        return {"history": history, "requests": list(itertools.islice(rows, RECENT_SHOWN))}
+
+    more = await in_thread(gw.short, details)
+    return _private_reply({**_account_view(gw, account), **more})
 
 
 _SAMPLE = Account("", "optional", "", "eyJ...", "rt_...", "eyJ...", "you@example.com", "plus")
@@ -10462,6 +10599,9 @@ async def admin_post_import(gw: Gateway, request: Request) -> Reply:
             raise _bad_file(bad["code"], f"{where}: {bad['message']} Nothing was imported.")
         return items
 
+    is_job = body.get("check") is True or ("previewId" in body and len(chosen) > 5)
+    if is_job and not is_dry:
+        gw.ready_for("import")
     if is_dry:
         items = add(AccountStore.from_json(gw.store.to_json()))  # to a copy
     else:
@@ -10472,9 +10612,11 @@ async def admin_post_import(gw: Gateway, request: Request) -> Reply:
     if is_dry:
         kept = _shelve(gw.previews, found, PREVIEW_TTL_S)
         reply |= {"previewId": kept["token"], "expiresAt": kept["expiresAt"]}
-    elif body.get("check") is True:
-        with contextlib.suppress(AztError):  # all are being read just now
-            reply["job"] = _job_view(gw.refresh_quotas(gw.store.find(one["id"]) for one in items))
+    elif is_job:
+        checked = [one["id"] for one in items if body.get("check") is True]
+        job = gw.refresh_quotas(map(gw.store.find, checked), kind="import")
+        job.result = {"summary": counts, "items": items}
+        reply["job"] = _job_view(job)
     return _private_reply(reply, 202 if "job" in reply else 200)
 
 
@@ -10547,8 +10689,15 @@ async def admin_patch_account(gw: Gateway, request: Request) -> Reply:
 
 
 async def admin_post_activate(gw: Gateway, request: Request) -> Reply:
+    is_forced = bool(request.body) and (await read_object(gw, request)).get("force") is True
+
     def activate(store: AccountStore) -> tuple[str | None, Account]:
         previous, account = store.active_id, store.find(request.params["id"])
+        status, params = _account_status(gw, account, time.time())
+        if status not in _SERVES and not is_forced:
+            text = f'{account.name} cannot serve now ({status}). Send {{"force": true}} to insist.'
+            told = {"params": {"id": account.id, "reason": status, **params}}
+            raise AztError(409, "account_unusable", text, extra=told)
         store.active_id = account.id
         gw.rotation.sticky = Stickiness()  # the person's choice is for running conversations too
         return previous, account
@@ -10563,11 +10712,14 @@ async def admin_post_refresh_quota(gw: Gateway, request: Request) -> Reply:
 
 
 async def admin_post_refresh_quotas(gw: Gateway, request: Request) -> Reply:
-    names = (await read_object(gw, request)).get("ids")
+    body = await read_object(gw, request)
+    names, everyone = body.get("ids"), gw.store.accounts.values()
     if names is not None and not (isinstance(names, list) and all(names)):
         raise BadRequest("Name the accounts, or leave 'ids' out for all.", "ids", "bad_field")
-    everyone = gw.store.accounts.values()
-    chosen = everyone if names is None else [gw.store.find(str(name)) for name in names]
+    chosen = [*everyone] if names is None else [gw.store.find(str(name)) for name in names]
+    if body.get("staleOnly") is True:
+        last = time.time() - QUOTA_STALE_S
+        chosen = [one for one in chosen if one.quota.get("captured_at", 0) < last]
     return _private_reply({"job": _job_view(gw.refresh_quotas(chosen))}, 202)
 
 
@@ -10795,7 +10947,7 @@ def admin_get_state(gw: Gateway, request: Request) -> Json:
         "defaultModel": gw.default_model,
         "routing": _routing_view(gw),
         "jobs": [_job_view(job) for job in gw.jobs.values()],
-        "accounts": [_account_view(gw, account) for account in gw.store.accounts.values()],
+        "accounts": _slim([_account_view(gw, one) for one in gw.store.accounts.values()]),
         "codex": {"takeover": codex["takeover"], "authAccountId": codex["auth"]["accountId"]},
         "today": _today(gw),
         "recent": list(map(_row_of, itertools.islice(gw.requests.rows(), RECENT_SHOWN))),
@@ -10903,7 +11055,9 @@ async def admin_get_events(gw: Gateway, request: Request) -> Reply:
     last_id = request.headers.get("last-event-id") or request.query.get("lastEventId", "")
     _watch_changes(gw)
     hello = {"now": _ms(time.time()), "version": VERSION, "pid": os.getpid()}
-    body = gw.events.watch(hello, int(last_id) if last_id.isdecimal() else None)
+    body = gw.events.watch(
+        hello, int(last_id) if last_id.isdecimal() else None, "", _email_rule(gw, request)
+    )
     return Reply(200, body, _STREAM_HEADERS)
 
 
@@ -11016,6 +11170,12 @@ async def _with_events(
         return fold(event for event in events if first_ms <= event["at"] < last_ms)
 
     return await in_thread(gw.short, run)
+
+
+async def admin_delete_usage(gw: Gateway, request: Request) -> Reply:
+    await gw.forget_usage()
+    log.info("audit: the statistics were cleared")
+    return Reply(204)
 
 
 async def admin_get_usage_series(gw: Gateway, request: Request) -> Reply:
@@ -11248,10 +11408,12 @@ ROUTES: list[Route] = sorted(
         Route("GET", f"{ADMIN}/requests", admin_get_requests, "admin_read"),
         Route("GET", f"{ADMIN}/requests/export", admin_get_requests_export, "admin_read"),
         Route("GET", f"{ADMIN}/requests/{{id}}", admin_get_request, "admin_read"),
+        Route("DELETE", f"{ADMIN}/usage", admin_delete_usage, "admin_write"),
         Route("GET", f"{ADMIN}/usage", admin_get_usage, "admin_read"),
         Route("GET", f"{ADMIN}/usage/export", admin_get_usage_export, "admin_read"),
         Route("GET", f"{ADMIN}/usage/series", admin_get_usage_series, "admin_read"),
         Route("GET", f"{ADMIN}/accounts", admin_get_accounts, "admin_read"),
+        Route("GET", f"{ADMIN}/accounts/{{id}}", admin_get_account, "admin_read"),
         Route("GET", f"{ADMIN}/jobs/{{id}}", admin_job, "admin_read"),
         Route("GET", f"{ADMIN}/accounts/import/template", get_template, "admin_read"),
         Route("GET", f"{ADMIN}/codex", admin_get_codex, "admin_read"),
@@ -11317,7 +11479,11 @@ CALLBACK_ROUTES = [Route("GET", "/auth/callback", get_login_callback, "page")]
 def routes_of(gw: Gateway) -> list[Route]:
     """The table, and one route for each page that was found at the start."""
     pages = (name for name in sorted(gw.pages) if name != "/")
-    return ROUTES + [Route("GET", name, get_page, "page") for name in pages]
+    admin = ((one, one.access.startswith("admin")) for one in ROUTES)
+    routes = [
+        replace(one, handler=_discreet(one.handler)) if is_admin else one for one, is_admin in admin
+    ]
+    return routes + [Route("GET", name, get_page, "page") for name in pages]
 
 
 def policy_source(gw: Gateway) -> Callable[[], Policy]:
@@ -12065,7 +12231,7 @@ def _sign_in(args: argparse.Namespace) -> int:
 
 
 def _called(account: Json) -> str:
-    return str(account["label"] or account["email"] or account["id"])
+    return str(account.get("label") or account.get("email") or account["id"])
 
 
 def _signed_out(result: Json) -> list[str]:
@@ -12139,7 +12305,7 @@ def _new_key_lines(result: Json) -> list[str]:
 
 
 def _state_cell(account: Json) -> str:
-    params, status = account["statusParams"], str(account["status"])
+    params, status = account.get("statusParams") or {}, str(account["status"])
     until = f" until {_when(params['until'])}" if "until" in params else ""
     return f"sign in again ({params['reason']})" if status == "login_rejected" else status + until
 
@@ -12354,7 +12520,10 @@ def _models(args: argparse.Namespace) -> int:
 
 
 _use = _admin(
-    "POST", "/accounts/{account}/activate", lambda it: [f"{_called(it['account'])} serves the API."]
+    "POST",
+    "/accounts/{account}/activate",
+    lambda it: [f"{_called(it['account'])} serves the API."],
+    lambda _: {"force": True},
 )
 _label = _admin("PATCH", "/accounts/{account}", _row, lambda args: {"label": args.label})
 _logout = _admin("POST", "/accounts/logout", _signed_out, lambda args: {"id": args.account})

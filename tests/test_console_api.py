@@ -152,6 +152,7 @@ AGGREGATE = dict.fromkeys(
     NUMBER,
 ) | {"durationBuckets": OBJECT, "firstTokenMedianMs": MAYBE_NUMBER}
 USAGE_ROWS = [{"key": WORD, "label": WORD, "aggregate": AGGREGATE}]
+LISTED = {name: ACCOUNT[name] for name in ("id", "email", "plan", "status", "auth", "images")}
 STATE: Json = {
     "eventId": NUMBER,
     "now": NUMBER,
@@ -162,7 +163,7 @@ STATE: Json = {
     },
     "defaultModel": WORD,
     "routing": ROUTING,
-    "accounts": [ACCOUNT],
+    "accounts": [LISTED],
     "codex": {"takeover": {"on": FLAG}, "authAccountId": MAYBE_WORD},
     "today": AGGREGATE,
     "recent": [ROW],
@@ -199,7 +200,24 @@ DETAIL = ROW | {
 }
 MODEL = {"id": WORD, "name": WORD, "input": [WORD], "default": FLAG, "efforts": [WORD]}
 READS: dict[str, Json] = {
-    "/accounts": {"items": [ACCOUNT], "next": MAYBE_WORD, "total": NUMBER},
+    "/accounts": {
+        "items": [ACCOUNT],
+        "next": MAYBE_WORD,
+        "total": NUMBER,
+        "counts": dict.fromkeys(
+            ("all", "ready", "low", "empty", "unknown", "login_rejected", "excluded"), NUMBER
+        ),
+    },
+    "/accounts/ada@example.com": {
+        **ACCOUNT,
+        "history": [{"at": NUMBER, "primary": NUMBER, "secondary": NUMBER}],
+        "requests": [ROW],
+        "statusParams": OBJECT,
+        "excludedUntil": MAYBE_NUMBER,
+        "priority": MAYBE_NUMBER,
+        "lastUsedAt": MAYBE_NUMBER,
+        "tokenExpiresAt": MAYBE_NUMBER,
+    },
     "/codex": {
         "home": WORD,
         "installed": FLAG,
@@ -267,9 +285,115 @@ def lived_in(
     console = Console(gateway)
     assert console.chat_stream().status == 200
     console.job(console.done("POST", "/accounts/refresh-quotas", {}))
+    eventually(lambda: console.read("/accounts/ada@example.com")["history"], 20)
     yield console
     gateway.stop()
     assert "Traceback" not in gateway.log(), gateway.log()
+
+
+def test_an_import_is_a_job_when_it_is_checked(console: Console, upstream: FakeUpstream) -> None:
+    new = [account_file(f"acct-{n}", f"user-{n}", f"p{n}@example.com") for n in range(4, 7)]
+    preview = console.done("POST", "/accounts/import?dryRun=1", {"payload": [*new, {"a": 1}]})
+    codes = [(one["result"], one.get("code")) for one in preview["items"]]
+    asked = {"previewId": preview["previewId"], "indexes": [0, 2], "check": True}
+    begun = console.call("POST", "/accounts/import", asked)
+    job = console.job(begun.json)
+
+    assert codes == [*[("new", None)] * 3, ("unreadable", "no_access_token")]
+    assert begun.status == 202
+    assert list(misfits(job, JOB)) == []
+    assert (job["kind"], job["state"], job["done"]) == ("import", "done", 2)
+    assert job["result"]["summary"]["new"] == 2
+    assert [seen.path for seen in upstream.requests] == ["/backend-api/wham/usage"] * 2
+
+
+# -- Accounts -------------------------------------------------------------------------------------
+
+
+def test_accounts_are_filtered_searched_sorted_and_paged(
+    console: Console, ids: dict[str, str]
+) -> None:
+    console.done("PATCH", f"/accounts/{ids['b']}", {"label": "Lab", "excluded": True})
+
+    def names(query: str) -> str:
+        return "".join(one["email"][0] for one in console.read(f"/accounts?{query}")["items"])
+
+    first = console.read("/accounts?sort=name&limit=2")
+    rest = console.read(f"/accounts?sort=name&limit=2&cursor={first['next']}")
+
+    assert (names("status=excluded"), names("plan=plus"), names("q=LAB")) == ("b", "a", "b")
+    assert names(f"q={ids['c']}") == "c"
+    assert [one["email"][0] for one in first["items"]] == ["a", "c"]
+    assert ([one["id"] for one in rest["items"]], rest["next"]) == ([ids["b"]], None)
+    assert (first["total"], first["counts"]["all"], first["counts"]["excluded"]) == (3, 3, 1)
+    assert console.call("GET", "/accounts?sort=size").error["code"] == "bad_field"
+
+
+def test_the_state_of_300_accounts_stays_small(new_gateway: NewGateway) -> None:
+    many = [account_file(f"account-{n:028}", f"u-{n}", f"name.{n}@example.com") for n in range(300)]
+    console = Console(new_gateway(accounts=[]))
+    console.done("POST", "/accounts/import", {"payload": many})
+    console.job(console.done("POST", "/accounts/refresh-quotas", {}))
+
+    raw = console.call("GET", "/state").body
+
+    assert len(raw) < 200_000
+    assert all(one["quota"]["windows"] for one in json.loads(raw)["accounts"])
+
+
+def test_an_account_that_cannot_serve_is_activated_only_by_force(
+    console: Console, ids: dict[str, str]
+) -> None:
+    console.done("PATCH", f"/accounts/{ids['b']}", {"excluded": True})
+    path = f"/accounts/{ids['b']}/activate"
+
+    refused = console.call("POST", path, {})
+    forced = console.done("POST", path, {"force": True})
+
+    assert (refused.status, refused.error["code"]) == (409, "account_unusable")
+    assert (refused.error["params"]["id"], refused.error["params"]["reason"]) == (
+        ids["b"],
+        "excluded",
+    )
+    assert (forced["activeId"], forced["previousId"]) == (ids["b"], ids["a"])
+
+
+def test_only_stale_quotas_are_read_when_that_is_asked_for(
+    console: Console, ids: dict[str, str], upstream: FakeUpstream
+) -> None:
+    console.done("POST", f"/accounts/{ids['a']}/refresh-quota", {})
+
+    job = console.job(console.done("POST", "/accounts/refresh-quotas", {"staleOnly": True}))
+
+    assert job["total"] == 2
+    assert [seen.account for seen in upstream.requests].count("acct-1") == 1
+
+
+@pytest.mark.parametrize(("mode", "shown"), [("always", "a***@example.com"), ("lan", ADA["email"])])
+def test_email_addresses_are_shortened_where_the_setting_says_so(
+    console: Console, mode: str, shown: str
+) -> None:
+    console.set(ui__maskEmails=mode)
+    with console.watch() as live:
+        console.done("PATCH", "/accounts/ada@example.com", {"label": "Ada"})
+        assert live.until("account")["email"] == shown
+    assert console.read("/accounts")["items"][0]["email"] == shown
+    exported = console.call("POST", "/accounts/export", {"ids": ["ada@example.com"]})
+    assert exported.json["email"] == ADA["email"]
+
+
+def test_cleared_statistics_stay_cleared_and_count_on(new_gateway: NewGateway) -> None:
+    gateway = new_gateway()
+    console = Console(gateway)
+    console.chat()
+    assert console.read("/usage")["lifetime"]["requestCount"] == 1
+    assert console.call("DELETE", "/usage").status == 204
+    console.chat()
+    gateway.stop()
+
+    usage = Console(gateway.start()).read("/usage")
+
+    assert usage["lifetime"]["requestCount"] == usage["today"]["requestCount"] == 1
 
 
 @pytest.mark.parametrize("path", READS)

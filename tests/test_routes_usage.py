@@ -35,7 +35,8 @@ def rows(client: Client, query: str = "") -> list[Json]:
 
 def events_on_disk(gateway: Gateway) -> list[Json]:
     files = sorted((gateway.state / "usage" / "events").glob("*.jsonl"))
-    return [json.loads(line) for file in files for line in file.read_bytes().splitlines()]
+    lines = (json.loads(line) for file in files for line in file.read_bytes().splitlines())
+    return [line for line in lines if "quota" not in line]
 
 
 # -- The whole ------------------------------------------------------------------------------------
