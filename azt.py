@@ -1056,7 +1056,7 @@ SETTINGS: dict[str, Setting] = {
     "server.host": Setting("0.0.0.0", *_text("an address to listen on"), "AZT_HOST", widens=True),
     "server.lanApi": Setting(True, *_YES_NO, widens=True),
     "server.port": Setting(8787, *_number(0, 65535), "AZT_PORT", widens=True),
-    "ui.maskEmails": Setting("lan", *_MASK, widens=True),
+    "ui.maskEmails": Setting("lan", *_MASK),
     "usage.keepDays": Setting(365, *_number(1, 3650)),
     "usage.keepMb": Setting(512, *_number(1, 100_000)),
 }
@@ -2376,14 +2376,14 @@ def _quantity(value: Any) -> float | None:
 
 
 def learn_quota(account: Account, reading: Json) -> None:
-    """Keep a reading; what it does not speak of stays as it was, a window that is over apart."""
-    quota = {**account.quota, **reading}
-    told, known = reading.get("windows", ()), account.quota.get("windows", ())
-    if told and (missing := {one["key"] for one in known} - {one["key"] for one in told}):
-        is_open = (one for one in known if one["resets_at"] > quota["captured_at"])
-        quota["windows"] = [*told, *(one for one in is_open if one["key"] in missing)]
-        quota["windows"].sort(key=lambda one: str(one["key"]))
-    account.quota = quota
+    """Keep a reading; what it does not speak of stays as it was."""
+    known = account.quota.get("windows", ())
+    quota = account.quota = {**account.quota, **reading}
+    if reading.get("source") == "response_headers" and (told := reading.get("windows")):
+        # Quirk: headers may tell of one window alone; the other is still there until it is over.
+        keys, at = [one["key"] for one in told], quota["captured_at"]
+        left = [one for one in known if one["key"] not in keys and one["resets_at"] > at]
+        quota["windows"] = sorted(told + left, key=operator.itemgetter("key"))
     account.plan = quota.get("plan", account.plan)
     resets = [one["resets_at"] for one in quota.get("windows", ()) if one["resets_at"]]
     quota["until"] = min(resets, default=0)
@@ -7837,7 +7837,7 @@ class UsageStats:
             write_json(path, value | {"through": dict(self.through)}, None)
 
     @blocking
-    def clear(self, paths: Paths) -> None:
+    def wipe(self, paths: Paths) -> None:
         for path in (paths.usage_lifetime, paths.usage_daily):  # first, or the events count anew
             write_json(path, {"version": 1})
         for path in paths.usage_events.glob("*.jsonl"):
@@ -8265,7 +8265,7 @@ class Gateway:
         """Clear the statistics, on disk too."""
         async with self._counting:
             self.ended, self.usage = [], UsageStats()
-            await in_thread(self.files, self.usage.clear, self.paths)
+            await in_thread(self.files, self.usage.wipe, self.paths)
 
     async def forget_requests(self, before_ms: int) -> int:
         """Take the rows before that time (0: all) out of the log, on disk too; how many."""

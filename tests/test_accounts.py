@@ -868,6 +868,17 @@ def test_a_reading_keeps_what_it_does_not_speak_of() -> None:
     assert account.quota["credits"]["balance"] == "7.5"
 
 
+def test_a_window_that_headers_are_silent_about_stays_until_it_is_over() -> None:
+    [account] = read(entry())
+    azt.learn_quota(account, azt.quota_from_body(USAGE, NOW))
+    both = [one["key"] for one in account.quota["windows"]]
+    primary = {"x-codex-primary-used-percent": "80", "x-codex-primary-window-minutes": "300"}
+    azt.learn_quota(account, azt.quota_from_headers(primary, NOW + 10))
+    assert [one["key"] for one in account.quota["windows"]] == both == ["primary", "secondary"]
+    azt.learn_quota(account, azt.quota_from_headers(primary, NOW + 40 * 86_400))
+    assert [one["key"] for one in account.quota["windows"]] == ["primary"]
+
+
 def test_a_window_counts_as_full_again_after_its_reset() -> None:
     [account] = read(entry())
     assert azt.percent_left(account.quota, NOW) == -1
