@@ -1068,6 +1068,12 @@ class Reply:
     """End with `data: [DONE]`."""
     framing: str = "chunked"
     """`chunked`, or `close`: the end of the connection ends the body."""
+    before: bytes = b""
+    """Sent before the head."""
+    raw: bytes | None = None
+    """All that is sent, head and body; then `end`."""
+    end: str = "keep"
+    """`keep`, `close` (without having said so) or `reset`: what becomes of the connection."""
 
 
 class Gone(Exception):
@@ -1886,14 +1892,20 @@ class _Connection(asyncio.Protocol):
             except Refused as refused:
                 status, payload = refused.status, refused.json
         seen.status = status
-        if payload is not None or reply.body is not None or status != 200:
+        if reply.before or reply.raw is not None:
+            await self._write(reply.before + (reply.raw or b""))
+        if reply.raw is not None:
+            pass
+        elif payload is not None or reply.body is not None or status != 200:
             await self._send_whole(seen, reply, status, payload)
         else:
             await self._send_stream(seen, reply)
         seen.finished_at = time.monotonic()
         self.answering = None
         self.upstream.note()
-        if reply.framing == "close":
+        if reply.end == "reset":
+            self.abort()
+        if reply.framing == "close" or reply.end != "keep":
             raise Gone
 
     async def _send_whole(self, seen: Seen, reply: Reply, status: int, payload: Any) -> None:

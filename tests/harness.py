@@ -169,6 +169,17 @@ class Gateway:
         return self.log_file.read_text() if self.log_file.exists() else ""
 
 
+def hurried(folder: Path, constants: Mapping[str, float]) -> Path:
+    """A copy of azt.py in which these constants have other values."""
+    room_1, banner, rest = (ROOT / "azt.py").read_text().partition("\n# 2. Errors and logging")
+    assert banner and all(f"{name}" in room_1 for name in constants)
+    rule_at = room_1.rindex("\n# ====")
+    values = "".join(f"{name} = {value!r}\n" for name, value in constants.items())
+    folder.mkdir()
+    (folder / "azt.py").write_text(f"{room_1[:rule_at]}\n{values}{room_1[rule_at:]}{banner}{rest}")
+    return folder
+
+
 def make_gateway(
     home: Path,
     upstream: FakeUpstream,
@@ -176,12 +187,18 @@ def make_gateway(
     accounts: list[Json] | None = None,
     variables: Mapping[str, str] | None = None,
     arguments: tuple[str, ...] = ("--host", "127.0.0.1", "--port", "0"),
+    constants: Mapping[str, float] | None = None,
 ) -> Gateway:
-    """A started gateway. Its model list is the one that Codex left in its home."""
+    """A started gateway. Its model list is the one that Codex left in its home.
+
+    constants  other numbers than those of azt's first room: waits that a test cannot sit out
+    """
     codex = home / ".codex"
     codex.mkdir(parents=True, exist_ok=True)
     (codex / "models_cache.json").write_text(jsonlib.dumps(codex_models_cache()))
     pointed = {**upstream.environment(), **(variables or {})}
+    if constants:
+        pointed["PYTHONPATH"] = f"{hurried(home / 'hurried', constants)}{os.pathsep}{ROOT}"
     gateway = Gateway(home, pointed, list(arguments))
     for account in [account_file()] if accounts is None else accounts:
         gateway.import_account(account)
