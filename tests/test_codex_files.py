@@ -10,13 +10,14 @@ import stat
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from codex_configs import CONFIGS, NO_PLACE_FOR_A_TABLE
 from fake_upstream import account_file
+from harness import Claim
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -97,8 +98,9 @@ def test_there_are_fifty_configs() -> None:
 
 @pytest.mark.parametrize(("text", "mode"), CASES)
 def test_what_was_taken_over_is_given_back_byte_for_byte(
-    codex: Codex, text: str, mode: str
+    codex: Codex, claim: Callable[[int, str], Claim], text: str, mode: str
 ) -> None:
+    tries = claim(17, "Codex's config taken over and released: the original, byte for byte")
     codex.has(text)
     os.chmod(codex.config, 0o640)
     before = azt.parse_toml(text)
@@ -118,7 +120,7 @@ def test_what_was_taken_over_is_given_back_byte_for_byte(
 
     codex.change("")
 
-    assert codex.text == text
+    tries.check(codex.text == text, (text, mode))
     assert stat.S_IMODE(codex.config.stat().st_mode) == 0o640
     assert json.loads(codex.paths.codex.read_text())["takeover"] is None
 
@@ -403,8 +405,9 @@ for step in ("takeover", "release"):
 
 @pytest.mark.parametrize("mode", azt.CODEX_MODES)
 def test_a_change_that_is_killed_at_any_call_leaves_old_or_new_and_can_be_released(
-    tmp_path: Path, mode: str
+    tmp_path: Path, claim: Callable[[int, str], Claim], mode: str
 ) -> None:
+    tries = claim(17, "the same killed at any call: old or new, and releasable")
     command = [sys.executable, "-c", CRASHER, str(tmp_path), CONFIGS["providers"], mode]
     where = {**os.environ, "PYTHONPATH": str(Path(azt.__file__).parent), "PYTHONSAFEPATH": "1"}
     done = subprocess.run(command, env=where, capture_output=True, text=True, timeout=120)
@@ -416,6 +419,8 @@ def test_a_change_that_is_killed_at_any_call_leaves_old_or_new_and_can_be_releas
         assert len(codes) > 12
         assert codes[:-1] == ["-9"] * (len(codes) - 1)
         assert {kind for name, _, kind in outcomes if name == step} == kinds
+        for name, _, kind in outcomes:
+            tries.check(kind in kinds, (name, kind))
 
 
 def test_a_leftover_of_a_killed_write_goes_with_the_next_one(codex: Codex) -> None:

@@ -4,14 +4,18 @@ Each folder below `cases/` is one whole stream: the client's request, the upstre
 streaming client gets (`chunks.jsonl`, `expected.jsonl`) and what a waiting one (`answer.json`).
 """
 
+import itertools
 import json
+import random
 import secrets
 import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
+from harness import Claim
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openai.lib.streaming.chat import ChatCompletionStreamState
@@ -657,28 +661,33 @@ REQUESTS = st.sampled_from(
 OPTIONS = {"max_examples": 100, "deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 
 
-@settings(**OPTIONS)
-@given(
-    st.sampled_from(
-        [("chat", name) for name in CHAT] + [("responses", name) for name in RESPONSES]
-    ),
-    st.sampled_from([b"\n", b"\r\n", b"\r"]),
-    st.lists(st.integers(0, 4000), max_size=30),
-)
+def pieces_of(raw: bytes, chance: random.Random) -> Iterator[list[bytes]]:
+    """Bytes one by one, ten at a time, cut inside of each wide character, then at random."""
+    for size in (1, 10):
+        yield [raw[at : at + size] for at in range(0, len(raw), size)]
+    wide = [at for at in range(len(raw)) if 0x80 <= raw[at] < 0xC0]
+    yield [raw[start:end] for start, end in itertools.pairwise([0, *wide, len(raw)])]
+    while True:
+        cuts = sorted(chance.choices(range(len(raw)), k=chance.choice((1, 2, 5, 30, 300))))
+        yield [raw[start:end] for start, end in itertools.pairwise([0, *cuts, len(raw)])]
+
+
 def test_an_answer_does_not_depend_on_where_the_upstream_bytes_are_split(
-    case: tuple[str, str], newline: bytes, cuts: list[int]
+    claim: Callable[[int, str], Claim], many: Callable[[int, int], int]
 ) -> None:
-    raw = (CASES / case[0] / case[1] / "events.sse").read_bytes().replace(b"\n", newline)
-    bounds = [0, *sorted(cuts), len(raw)]
-    parser = azt.SSEParser()
-    split = [
-        data
-        for start, end in zip(bounds, bounds[1:], strict=False)
-        for data in parser.feed(raw[start:end])
-    ]
+    tries = claim(13, "recorded streams in 1 byte, 10 bytes, inside UTF-8, at random: equal output")
+    cases = [("chat", name) for name in CHAT] + [("responses", name) for name in RESPONSES]
+    each = -(-many(600, 100_000) // (3 * len(cases)))
     with mock.patch.object(secrets, "token_hex", lambda count: "0" * count):
-        whole = sent(stream_of(*case, True), events_of(*case))
-        assert sent(stream_of(*case, True), split) == whole
+        for case, newline in itertools.product(cases, (b"\n", b"\r\n", b"\r")):
+            raw = (CASES / case[0] / case[1] / "events.sse").read_bytes()
+            whole = sent(stream_of(*case, True), events_of(*case))
+            splits = pieces_of(raw.replace(b"\n", newline), random.Random(str(case)))
+            for pieces in itertools.islice(splits, each):
+                parser = azt.SSEParser()
+                split = [data for piece in pieces for data in parser.feed(piece)]
+                got = sent(stream_of(*case, True), split)
+                tries.check(got == whole, (case, newline, pieces[:5]))
 
 
 @settings(**OPTIONS)
