@@ -468,8 +468,10 @@ class Paths:
         self.keys = self.state / "keys.json"
         self.lock = self.state / "lock"
         self.models = self.state / "models.json"
+        self.open_page = self.state / "open.html"
         self.renewals = self.state / "renewals.json"
         self.requests = self.state / "requests.jsonl"
+        self.sessions = self.state / "sessions.json"
         self.settings = self.state / "settings.json"
         self.usage_daily = self.state / "usage" / "daily.json"
         self.usage_events = self.state / "usage" / "events"
@@ -834,6 +836,11 @@ def read_or_make_secret(path: Path) -> str:
         if len(secret) >= 32:
             return secret
         log.error("%s was damaged; a new secret takes its place", path)
+    return make_secret(path)
+
+
+@blocking
+def make_secret(path: Path) -> str:
     secret = "azt_admin_" + secrets.token_urlsafe(32)
     write_bytes(path, secret.encode() + b"\n")
     return secret
@@ -1055,7 +1062,9 @@ SETTINGS: dict[str, Setting] = {
     "server.corsOrigins": Setting([], *_ORIGINS, "AZT_CORS_ORIGIN", widens=True),
     "server.host": Setting("0.0.0.0", *_text("an address to listen on"), "AZT_HOST", widens=True),
     "server.lanApi": Setting(True, *_YES_NO, widens=True),
+    "server.lanConsole": Setting(False, *_YES_NO, widens=True),
     "server.port": Setting(8787, *_number(0, 65535), "AZT_PORT", widens=True),
+    "server.tokenOnLoopback": Setting(False, *_YES_NO, widens=True),
     "ui.maskEmails": Setting("lan", *_MASK),
     "usage.keepDays": Setting(365, *_number(1, 3650)),
     "usage.keepMb": Setting(512, *_number(1, 100_000)),
@@ -8102,6 +8111,71 @@ class Events:
                 self._watchers.remove((session, mine))
 
 
+SESSION_LIFE_S, SESSIONS_MAX, CODE_LIFE_S = 30 * 86400, 100, {"open": 60.0, "pair": 300.0}
+GUESSES_MAX, GUESS_PAUSE_S, GUESS_WAIT_S, BAN_S = 5, 1.0, 10.0, 1800.0
+_CODE_LETTERS = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # none is mistaken for another
+
+
+def hashed(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+class Guard:
+    """Who guesses secrets waits for his turn, one in a second for all, and is banned in the end."""
+
+    def __init__(self) -> None:
+        self._failures: dict[str, tuple[int, float]] = {}  # who -> how many, counted until when
+        self._free_s = 0.0
+
+    async def turn(self, who: str) -> float:
+        """Wait for it; or how many seconds to stay away: too many failures, or others who wait."""
+        give_up_s = time.monotonic() + GUESS_WAIT_S
+        while True:
+            now = time.monotonic()
+            count, until_s = self._failures.get(who, (0, 0.0))
+            if count >= GUESSES_MAX and until_s > now:
+                return until_s - now
+            if self._free_s <= now or now > give_up_s:
+                return GUESS_WAIT_S if self._free_s > now else 0.0
+            await asyncio.sleep(self._free_s - now)
+
+    def failed(self, who: str) -> None:
+        now = time.monotonic()
+        self._free_s = now + GUESS_PAUSE_S
+        count, until_s = self._failures.pop(who, (0, 0.0))
+        self._failures[who] = (count + 1 if until_s > now else 1, now + BAN_S)
+        if len(self._failures) > 10_000:
+            del self._failures[next(iter(self._failures))]
+
+    def forgive(self, who: str) -> None:
+        self._failures.pop(who, None)
+
+
+class Codes:
+    """Codes that sign a browser in, once: of `azt open`, and of pairing. Kept as hashes."""
+
+    def __init__(self) -> None:
+        self.live: dict[str, tuple[str, float]] = {}  # what for -> hash, when it ends (unix)
+
+    def make(self, purpose: str) -> tuple[str, float]:
+        """A new one, and when it ends. The one before for the same purpose ends now."""
+        letters = "".join(secrets.choice(_CODE_LETTERS) for _ in range(8))  # a person may type it
+        code = f"{letters[:4]}-{letters[4:]}" if purpose == "pair" else secrets.token_urlsafe(32)
+        self.live[purpose] = hashed(code), time.time() + CODE_LIFE_S[purpose]
+        return code, self.live[purpose][1]
+
+    def spend(self, code: str) -> str:
+        """What this live code is for; it is used up. "" for any other."""
+        for purpose, (kept, ends_at) in list(self.live.items()):
+            typed = code.strip().upper() if purpose == "pair" else code
+            if ends_at < time.time():
+                del self.live[purpose]
+            elif hmac.compare_digest(hashed(typed), kept):
+                del self.live[purpose]
+                return purpose
+        return ""
+
+
 class Gateway:
     """State, pools and what saves them. Made by room 18, handed to every handler."""
 
@@ -8113,6 +8187,9 @@ class Gateway:
         self.store = AccountStore()
         self.catalogue = Catalogue.read(None, None)
         self.keys: list[Json] = []
+        self.sessions: list[Json] = []
+        self.codes, self.guard = Codes(), Guard()
+        self._uses_saved_ms = 0
         self.admin_token = ""
         self.pages: dict[str, Page] = {}
         self.responses = ResponseStore()
@@ -8196,8 +8273,16 @@ class Gateway:
         shape = AccountStore.from_json
         loaded = shape(read_json(paths.accounts, ACCOUNTS_VERSION, shape))
         self.store.accounts, self.store.active_id = loaded.accounts, loaded.active_id
-        saved = read_json(paths.keys, 1, lambda saved: [*saved["keys"]])
+        saved = read_json(paths.keys, 1, lambda saved: [one["hash"] for one in saved["keys"]])
         self.keys = saved["keys"] if saved else []
+        needed = operator.itemgetter("id", "hash", "scope", "createdAt")
+        try:
+            saved = read_json(paths.sessions, 1, lambda saved: [*map(needed, saved["sessions"])])
+        except StateError as error:  # unlike accounts they are made again at once
+            log.error("%s Every browser has to sign in again.", error.message)
+            saved = None
+        self.sessions = saved["sessions"] if saved else []
+        delete_file(paths.open_page)
         self.catalogue = Catalogue.read(_read_cache(paths.models), _read_cache(paths.codex_models))
         self.admin_token = read_or_make_secret(paths.admin_token)
         self.pages = read_pages()
@@ -8415,11 +8500,14 @@ class Gateway:
         return self.start_job(kind, [one.id for one in accounts], work, at_once)
 
     async def watch_quotas(self) -> None:
-        """Read all quotas as often as the setting says; by default never."""
+        """Read all quotas as often as the setting says, by default never; tidy up now and then."""
         waited = 0.0  # minutes
         while True:
             waited += (step := random.uniform(0.5, 1))
             await asyncio.sleep(step * MINUTE_S)
+            await self.save_uses()
+            if self.codes.live.get("open", ("", 0.0))[1] < time.time():
+                await in_thread(self.files, delete_file, self.paths.open_page)
             if 0 < self.settings.number("quota.everyMinutes") <= waited:
                 waited = 0.0
                 with contextlib.suppress(AztError):  # a person has just asked for the same
@@ -8480,10 +8568,46 @@ class Gateway:
     async def change_keys(self, change: Callable[[list[Json]], list[Json]]) -> None:
         async def save() -> None:
             keys = change(self.keys)
-            await in_thread(self.files, write_json, self.paths.keys, {"version": 1, "keys": keys})
+            await self._save_list(self.paths.keys, "keys", keys)
             self.keys = keys
 
         await self._in_turn(save)
+
+    async def change_sessions(self, change: Callable[[list[Json]], list[Json]]) -> int:
+        """What is taken out ends, with the events that it watches; how many."""
+
+        async def save() -> int:
+            before, kept = self.sessions, change(self.sessions)[-SESSIONS_MAX:]
+            await self._save_list(self.paths.sessions, "sessions", kept)
+            self.sessions = kept
+            ended = {one["id"] for one in before} - {one["id"] for one in kept}
+            for name in ended:
+                self.events.end("session_ended", name)
+            return len(ended)
+
+        return await self._in_turn(save)
+
+    async def _save_list(self, path: Path, name: str, items: list[Json]) -> None:
+        copies = [dict(one) for one in items]  # uses are noted in them meanwhile
+        await in_thread(self.files, write_json, path, {"version": 1, name: copies})
+
+    async def save_uses(self) -> None:
+        """When keys and sessions were last used, and how often: noted in memory, saved at times."""
+        latest = max((one.get("lastUsedAt") or 0 for one in self.keys + self.sessions), default=0)
+        if latest > self._uses_saved_ms:
+            self._uses_saved_ms = latest
+            with contextlib.suppress(AztError):  # said in the log by the next change
+                await self.change_keys(list)
+                await self.change_sessions(list)
+
+    async def open_page(self) -> tuple[Json, Path]:
+        """A code of `azt open`, and the file that takes a browser of this machine there: in no
+        process's arguments. It is gone when the code is."""
+        code, ends_at = self.codes.make("open")
+        made = {"code": code, "url": f"{self.url}/#/open/{code}", "expiresAt": int(ends_at * 1000)}
+        text = f'<!doctype html><meta http-equiv="refresh" content="0;url={made["url"]}">azt'
+        await in_thread(self.files, write_bytes, self.paths.open_page, text.encode())
+        return made, self.paths.open_page
 
     async def refresh_models(self) -> bool:
         """Ask the backend for the catalogue; False when ours is still current."""
@@ -8533,12 +8657,14 @@ def _read_cache(path: Path) -> Json | None:
 #     table is passed in. Knows nothing of accounts or the upstream.
 # ==================================================================================================
 
-PeerClass = Literal["own", "relayed", "lan", "public"]
-"""own: loopback. relayed: loopback, but a proxy's header says that it speaks for somebody else.
+PeerClass = Literal["own", "neighbour", "relayed", "lan", "public"]
+"""own: loopback. neighbour: loopback, but another user of this machine (told on Linux only).
+relayed: loopback, but a proxy's header says that it speaks for somebody else.
 lan: private, on-link or an own network. public: the rest (trust.md 2)."""
 
 Access = Literal[
-    "api", "codex", "admin_read", "admin_write", "admin_proof", "health", "metrics", "page"
+    Literal["api", "codex", "health", "metrics", "page", "asset"],
+    Literal["admin_session", "admin_read", "admin_write", "admin_local", "admin_proof"],
 ]
 """Which rows of the decision table a route follows (`may`)."""
 
@@ -8572,7 +8698,10 @@ class Request:
     body: bytes | bytearray = b""
     target: str = ""  # the request target as it was sent
     params: dict[str, str] = field(default_factory=dict)
-    has_proof: bool = False  # the caller knows the admin token
+    who: str = ""  # whose failures count with those of this caller (`Guard`)
+    is_own: bool = False
+    has_proof: bool = False  # by the admin token, or a session that stands for it
+    session: Json | None = None  # of the console, by its cookie
     pinned: str = ""  # the id of the account that the Playground has named
 
     def release(self) -> None:
@@ -8614,11 +8743,17 @@ class Route:
 
 _KEY_ADVICE = "`azt keys add NAME` on the machine that azt runs on makes one."
 _BODY_ADVICE = "The setting limits.bodyMb (AZT_BODY_LIMIT_MB) raises this."
+_LOCAL = "The administration answers only on the machine that azt runs on."
 _ZSTD_ADVICE = "For zstd azt needs Python 3.14 or the package backports.zstd."
 _REFUSALS = {
+    "bad_token": (401, "This is not the admin token. The file .state/admin-token holds it."),
     "csrf_header_missing": (403, "Changes need the header `X-AZT-Admin: 1`."),
-    "local_only": (403, "The administration answers only on the machine that azt runs on."),
-    "proof_needed": (401, "Send what .state/admin-token holds in the authorization header."),
+    "lan_console_off": (403, _LOCAL),
+    "local_only": (403, _LOCAL),
+    "not_signed_in": (401, "Sign in first: with `azt open`, or the admin token."),
+    "pairing_expired": (401, "This code is wrong, used up or too old: make a new one."),
+    "proof_needed": (401, "Run `azt open`, or send what .state/admin-token holds as the key."),
+    "slow_down": (429, "Too many wrong tries came from this address. Wait {minutes} minutes."),
     "api_key_missing": (401, f"An API key is needed in the authorization header. {_KEY_ADVICE}"),
     "api_key_needed": (403, f"From outside or through a proxy an API key is needed. {_KEY_ADVICE}"),
     "concurrency_limit": (429, "{most} requests of this address are running: wait for one."),
@@ -8651,6 +8786,13 @@ def _refusal(code: str, headers: dict[str, str] | None = None, **words: object) 
     shown = None if code == "api_key_missing" else code
     headers = headers or _ADDED.get(status, {})
     return AztError(status, shown, sentence.format(**words), headers=headers)
+
+
+def slow_down(left_s: float) -> AztError:
+    minutes, seconds = math.ceil(left_s / 60), math.ceil(left_s)
+    error = _refusal("slow_down", {"retry-after": str(seconds)}, minutes=minutes)
+    error.extra = {"params": {"retryAfterMs": seconds * 1000}}
+    return error
 
 
 # -- the gate: a head that two programs could read differently is never read at all
@@ -8830,6 +8972,9 @@ class Policy:
     key_hashes: frozenset[str]  # sha256, hex; empty: no key is needed
     admin_token_hash: str
     body_max_bytes: int
+    lan_console: bool = False
+    token_on_loopback: bool = False
+    sessions: Mapping[str, Json] = field(default_factory=dict)  # by the hash of their cookie
 
 
 @dataclass(frozen=True, slots=True)
@@ -8845,6 +8990,18 @@ class Caller:
     key: Literal["none", "wrong", "good"] = "none"
     proof: bool = False  # the admin token was sent
     marked: bool = False  # X-AZT-Admin: 1, which no form and no simple request of a page can send
+    session: Literal["none", "lan", "local"] = "none"  # its scope; local ones prove as a token does
+    session_hash: str = ""
+
+    @property
+    def own(self) -> bool:
+        """This machine, addressed as such, not a page of somebody else."""
+        at_loopback = self.peer == "own" and _host_kind(self.host) == "loopback"
+        return at_loopback and (self.origin is None or self.own_origin)
+
+    @property
+    def proven(self) -> bool:
+        return self.own and (self.proof or self.session == "local")
 
 
 _LOOPBACK_NETWORKS = tuple(map(ipaddress.ip_network, ("127.0.0.0/8", "::1/128")))
@@ -8872,7 +9029,44 @@ def is_relayed(headers: Mapping[str, str]) -> bool:
     return any(name.startswith(_RELAY_HEADERS) for name in headers)
 
 
-def read_caller(peer: PeerClass, headers: Mapping[str, str], policy: Policy) -> Caller:
+def who_guesses(address: str, peer: PeerClass) -> str:
+    """Whose failures count together. One machine has a whole /64 of IPv6 addresses."""
+    if "." not in address:
+        address = ipaddress.ip_address(address.partition("%")[0]).exploded[:19]
+    return f"{peer} {address}"
+
+
+_OUT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+def is_other_user(peer: tuple[Any, ...], here: tuple[Any, ...]) -> bool:
+    """Whether neither this user nor root holds the other end of a connection on this machine.
+
+    Linux answers at once (sock_diag(7)). Elsewhere, or where it knows no such socket (the host of a
+    virtual machine), there is nobody to tell apart. A socket without a process waits for no answer.
+    """
+    ends = [ipaddress.ip_address(str(one[0]).partition("%")[0]) for one in (peer, here)]
+    raw = [(getattr(one, "ipv4_mapped", None) or one).packed for one in ends]
+    family = socket.AF_INET if len(raw[0]) == 4 else socket.AF_INET6
+    asked = struct.pack("=BBHI", family, socket.IPPROTO_TCP, 0, 0xFFFFFFFF)
+    asked += struct.pack(">HH16s16s", peer[1], here[1], *raw) + struct.pack("=Iq", 0, -1)
+    try:
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 4) as system:
+            system.setblocking(False)
+            system.send(struct.pack("=IHHII", 16 + len(asked), 20, 1, 0, 0) + asked)
+            told = system.recv(4096)
+    except (AttributeError, OSError) as error:
+        return isinstance(error, OSError) and error.errno in _OUT_OF_FILES
+    uid, inode = struct.unpack_from("=II", told, 80) if len(told) >= 88 else (0, 1)
+    return inode == 0 or uid not in (0, os.getuid())
+
+
+_COOKIE = re.compile(r"\bazt_admin_\d+=([\w-]{43})(?![\w-])", re.ASCII)
+
+
+def read_caller(
+    peer: PeerClass, headers: Mapping[str, str], policy: Policy, now: float = 0.0
+) -> Caller:
     """The head of a request -> what the table looks at."""
     host, origin = headers.get("host", "").lower(), headers.get("origin")
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
@@ -8882,6 +9076,12 @@ def read_caller(peer: PeerClass, headers: Mapping[str, str], policy: Policy) -> 
     hashes = [hashlib.sha256(value.encode()).hexdigest() for value in sent if value]
     # Each with every other, in constant time.
     good = sum(hmac.compare_digest(one, key) for one in hashes for key in policy.key_hashes)
+    session, session_hash = None, ""
+    for session_hash in map(hashed, _COOKIE.findall(headers.get("cookie", ""))):
+        session = policy.sessions.get(session_hash)
+        if session and session["createdAt"] / 1000 + SESSION_LIFE_S > now:
+            break
+        session = None
     return Caller(
         peer=peer,
         host=name.removesuffix("."),
@@ -8893,6 +9093,8 @@ def read_caller(peer: PeerClass, headers: Mapping[str, str], policy: Policy) -> 
         key="good" if good else "wrong" if hashes else "none",
         proof=bool(bearer) and hmac.compare_digest(hashes[0], policy.admin_token_hash),
         marked=headers.get("x-azt-admin") == "1",
+        session=session["scope"] if session else "none",
+        session_hash=session_hash if session else "",
     )
 
 
@@ -8901,22 +9103,28 @@ def may(caller: Caller, access: Access, method: str, policy: Policy) -> AztError
 
     403 = wrong place or page, nothing the caller sends can help; 401 = right place, proof missing.
     """
-    peer, at_loopback = caller.peer, _host_kind(caller.host) == "loopback"
-    # This machine, addressed as such, not a page of somebody else.
-    own = peer == "own" and at_loopback and (caller.origin is None or caller.own_origin)
-    near = peer in ("own", "lan")
+    peer, own = caller.peer, caller.own
+    near = peer in ("own", "neighbour", "lan")
     admin, calls = access.startswith("admin"), access in ("api", "codex")
-    changes = access != "admin_read" and method not in ("GET", "HEAD")
+    changes = method not in ("GET", "HEAD")
     exempt = own and (access == "metrics" or caller.proof or policy.loopback_exempt)
     open_api = not policy.key_hashes
     needs_key = (calls or access == "metrics") and not open_api and not exempt
+    # Who may come to the console from elsewhere, and sign in there.
+    guest = policy.lan_console and peer != "public"
+    known = caller.proven or caller.session != "none" or (own and not policy.token_on_loopback)
+    here_only = access in ("admin_local", "admin_proof")
+    page = access in ("page", "asset")
     rows = (
         ("host_not_allowed", not _knows_host(caller.host, access, policy)),
         ("origin_not_allowed", not _admits_page(caller, access, method, policy)),  # 4, 5, 11
-        ("local_only", admin and not own),  # 10
+        ("local_only", admin and not own and (here_only or (policy.lan_console and not guest))),
+        ("lan_console_off", admin and not own and not guest),  # 10
         ("csrf_header_missing", admin and changes and not caller.marked),  # 7
-        ("proof_needed", access == "admin_proof" and not caller.proof),  # 8, 9
-        ("page_not_here", access == "page" and not near),  # 14
+        ("not_signed_in", admin and access != "admin_session" and not known),  # 6, 7, 10
+        ("proof_needed", access == "admin_proof" and not caller.proven),  # 8, 9
+        ("page_not_here", page and peer not in ("own", "lan") and not guest),  # 14
+        ("lan_console_off", access == "asset" and not own and not guest),  # 14
         ("lan_off", calls and peer == "lan" and not policy.lan_api),  # 1
         ("api_key_missing", needs_key and caller.key == "none"),  # 1, 2, 3, 13
         ("invalid_api_key", needs_key and caller.key == "wrong"),
@@ -9021,6 +9229,11 @@ def _cors_headers(origin: str, headers: Mapping[str, str]) -> list[tuple[str, st
 
 # -- one request, one connection
 
+_ADMIN_CODES: dict[str | None, str] = {  # where console.md 6 has a word of its own
+    **{None: "bad_json", "invalid_type": "bad_json", "invalid_value": "bad_field"},
+    **{"host_not_allowed": "bad_host", "origin_not_allowed": "bad_origin"},
+    "request_too_large": "too_large",
+}
 _SAFE_ID = re.compile(r"[A-Za-z0-9._~:/+=@-]{1,128}")
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _REASONS = {status.value: status.phrase.encode() for status in http.HTTPStatus}
@@ -9077,8 +9290,9 @@ class _Exchange:
             request.id = request.record.id = given
         tokens = headers.get("connection", "").lower().replace(" ", "").split(",")
         self.keep = self.is_modern and "close" not in tokens
-        if request.peer_class == "own" and is_relayed(headers):
+        if request.peer_class in ("own", "neighbour") and is_relayed(headers):
             request.peer_class = "relayed"
+        request.who = who_guesses(self.connection.address, request.peer_class)
         try:
             self.server.decide(self, target)
         except AztError as error:
@@ -9096,7 +9310,8 @@ class _Exchange:
     def begin(self) -> None:
         """The body is complete: answer in a task of its own."""
         connection, server = self.connection, self.server
-        if connection.place != "own" and self.route and self.route.access in ("api", "codex"):
+        is_far = connection.place not in ("own", "neighbour")
+        if is_far and self.route and self.route.access in ("api", "codex"):
             # A cap for each address of the network; none for this machine.
             peers = [one for one in server.connections if one.address == connection.address]
             if sum(one.state == "ANSWER" for one in peers) > MAX_LAN_STREAMS:
@@ -9108,7 +9323,7 @@ class _Exchange:
     async def _run(self) -> None:
         try:
             if self.error is not None:
-                raise self.error
+                raise await self._slowed(self.error)
             for coding in self.codings:
                 await self._inflate(coding)
             if self.route is None:
@@ -9129,12 +9344,26 @@ class _Exchange:
         if isinstance(reply.body, AsyncIterator) and not self.ended:
             await self._pump(reply.body)
 
+    async def _slowed(self, error: AztError) -> AztError:
+        """Whoever tries wrong keys hears of it more and more slowly; a good key always counts."""
+        if error.code == "invalid_api_key":
+            guard, who = self.server.guard, self.request.who
+            if left_s := await guard.turn(who):
+                return slow_down(left_s)
+            guard.failed(who)
+        return error
+
     def failed(self, error: AztError) -> Reply:
         self.request.record.error_code = error.code or "error"
         body = error_body(error)
-        if self.request.path.startswith("/_gateway/admin/"):  # console.md 6
-            field = {"field": error.param, "reason": mask(error.message)} if error.param else {}
-            body["error"] = {"params": field, "requestId": self.request.id, **body["error"]}
+        if self.request.path.startswith("/_gateway/admin"):  # console.md 6
+            params: Json = (
+                {"field": error.param, "reason": mask(error.message)} if error.param else {}
+            )
+            params |= {"limit": self.limit} if error.status == 413 else {}
+            params |= error.extra.get("params", {})
+            code = _ADMIN_CODES.get(error.code, error.code)
+            body["error"] |= {"code": code, "params": params, "requestId": self.request.id}
         return json_reply(body, error.status, error.headers.items())
 
     async def _inflate(self, coding: str) -> None:
@@ -9307,7 +9536,8 @@ class Connection(asyncio.Protocol):
     def __init__(self, server: HttpServer, address: str) -> None:
         self.server = server
         self.address = address
-        self.place = peer_place(address, server.policy().own_networks)
+        self.place: PeerClass = peer_place(address, server.policy().own_networks)
+        self.owner_known = False
         self.transport: asyncio.Transport
         self.can_write = asyncio.Event()
         self.can_write.set()
@@ -9370,6 +9600,16 @@ class Connection(asyncio.Protocol):
         self.can_write.set()
         if self.exchange is not None:
             self.exchange.client_left()
+
+    def is_own(self) -> bool:
+        """Whether the peer on this machine is this user (or root); asked of the system once."""
+        if not self.owner_known:
+            sock, *ends = map(self.transport.get_extra_info, ("socket", "peername", "sockname"))
+            is_other = is_other_user(ends[0], ends[1])
+            # A peer that has reset the connection is found no more.
+            is_other = is_other or sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
+            self.owner_known, self.place = True, "neighbour" if is_other else "own"
+        return self.place == "own"
 
     def pause_writing(self) -> None:
         self.can_write.clear()
@@ -9506,7 +9746,6 @@ class Connection(asyncio.Protocol):
 
 # -- the server
 
-_OUT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _TWINS = {"0.0.0.0": "::1", "127.0.0.1": "::1", "::": "0.0.0.0", "::1": "127.0.0.1"}
 
 
@@ -9535,6 +9774,7 @@ class HttpServer:
         self.recorded = recorded  # told about each exchange once, when it has ended
         self.policy = policy
         self.workers = WorkerPool("inflate", 4)
+        self.guard = Guard()  # against wrong API keys
         self.draining = False
         self.bodies_bytes = 0
         self.running = 0
@@ -9572,17 +9812,28 @@ class HttpServer:
         if access in ("api", "codex"):
             request.record.route = (match or found[0])[0].path if found else "other"
             request.record.client = client_name(*(headers.get(name, "") for name in CLIENT_HEADERS))
-        caller = read_caller(request.peer_class, headers, policy)
+        caller = read_caller(request.peer_class, headers, policy, request.record.at)
         if is_preflight:
             # It carries no proof: the question is whether the call with it would be allowed.
-            caller = replace(caller, key="good", proof=True, marked=True)
+            caller = replace(caller, key="good", proof=True, marked=True, session="local")
         fault = may(caller, access, method, policy)
+        if fault is None and caller.peer == "own" and not exchange.connection.owner_known:
+            # Whose connection it is matters only where another user would get less.
+            fault = may(replace(caller, peer="neighbour"), access, method, policy)
+            if fault is not None and exchange.connection.is_own():
+                fault = None
+        if caller.key == "good":
+            self.guard.forgive(request.who)
         if caller.origin and access == "api" and not (fault and fault.status == 403):
             exchange.cors = _cors_headers(caller.origin, headers)
         if fault is not None:
             raise fault
         if match and not is_preflight and _OVERRIDES.isdisjoint(headers):
-            (exchange.route, request.params), request.has_proof = match, caller.proof
+            exchange.route, request.params = match
+            request.is_own, request.has_proof = caller.own, caller.proven
+            request.session = policy.sessions.get(caller.session_hash)
+            if request.session is not None:
+                request.session["lastUsedAt"] = int(request.record.at * 1000)
             self._accept_body(exchange, exchange.route, policy)
             return
         words: Json = {"method": request.method, "path": request.path[:200]}
@@ -10896,6 +11147,8 @@ async def admin_patch_settings(gw: Gateway, request: Request) -> Reply:
     changes = flattened(values)
     for key, value in changes.items():
         check_setting(key, value)
+        if SETTINGS[key].widens and not request.is_own:
+            raise _refusal("local_only")
         if SETTINGS[key].widens and not request.has_proof:
             message = f"Changing {key} needs the admin token: use `azt settings set`."
             raise AztError(401, "proof_needed", message, param=key)
@@ -11055,10 +11308,132 @@ async def admin_get_events(gw: Gateway, request: Request) -> Reply:
     last_id = request.headers.get("last-event-id") or request.query.get("lastEventId", "")
     _watch_changes(gw)
     hello = {"now": _ms(time.time()), "version": VERSION, "pid": os.getpid()}
+    session = request.session["id"] if request.session else ""
     body = gw.events.watch(
-        hello, int(last_id) if last_id.isdecimal() else None, "", _email_rule(gw, request)
+        hello, int(last_id) if last_id.isdecimal() else None, session, _email_rule(gw, request)
     )
     return Reply(200, body, _STREAM_HEADERS)
+
+
+_AGENTS = (
+    ("Edg", "OPR", "Firefox", "Chrome", "Safari"),
+    (*("iPhone", "iPad", "Android", "Windows", "Mac", "Linux"),),
+)
+
+
+@_view
+def admin_get_session(gw: Gateway, request: Request) -> Json:
+    """Who calls and what that one may do. Never 401."""
+    settings, session = gw.settings, request.session
+    console_on, proven = settings.flag("server.lanConsole"), request.has_proof
+    known = session or proven or (request.is_own and not settings.flag("server.tokenOnLoopback"))
+    shown = {"signedIn": bool(known), "scope": "local" if request.is_own else "lan"}
+    lan = {"apiOn": settings.flag("server.lanApi"), "consoleOn": console_on}
+    if not known:
+        return {**shown, "methods": ["token", "pair"], "lan": {"consoleOn": console_on}}
+    ends_at = session["createdAt"] + SESSION_LIFE_S * 1000 if session else None
+    can = {"write": True, "export": proven, "codex": proven}
+    via = session["via"] if session else "token" if proven else "loopback"
+    return {**shown, "via": via, "expiresAt": ends_at, "can": can, "lan": lan, "version": VERSION}
+
+
+def _cookie(gw: Gateway, value: str, life_s: int, origin: str) -> tuple[str, str]:
+    """Only a relay with TLS in front makes a page come by https."""
+    port = gw.listening[0][1] if gw.listening else 0
+    attributes = f"Path={ADMIN}; HttpOnly; SameSite=Strict; Max-Age={life_s}"
+    secure = "; Secure" if origin.startswith("https:") else ""
+    return "set-cookie", f"azt_admin_{port}={value}; {attributes}{secure}"
+
+
+async def admin_post_session(gw: Gateway, request: Request) -> Reply:
+    """Sign a browser in with the admin token or a code. Wrong ones are slowed and banned."""
+    body = await read_object(gw, request)
+    token, code = (str(body.get(name) or "") for name in ("token", "code"))
+    if left_s := await gw.guard.turn(request.who):
+        raise slow_down(left_s)
+    is_token = hmac.compare_digest(token.strip().encode(), gw.admin_token.encode())
+    via = "token" if is_token else gw.codes.spend(code)
+    if not via or (via == "open" and not request.is_own):
+        gw.guard.failed(request.who)
+        log.info("audit: a sign-in from %s was refused", request.peer)
+        raise _refusal("bad_token" if token else "pairing_expired")
+    gw.guard.forgive(request.who)
+    headers, cookie, now_ms = request.headers, secrets.token_urlsafe(32), int(time.time() * 1000)
+    agent = headers.get("user-agent", "")
+    names = (next((one for one in kind if one in agent), "") for kind in _AGENTS)
+    session = {
+        "id": "ses_" + secrets.token_hex(4),
+        "hash": hashed(cookie),
+        "scope": "local" if request.is_own and via != "pair" else "lan",
+        "via": via,
+        "agent": ", ".join(filter(None, names)) or client_name(agent),
+        "address": request.peer,
+        **{"createdAt": now_ms, "lastUsedAt": now_ms},
+    }
+
+    def keep(kept: list[Json]) -> list[Json]:
+        oldest = now_ms - SESSION_LIFE_S * 1000
+        good = (one for one in kept if one is not request.session and one["createdAt"] > oldest)
+        return [*good, session]
+
+    await gw.change_sessions(keep)
+    if via == "open":
+        await in_thread(gw.files, delete_file, gw.paths.open_page)
+    log.info("audit: signed in with %s from %s (%s)", via, request.peer, session["id"])
+    set_cookie = _cookie(gw, cookie, SESSION_LIFE_S, headers.get("origin", ""))
+    return Reply(204, b"", [set_cookie, ("cache-control", "no-store")])
+
+
+async def _end_sessions(gw: Gateway, request: Request, ends: Callable[[Json], bool]) -> int:
+    ended = await gw.change_sessions(lambda kept: [one for one in kept if not ends(one)])
+    log.info("audit: %d sessions ended from %s", ended, request.peer)
+    return ended
+
+
+async def admin_delete_session(gw: Gateway, request: Request) -> Reply:
+    """With an id: that session; without: this browser's."""
+    wanted = request.params.get("id") or (request.session or {}).get("id")
+    if not await _end_sessions(gw, request, lambda one: one["id"] == wanted) and request.params:
+        raise AztError(404, "session_not_found", f"There is no session {wanted!r}.")
+    leaves = [] if request.params else [_cookie(gw, "", 0, "")]
+    return Reply(204, b"", [*leaves, ("cache-control", "no-store")])
+
+
+@_view
+def admin_get_sessions(gw: Gateway, request: Request) -> Json:
+    items = [
+        {name: value for name, value in one.items() if name != "hash"}
+        | {"current": one is request.session}
+        for one in gw.sessions
+    ]
+    return {"items": items}
+
+
+async def admin_post_pair(gw: Gateway, request: Request) -> Reply:
+    """A code for one sign-in: of another device, or with `{"for": "open"}` of this machine."""
+    body = await read_object(gw, request)
+    if body.get("for") == "open":
+        made, file = await gw.open_page()
+        return _private_reply({**made, "file": str(file)})
+    if not gw.settings.flag("server.lanConsole"):
+        message = "The console is off for other devices: `azt settings set server.lanConsole true`."
+        raise AztError(403, "lan_console_off", message)
+    address = str(body.get("address") or "")
+    if _host_kind(address) != "address":
+        raise BadRequest("Send an address of this machine.", "address", "bad_field")
+    code, ends_at = gw.codes.make("pair")
+    log.info("audit: a pairing code was made")
+    url = f"http://{_address(address, gw.listening[0][1])}/#/pair/{code}"
+    return _private_reply({"code": code, "url": url, "expiresAt": _ms(ends_at)})
+
+
+async def admin_post_rotate_token(gw: Gateway, request: Request) -> Reply:
+    """A new admin token; every browser but this one has to sign in again."""
+    await read_object(gw, request)
+    gw.admin_token = await in_thread(gw.files, make_secret, gw.paths.admin_token)
+    log.info("audit: the secret of the administration was made anew")
+    ended = await _end_sessions(gw, request, lambda one: one is not request.session)
+    return _private_reply({"token": gw.admin_token, "sessionsEnded": ended})
 
 
 @_view
@@ -11372,8 +11747,20 @@ _PAGE_HEADERS = {
 }
 
 
+_NOT_HERE = Page(
+    b'<!doctype html><html lang="en"><meta charset="utf-8"><title>azt</title><h1>azt</h1>'
+    b"<p>The API answers here. This console answers on the machine that azt runs on: use "
+    b"http://127.0.0.1 and the port there, or <code>azt open</code>. To use it from other devices, "
+    b"run <code>azt settings set server.lanConsole true</code> there, then load this page again.",
+    "text/html; charset=utf-8",
+    '"azt-not-here"',
+)
+"""What other devices see until the console is on for them. No secret, no file."""
+
+
 async def get_page(gw: Gateway, request: Request) -> Reply:
-    page = gw.pages.get(request.path)
+    is_off = not (request.is_own or gw.settings.flag("server.lanConsole"))
+    page = _NOT_HERE if is_off else gw.pages.get(request.path)
     if page is None:
         raise AztError(404, "unknown_url", f"There is no page {request.path[:80]!r}.")
     headers = [*_PAGE_HEADERS.items(), ("etag", page.etag)]
@@ -11420,6 +11807,13 @@ ROUTES: list[Route] = sorted(
         Route("GET", f"{ADMIN}/keys", admin_get_keys, "admin_read"),
         Route("GET", f"{ADMIN}/login/{{id}}", admin_login, "admin_read"),
         Route("GET", f"{ADMIN}/models", admin_get_models, "admin_read"),
+        Route("DELETE", f"{ADMIN}/session", admin_delete_session, "admin_session"),
+        Route("GET", f"{ADMIN}/session", admin_get_session, "admin_session"),
+        Route("POST", f"{ADMIN}/session", admin_post_session, "admin_session"),
+        Route("POST", f"{ADMIN}/session/pair", admin_post_pair, "admin_proof"),
+        Route("POST", f"{ADMIN}/session/rotate-token", admin_post_rotate_token, "admin_proof"),
+        Route("GET", f"{ADMIN}/sessions", admin_get_sessions, "admin_local"),
+        Route("DELETE", f"{ADMIN}/sessions/{{id}}", admin_delete_session, "admin_local"),
         Route("GET", f"{ADMIN}/settings", admin_get_settings, "admin_read"),
         Route("GET", f"{ADMIN}/state", admin_get_state, "admin_read"),
         Route("PATCH", f"{ADMIN}/accounts/{{id}}", admin_patch_account, "admin_write"),
@@ -11483,18 +11877,19 @@ def routes_of(gw: Gateway) -> list[Route]:
     routes = [
         replace(one, handler=_discreet(one.handler)) if is_admin else one for one, is_admin in admin
     ]
-    return routes + [Route("GET", name, get_page, "page") for name in pages]
+    return routes + [Route("GET", name, get_page, "asset") for name in pages]
 
 
 def policy_source(gw: Gateway) -> Callable[[], Policy]:
     """The settings as values for the pure decision table of room 15; made anew after a change."""
     name = socket.gethostname().lower()
-    known: tuple[Settings, list[Json], Policy] | None = None
+    known: tuple[tuple[object, ...], Policy] | None = None
 
     def current() -> Policy:
         nonlocal known
         settings, keys = gw.settings, gw.keys
-        if known is None or known[0] is not settings or known[1] is not keys:
+        parts = (settings, keys, gw.sessions, gw.admin_token)
+        if known is None or any(map(operator.is_not, known[0], parts)):
             policy = Policy(
                 own_names=frozenset({name, f"{name}.local"}),
                 allowed_hosts=settings.words("server.allowedHosts"),
@@ -11503,11 +11898,14 @@ def policy_source(gw: Gateway) -> Callable[[], Policy]:
                 loopback_exempt=settings.flag("apiKeys.loopbackExempt"),
                 own_networks=(),
                 key_hashes=frozenset(str(key.get("hash")) for key in keys),
-                admin_token_hash=hashlib.sha256(gw.admin_token.encode()).hexdigest(),
+                admin_token_hash=hashed(gw.admin_token),
                 body_max_bytes=settings.number("limits.bodyMb") * MIB,
+                lan_console=settings.flag("server.lanConsole"),
+                token_on_loopback=settings.flag("server.tokenOnLoopback"),
+                sessions={one["hash"]: one for one in gw.sessions},
             )
-            known = settings, keys, policy
-        return known[2]
+            known = parts, policy
+        return known[1]
 
     return current
 
@@ -11793,6 +12191,7 @@ def demo_account(now: float) -> Json:
 #     HTTP: the running one, else a private one that lives, and holds the lock, as long as it does.
 # ==================================================================================================
 
+BROWSER_WAIT_S = 3.0
 EXIT_OK, EXIT_FAILED, EXIT_UNUSABLE, EXIT_PORT_TAKEN = range(4)
 
 
@@ -11800,6 +12199,23 @@ def say(text: str, end: str = "\n", to_stderr: bool = False) -> None:
     """The only print. A reader that left (`azt models | head`) or a lost terminal ends nothing."""
     with contextlib.suppress(OSError, ValueError):
         print(text, end=end, file=sys.stderr if to_stderr else sys.stdout, flush=True)
+
+
+# Inside a terminal, which they would take over; the provider's page needs a real one.
+_TEXT_BROWSERS = {"elinks", "links", "lynx", "w3m", "www-browser"}
+
+
+@blocking
+def _browse(url: str) -> bool:
+    """Show a page in the person's browser, if there is one."""
+    with contextlib.suppress(webbrowser.Error):  # there is none
+        if getattr(webbrowser.get(), "name", "") not in _TEXT_BROWSERS:
+            # In a thread: some commands last as long as their browser.
+            thread = threading.Thread(target=webbrowser.open, args=(url,), daemon=True)
+            thread.start()
+            thread.join(BROWSER_WAIT_S)
+            return True
+    return False
 
 
 # -- Serving ---------------------------------------------------------------------------------------
@@ -11841,6 +12257,8 @@ async def _serving(gw: Gateway, host: str, port: int) -> AsyncIterator[tuple[Htt
         gw.listening = []
         await gw.renewals.settle()
         await gw.save_now()
+        await gw.save_uses()
+        await in_thread(gw.files, delete_file, gw.paths.open_page)
         with contextlib.suppress(AztError):
             await gw.flush(with_sums=bool(gw.ended or gw.usage.startup.total))
         gw.pool.close()
@@ -11869,7 +12287,7 @@ async def _serve(gw: Gateway, lock: HomeLock, opens_browser: bool) -> None:
             log.info("API: %s, %s. Administration: this machine only.", who, key)
         say(f"azt is ready: {url}")  # last: who waits for it may read the log at once
         if opens_browser:
-            await in_thread(gw.short, webbrowser.open, url)
+            await in_thread(gw.short, _browse, (await gw.open_page())[1].as_uri())
         watching = asyncio.create_task(gw.watch_quotas())
         await signals.get()
         watching.cancel()
@@ -11933,7 +12351,9 @@ def _start(args: argparse.Namespace) -> int:
     for flag, key in (("host", "server.host"), ("port", "server.port"), ("log_level", "log.level")):
         if (value := getattr(args, flag)) is not None:
             flags[key] = check_setting(key, value, "--" + flag.replace("_", "-"))
-    opens_browser, environment = args.command == "start" and not args.no_open, read_environment()
+    is_watched = sys.stdout is not None and sys.stdout.isatty()  # not a service, not a script
+    opens_browser = args.command == "start" and not args.no_open and is_watched
+    environment = read_environment()
     if args.audit:
         paths = environment.paths
         Audit(*([Path(tempfile.gettempdir())] if args.demo else [paths.home, paths.codex_home]))
@@ -12126,6 +12546,18 @@ def _status(args: argparse.Namespace) -> int:
     return _show(args, {"running": True, **state}, _table(*rows.items()))
 
 
+def _open(args: argparse.Namespace) -> int:
+    """The browser gets a file that leads there: no process sees the code among its arguments."""
+    made = _admin_call("POST", "/session/pair", {"for": "open"}, must_run=True)
+    page = made["url"].partition("#")[0]
+    told = [f"{page} opens in your browser, signed in."]
+    if args.json or not _browse(Path(made["file"]).as_uri()):
+        told = [f"Open this page within a minute, it works once: {made['url']}"]
+        port = urllib.parse.urlsplit(page).port
+        told.append(f"On another computer, first: ssh -L {port}:127.0.0.1:{port} and this machine.")
+    return _show(args, made, told)
+
+
 def _draw(args: argparse.Namespace, prompt: str) -> int:
     """`azt ask --image`: make a picture and write it to a file, telling how far it is."""
     path = Path(os.path.expanduser(args.output or time.strftime("azt-%Y-%m-%d-%H%M%S.png")))
@@ -12172,10 +12604,6 @@ def _ask(args: argparse.Namespace) -> int:
     return _show(args, {"text": "".join(parts)}, [""])
 
 
-# Inside a terminal, which they would take over; the provider's page needs a real one.
-_TEXT_BROWSERS = {"elinks", "links", "lynx", "w3m", "www-browser"}
-
-
 def _sign_in(args: argparse.Namespace) -> int:
     tell = functools.partial(say, to_stderr=args.json)
 
@@ -12195,12 +12623,8 @@ def _sign_in(args: argparse.Namespace) -> int:
             elif flow.get("listenError"):
                 text = f"Ports {CALLBACK_PORTS} are taken: use `azt login --device`, or a terminal."
                 raise AztError(500, "port_in_use", text)
-            with contextlib.suppress(webbrowser.Error):  # there is none
-                is_wanted = not (args.device or args.no_browser)
-                if is_wanted and getattr(webbrowser.get(), "name", "") not in _TEXT_BROWSERS:
-                    # In a thread: some commands last as long as their browser.
-                    page = (flow["authorizeUrl"],)
-                    threading.Thread(target=webbrowser.open, args=page, daemon=True).start()
+            if not (args.device or args.no_browser):
+                _browse(flow["authorizeUrl"])
             while flow["status"] in ("waiting", "exchanging"):
                 typed = select.select([sys.stdin] if reads else [], [], [], LOGIN_POLL_S)[0]
                 line = sys.stdin.readline() if typed else " "
@@ -12595,6 +13019,7 @@ _COMMANDS: dict[str, _Run] = {
     "serve --host --port --demo --audit --log-level | start the gateway without a browser": _start,
     "login --device --no-browser | sign in with an account": _sign_in,
     "logout ACCOUNT | end the sign-in of an account and forget it": _logout,
+    "open | open azt's page in your browser, signed in": _open,
     "status | show what runs and which account serves": _status,
     "ask TEXT* --model --image -o --force | ask a model, or for a picture": _ask,
     "usage --by | show what was used: today, in 7 days, ever": _usage,

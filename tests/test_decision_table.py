@@ -13,6 +13,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,11 @@ NewClaim = Callable[[int, str], Claim]
 Many = Callable[[int, int], int]
 Headers = dict[str, str]
 
+LOCAL_COOKIE, LAN_COOKIE = "l" * 43, "n" * 43
+SESSIONS = {
+    sha256(LOCAL_COOKIE): {"scope": "local", "createdAt": time.time() * 1000},
+    sha256(LAN_COOKIE): {"scope": "lan", "createdAt": time.time() * 1000},
+}
 POLICIES = {
     "open": OPEN,
     "keyed": replace(OPEN, key_hashes=frozenset({sha256(KEY), sha256("another")})),
@@ -39,6 +45,8 @@ POLICIES = {
     "star keyed": replace(
         OPEN, cors_origins=frozenset({"*", "null"}), key_hashes=frozenset({sha256(KEY)})
     ),
+    "console": replace(OPEN, lan_console=True, sessions=SESSIONS),
+    "locked": replace(OPEN, token_on_loopback=True, sessions=SESSIONS),
 }
 
 # -- Callers: addresses of the peer, then what each of its requests carries (one of the variants)
@@ -55,6 +63,8 @@ GOOD_KEY = [{"Authorization": f"Bearer {KEY}"}, {"X-Api-Key": KEY}, {"Api-Key": 
 WRONG_KEY = [{"Authorization": "Bearer sk-placeholder"}, {"X-Api-Key": KEY[:-1]}]
 PROOF = {"Authorization": f"Bearer {TOKEN}"}
 MARK = {"X-AZT-Admin": "1"}
+SIGNED_IN = {"Cookie": f"azt_admin_8787={LOCAL_COOKIE}"}
+PAIRED = {"Cookie": f"a=b; azt_admin_8787={LAN_COOKIE}"}
 AT_8787 = {"Host": "localhost:8787"}
 
 
@@ -136,98 +146,132 @@ CALLERS: dict[str, tuple[list[str], list[Headers]]] = {
     "lan, proof": (LAN, [{**MARK, **PROOF}]),
     "lan, good key": (LAN, each([MARK], GOOD_KEY)),
     "lan, forged": (LAN, each([{**MARK, **PROOF}], [{name: "127.0.0.1"} for name in RELAYS])),
+    "own, session": (OWN, [{**MARK, **SIGNED_IN}]),
+    "own, paired": (OWN, [{**MARK, **PAIRED}]),
+    "relayed, session": (OWN, [{**MARK, **one, "Via": "x"} for one in (SIGNED_IN, PAIRED)]),
+    "lan, session": (LAN, [{**MARK, **one} for one in (SIGNED_IN, PAIRED)]),
+    "lan, wrong session": (LAN, [{**MARK, "Cookie": f"azt_admin_8787={'w' * 43}"}]),
+    "lan, page elsewhere": (LAN, each([{**MARK, **PAIRED}], FOREIGN_PAGES)),
+    "public, session": (PUBLIC, [{**MARK, **one} for one in (SIGNED_IN, PAIRED)]),
     "public": (PUBLIC, [{**MARK, **PROOF}, {**MARK, **PROOF, "X-Forwarded-For": "127.0.0.1"}]),
     "public, good key": (PUBLIC, each([MARK], GOOD_KEY)),
 }
 
 # -- What they get.  ok: the route answers   1: 401, proof missing   3: 403, wrong place or page
-#    g: only a GET gets through   r: only what changes nothing gets through
+#    r: only what changes nothing gets through. `session` and the rest are classes `admin_...`
 
 TABLE = """
-                        api  codex  health  metrics  page  admin_read  admin_write  admin_proof
+                        api  codex  health  metrics  page  asset  session  read  write  local  proof
 open
-own                     ok   ok     ok      ok       ok    ok          ok           1
-own, proof              ok   ok     ok      ok       ok    ok          ok           ok
-own, unmarked           ok   ok     ok      ok       ok    ok          3            3
-own, good key           ok   ok     ok      ok       ok    ok          ok           1
-own, wrong key          ok   ok     ok      ok       ok    ok          ok           1
-own, by another name    ok   ok     ok      3        ok    3           3            3
-own, from a container   ok   ok     ok      3        3     3           3            3
-own, strange host       3    3      3       3        3     3           3            3
-rebound page            3    3      3       3        3     3           3            3
-own page                ok   3      ok      ok       ok    ok          ok           1
-own page, proof         ok   3      ok      ok       ok    ok          ok           ok
-local page              ok   3      3       3        3     3           3            3
-local page, good key    ok   3      3       3        3     3           3            3
-listed page             3    3      3       3        3     3           3            3
-foreign page            3    3      3       3        3     3           3            3
-page without origin     3    3      3       3        3     3           3            3
-cross-site              3    3      3       3        3     3           3            3
-same-site               ok   3      3       3        3     3           3            3
-link                    3    3      3       3        ok    3           3            3
-frame                   3    3      3       3        3     3           3            3
-relayed                 3    3      ok      3        3     3           3            3
-relayed, good key       3    3      ok      3        3     3           3            3
-lan                     ok   ok     ok      3        ok    3           3            3
-lan, proof              ok   ok     ok      3        ok    3           3            3
-lan, good key           ok   ok     ok      3        ok    3           3            3
-lan, forged             ok   ok     ok      3        ok    3           3            3
-public                  3    3      ok      3        3     3           3            3
-public, good key        3    3      ok      3        3     3           3            3
+own                     ok   ok     ok      ok       ok    ok     ok       ok    ok     ok     1
+own, proof              ok   ok     ok      ok       ok    ok     ok       ok    ok     ok     ok
+own, unmarked           ok   ok     ok      ok       ok    ok     r        ok    3      r      3
+own, good key           ok   ok     ok      ok       ok    ok     ok       ok    ok     ok     1
+own, wrong key          ok   ok     ok      ok       ok    ok     ok       ok    ok     ok     1
+own, by another name    ok   ok     ok      3        ok    3      3        3     3      3      3
+own, from a container   ok   ok     ok      3        3     3      3        3     3      3      3
+own, strange host       3    3      3       3        3     3      3        3     3      3      3
+rebound page            3    3      3       3        3     3      3        3     3      3      3
+own page                ok   3      ok      ok       ok    ok     ok       ok    ok     ok     1
+own page, proof         ok   3      ok      ok       ok    ok     ok       ok    ok     ok     ok
+local page              ok   3      3       3        3     3      3        3     3      3      3
+local page, good key    ok   3      3       3        3     3      3        3     3      3      3
+listed page             3    3      3       3        3     3      3        3     3      3      3
+foreign page            3    3      3       3        3     3      3        3     3      3      3
+page without origin     3    3      3       3        3     3      3        3     3      3      3
+cross-site              3    3      3       3        3     3      3        3     3      3      3
+same-site               ok   3      3       3        3     3      3        3     3      3      3
+link                    3    3      3       3        ok    3      3        3     3      3      3
+frame                   3    3      3       3        3     3      3        3     3      3      3
+relayed                 3    3      ok      3        3     3      3        3     3      3      3
+relayed, good key       3    3      ok      3        3     3      3        3     3      3      3
+lan                     ok   ok     ok      3        ok    3      3        3     3      3      3
+lan, proof              ok   ok     ok      3        ok    3      3        3     3      3      3
+lan, good key           ok   ok     ok      3        ok    3      3        3     3      3      3
+lan, forged             ok   ok     ok      3        ok    3      3        3     3      3      3
+public                  3    3      ok      3        3     3      3        3     3      3      3
+public, good key        3    3      ok      3        3     3      3        3     3      3      3
 keyed
-own                     1    1      ok      ok       ok    ok          ok           1
-own, proof              ok   ok     ok      ok       ok    ok          ok           ok
-own, good key           ok   ok     ok      ok       ok    ok          ok           1
-own, wrong key          1    1      ok      ok       ok    ok          ok           1
-own, by another name    1    1      ok      1        ok    3           3            3
-own, strange host       3    3      3       3        3     3           3            3
-rebound page            3    3      3       3        3     3           3            3
-own page                1    3      ok      ok       ok    ok          ok           1
-local page              1    3      3       3        3     3           3            3
-local page, good key    ok   3      3       3        3     3           3            3
-listed page, good key   3    3      3       3        3     3           3            3
-foreign page            3    3      3       3        3     3           3            3
-page without origin     3    3      3       3        3     3           3            3
-cross-site              3    3      3       3        3     3           3            3
-link                    3    3      3       3        ok    3           3            3
-relayed                 1    1      ok      1        3     3           3            3
-relayed, good key       ok   ok     ok      ok       3     3           3            3
-lan                     1    1      ok      1        ok    3           3            3
-lan, proof              1    1      ok      1        ok    3           3            3
-lan, good key           ok   ok     ok      ok       ok    3           3            3
-lan, forged             1    1      ok      1        ok    3           3            3
-public                  1    1      ok      1        3     3           3            3
-public, good key        ok   ok     ok      ok       3     3           3            3
+own                     1    1      ok      ok       ok    ok     ok       ok    ok     ok     1
+own, proof              ok   ok     ok      ok       ok    ok     ok       ok    ok     ok     ok
+own, good key           ok   ok     ok      ok       ok    ok     ok       ok    ok     ok     1
+own, wrong key          1    1      ok      ok       ok    ok     ok       ok    ok     ok     1
+own, by another name    1    1      ok      1        ok    3      3        3     3      3      3
+own, strange host       3    3      3       3        3     3      3        3     3      3      3
+rebound page            3    3      3       3        3     3      3        3     3      3      3
+own page                1    3      ok      ok       ok    ok     ok       ok    ok     ok     1
+local page              1    3      3       3        3     3      3        3     3      3      3
+local page, good key    ok   3      3       3        3     3      3        3     3      3      3
+listed page, good key   3    3      3       3        3     3      3        3     3      3      3
+foreign page            3    3      3       3        3     3      3        3     3      3      3
+page without origin     3    3      3       3        3     3      3        3     3      3      3
+cross-site              3    3      3       3        3     3      3        3     3      3      3
+link                    3    3      3       3        ok    3      3        3     3      3      3
+relayed                 1    1      ok      1        3     3      3        3     3      3      3
+relayed, good key       ok   ok     ok      ok       3     3      3        3     3      3      3
+lan                     1    1      ok      1        ok    3      3        3     3      3      3
+lan, proof              1    1      ok      1        ok    3      3        3     3      3      3
+lan, good key           ok   ok     ok      ok       ok    3      3        3     3      3      3
+lan, forged             1    1      ok      1        ok    3      3        3     3      3      3
+public                  1    1      ok      1        3     3      3        3     3      3      3
+public, good key        ok   ok     ok      ok       3     3      3        3     3      3      3
 exempt
-own                     ok   ok     ok      ok       ok    ok          ok           1
-own page                ok   3      ok      ok       ok    ok          ok           1
-own, by another name    1    1      ok      1        ok    3           3            3
-local page              1    3      3       3        3     3           3            3
-foreign page            3    3      3       3        3     3           3            3
-relayed                 1    1      ok      1        3     3           3            3
-relayed, good key       ok   ok     ok      ok       3     3           3            3
-lan                     1    1      ok      1        ok    3           3            3
-lan, good key           ok   ok     ok      ok       ok    3           3            3
-public                  1    1      ok      1        3     3           3            3
+own                     ok   ok     ok      ok       ok    ok     ok       ok    ok     ok     1
+own page                ok   3      ok      ok       ok    ok     ok       ok    ok     ok     1
+own, by another name    1    1      ok      1        ok    3      3        3     3      3      3
+local page              1    3      3       3        3     3      3        3     3      3      3
+foreign page            3    3      3       3        3     3      3        3     3      3      3
+relayed                 1    1      ok      1        3     3      3        3     3      3      3
+relayed, good key       ok   ok     ok      ok       3     3      3        3     3      3      3
+lan                     1    1      ok      1        ok    3      3        3     3      3      3
+lan, good key           ok   ok     ok      ok       ok    3      3        3     3      3      3
+public                  1    1      ok      1        3     3      3        3     3      3      3
 no lan
-own                     ok   ok     ok      ok       ok    ok          ok           1
-relayed                 3    3      ok      3        3     3           3            3
-lan                     3    3      ok      3        ok    3           3            3
-lan, good key           3    3      ok      3        ok    3           3            3
-public                  3    3      ok      3        3     3           3            3
+own                     ok   ok     ok      ok       ok    ok     ok       ok    ok     ok     1
+relayed                 3    3      ok      3        3     3      3        3     3      3      3
+lan                     3    3      ok      3        ok    3      3        3     3      3      3
+lan, good key           3    3      ok      3        ok    3      3        3     3      3      3
+public                  3    3      ok      3        3     3      3        3     3      3      3
 listed
-listed page             ok   3      3       3        3     3           3            3
-foreign page            3    3      3       3        3     3           3            3
-rebound page            3    3      3       3        3     3           3            3
+listed page             ok   3      3       3        3     3      3        3     3      3      3
+foreign page            3    3      3       3        3     3      3        3     3      3      3
+rebound page            3    3      3       3        3     3      3        3     3      3      3
 star
-listed page             3    3      3       3        3     3           3            3
-foreign page            3    3      3       3        3     3           3            3
-page without origin     3    3      3       3        3     3           3            3
+listed page             3    3      3       3        3     3      3        3     3      3      3
+foreign page            3    3      3       3        3     3      3        3     3      3      3
+page without origin     3    3      3       3        3     3      3        3     3      3      3
 star keyed
-listed page             1    3      3       3        3     3           3            3
-listed page, good key   ok   3      3       3        3     3           3            3
-page without origin     3    3      3       3        3     3           3            3
-rebound page            3    3      3       3        3     3           3            3
+listed page             1    3      3       3        3     3      3        3     3      3      3
+listed page, good key   ok   3      3       3        3     3      3        3     3      3      3
+page without origin     3    3      3       3        3     3      3        3     3      3      3
+rebound page            3    3      3       3        3     3      3        3     3      3      3
+console
+own                     ok   ok     ok      ok       ok    ok     ok       ok    ok     ok     1
+own, session            ok   ok     ok      ok       ok    ok     ok       ok    ok     ok     ok
+own, unmarked           ok   ok     ok      ok       ok    ok     r        ok    3      r      3
+own, by another name    ok   ok     ok      3        ok    ok     ok       1     1      3      3
+own page                ok   3      ok      ok       ok    ok     ok       ok    ok     ok     1
+rebound page            3    3      3       3        3     3      3        3     3      3      3
+local page              ok   3      3       3        3     3      3        3     3      3      3
+cross-site              3    3      3       3        3     3      3        3     3      3      3
+relayed                 3    3      ok      3        ok    ok     ok       1     1      3      3
+relayed, session        3    3      ok      3        ok    ok     ok       ok    ok     3      3
+lan                     ok   ok     ok      3        ok    ok     ok       1     1      3      3
+lan, proof              ok   ok     ok      3        ok    ok     ok       1     1      3      3
+lan, forged             ok   ok     ok      3        ok    ok     ok       1     1      3      3
+lan, session            ok   ok     ok      3        ok    ok     ok       ok    ok     3      3
+lan, wrong session      ok   ok     ok      3        ok    ok     ok       1     1      3      3
+lan, page elsewhere     3    3      3       3        3     3      3        3     3      3      3
+public                  3    3      ok      3        3     3      3        3     3      3      3
+public, session         3    3      ok      3        3     3      3        3     3      3      3
+locked
+own                     ok   ok     ok      ok       ok    ok     ok       1     1      1      1
+own, proof              ok   ok     ok      ok       ok    ok     ok       ok    ok     ok     ok
+own, session            ok   ok     ok      ok       ok    ok     ok       ok    ok     ok     ok
+own, paired             ok   ok     ok      ok       ok    ok     ok       ok    ok     ok     1
+own page                ok   3      ok      ok       ok    ok     ok       1     1      1      1
+lan, session            ok   ok     ok      3        ok    3      3        3     3      3      3
+relayed, session        3    3      ok      3        3     3      3        3     3      3      3
 """
 
 
@@ -240,9 +284,11 @@ def read_table() -> Iterator[tuple[str, str, dict[str, str]]]:
             policy = line
         else:
             caller, cells = line[:24].strip(), line[24:].split()
-            yield policy, caller, dict(zip(head.split(), cells, strict=True))
+            names = [name if name in CLASSES else f"admin_{name}" for name in head.split()]
+            yield policy, caller, dict(zip(names, cells, strict=True))
 
 
+CLASSES = set(get_args(azt.Access))
 CELLS = list(read_table())
 
 # -- The server, without sockets: its real connections, written to by hand
@@ -251,8 +297,9 @@ CELLS = list(read_table())
 class Wire(asyncio.Transport):
     """What a connection writes, and whether it has ended."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, address: str, sock: socket.socket) -> None:
+        ends = {"peername": (address, 50_000), "sockname": ("127.0.0.1", 8787)}
+        super().__init__({**ends, "socket": sock})
         self.sent = b""
         self.ended = asyncio.Event()
 
@@ -285,7 +332,9 @@ async def served(gateway: None, request: azt.Request) -> azt.Reply:
     return azt.json_reply({})
 
 
-ROUTES = [replace(route, handler=served) for route in (*azt.ROUTES, *azt.CALLBACK_ROUTES)]
+FILES = [azt.Route("GET", "/app.js", azt.get_page, "asset")]  # as `routes_of` makes them
+TABLED = (*azt.ROUTES, *azt.CALLBACK_ROUTES, *FILES)
+ROUTES = [replace(route, handler=served) for route in TABLED]
 ONE_OF_EACH_KIND = list({(route.access, route.method): route for route in ROUTES}.values())
 
 
@@ -296,8 +345,10 @@ class Server:
         self.policy = OPEN
         self._server = azt.HttpServer(ROUTES, None, lambda: self.policy)
         self._loop = asyncio.new_event_loop()
+        self._socket = socket.socket()
 
     def close(self) -> None:
+        self._socket.close()
         self._loop.close()
 
     def ask(self, address: str, method: str, path: str, headers: Headers) -> Answer:
@@ -315,7 +366,8 @@ class Server:
         return Answer(int(first.split(" ")[1]), given, sent)
 
     async def _serve(self, address: str, raw: bytes) -> bytes:
-        connection, wire = azt.Connection(self._server, address), Wire()
+        self._server.guard = azt.Guard()  # each is the first question of its caller
+        connection, wire = azt.Connection(self._server, address), Wire(address, self._socket)
         connection.connection_made(wire)
         connection.data_received(raw)
         await wire.ended.wait()
@@ -348,11 +400,10 @@ def tried_with(caller: str, many: Many) -> Iterator[tuple[str, Headers, azt.Rout
 
 
 def test_every_class_of_routes_and_every_caller_stands_in_the_table() -> None:
-    classes = set(get_args(azt.Access))
-    assert all(set(cells) == classes for _, _, cells in CELLS)
+    assert all(set(cells) == CLASSES for _, _, cells in CELLS)
     assert {caller for _, caller, _ in CELLS} == set(CALLERS)
     assert {policy for policy, _, _ in CELLS} == set(POLICIES)
-    assert {route.access for route in ROUTES} == classes
+    assert {route.access for route in ROUTES} == CLASSES
 
 
 def test_every_caller_gets_what_the_table_says_at_every_route(
@@ -365,7 +416,8 @@ def test_every_caller_gets_what_the_table_says_at_every_route(
         for address, headers, route in tried_with(caller, many):
             for method in {"GET": ("GET", "HEAD")}.get(route.method, (route.method,)):
                 got = server.ask(address, method, path_of(route), headers)
-                wanted = expected[cells[route.access]]
+                reads = {"r": "ok" if method in ("GET", "HEAD") else "3"}
+                wanted = expected[reads.get(cells[route.access], cells[route.access])]
                 seen = (policy, caller, address, headers, method, route.path, got.status)
                 tries.check(got.status == wanted, seen)
 
@@ -511,4 +563,4 @@ def test_no_real_peer_of_the_network_gets_into_the_administration(
     for line in lines:
         if line[0] != "peer":
             *_, status, text = line
-            tries.check(status == 403 and json.loads(text)["error"]["code"] == "local_only", line)
+            tries.check(status == 403 and azt._LOCAL in json.loads(text)["error"]["message"], line)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 from dataclasses import replace
-from typing import get_args
+from typing import Literal, get_args
 
 import pytest
 
@@ -34,13 +34,32 @@ OPEN = Policy(
 KEYED = replace(OPEN, key_hashes=frozenset({sha256(KEY), sha256("another")}))
 EXEMPT = replace(KEYED, loopback_exempt=True)
 NO_LAN = replace(OPEN, lan_api=False)
-POLICIES = {"open": OPEN, "keyed": KEYED, "exempt": EXEMPT, "no lan": NO_LAN}
+CONSOLE = replace(OPEN, lan_console=True)
+LOCKED = replace(OPEN, token_on_loopback=True)
+POLICIES = {
+    "open": OPEN,
+    "keyed": KEYED,
+    "exempt": EXEMPT,
+    "no lan": NO_LAN,
+    "console": CONSOLE,
+    "locked": LOCKED,
+}
 
 OWN = Caller("own", "localhost")
+NEIGHBOUR = Caller("neighbour", "localhost")
 RELAYED = Caller("relayed", "localhost")
 LAN = Caller("lan", "192.168.1.20")
 PUBLIC = Caller("public", "azt.example.com")
-CALLERS: dict[str, Caller] = {"own": OWN, "relayed": RELAYED, "lan": LAN, "public": PUBLIC}
+CALLERS: dict[str, Caller] = {
+    "own": OWN,
+    "neighbour": NEIGHBOUR,
+    "relayed": RELAYED,
+    "lan": LAN,
+    "public": PUBLIC,
+}
+ADMIN = [access for access in get_args(Access) if access.startswith("admin")]
+PLAIN = ["admin_session", "admin_read", "admin_write"]
+LOCAL = ["admin_local", "admin_proof"]
 
 
 def status(caller: Caller, access: Access, method: str = "GET", policy: Policy = OPEN) -> int:
@@ -49,51 +68,69 @@ def status(caller: Caller, access: Access, method: str = "GET", policy: Policy =
 
 
 # -- rows 1 to 3, 6 to 8, 10, 12 to 14: who x what, in each policy
-# columns: own, relayed, lan, public
+# columns: own, neighbour, relayed, lan, public
 
-PLACES = {
-    ("api", "none", "open"): (200, 403, 200, 403),
-    ("api", "wrong", "open"): (200, 403, 200, 403),
-    ("api", "none", "keyed"): (401, 401, 401, 401),
-    ("api", "wrong", "keyed"): (401, 401, 401, 401),
-    ("api", "good", "keyed"): (200, 200, 200, 200),
-    ("api", "none", "exempt"): (200, 401, 401, 401),
-    ("api", "good", "exempt"): (200, 200, 200, 200),
-    ("api", "none", "no lan"): (200, 403, 403, 403),
-    ("codex", "none", "open"): (200, 403, 200, 403),
-    ("codex", "wrong", "open"): (200, 403, 200, 403),
-    ("codex", "none", "keyed"): (401, 401, 401, 401),
-    ("codex", "wrong", "keyed"): (401, 401, 401, 401),
-    ("codex", "good", "keyed"): (200, 200, 200, 200),
-    ("codex", "none", "exempt"): (200, 401, 401, 401),
-    ("codex", "good", "exempt"): (200, 200, 200, 200),
-    ("codex", "none", "no lan"): (200, 403, 403, 403),
-    ("metrics", "none", "open"): (200, 403, 403, 403),
-    ("metrics", "none", "keyed"): (200, 401, 401, 401),
-    ("metrics", "wrong", "keyed"): (200, 401, 401, 401),
-    ("metrics", "good", "keyed"): (200, 200, 200, 200),
+Statuses = tuple[int, int, int, int, int]
+EVERYBODY: Statuses = (200, 200, 200, 200, 200)
+KEYLESS: Statuses = (401, 401, 401, 401, 401)
+OWN_ONLY: Statuses = (200, 403, 403, 403, 403)
+GUESTS: Statuses = (200, 401, 401, 401, 403)  # they may come, and have to sign in
+PLACES: dict[tuple[str, str, str], Statuses] = {
     **{
-        ("health", key, policy): (200, 200, 200, 200)
+        (calls, *row): statuses
+        for calls in ("api", "codex")
+        for row, statuses in {
+            ("none", "open"): (200, 200, 403, 200, 403),
+            ("wrong", "open"): (200, 200, 403, 200, 403),
+            ("none", "console"): (200, 200, 403, 200, 403),
+            ("none", "locked"): (200, 200, 403, 200, 403),
+            ("none", "no lan"): (200, 200, 403, 403, 403),
+            ("none", "keyed"): KEYLESS,
+            ("wrong", "keyed"): KEYLESS,
+            ("good", "keyed"): EVERYBODY,
+            ("none", "exempt"): (200, 401, 401, 401, 401),
+            ("good", "exempt"): EVERYBODY,
+        }.items()
+    },
+    ("metrics", "none", "open"): OWN_ONLY,
+    ("metrics", "none", "keyed"): (200, 401, 401, 401, 401),
+    ("metrics", "wrong", "keyed"): (200, 401, 401, 401, 401),
+    ("metrics", "good", "keyed"): EVERYBODY,
+    **{("health", key, policy): EVERYBODY for key in ("none", "good") for policy in POLICIES},
+    **{
+        ("page", key, policy): (200, 200, 200, 200, 403)
+        if policy == "console"
+        else (200, 403, 403, 200, 403)
         for key in ("none", "good")
         for policy in POLICIES
     },
     **{
-        ("page", key, policy): (200, 403, 200, 403)
+        ("asset", key, policy): (200, 200, 200, 200, 403) if policy == "console" else OWN_ONLY
         for key in ("none", "good")
         for policy in POLICIES
     },
     **{
-        ("admin_read", key, policy): (200, 403, 403, 403)
+        (access, key, policy): {"console": GUESTS, "locked": (401, 403, 403, 403, 403)}.get(
+            policy, OWN_ONLY
+        )
+        for access in ("admin_read", "admin_write")
         for key in ("none", "good")
         for policy in POLICIES
     },
     **{
-        ("admin_write", key, policy): (200, 403, 403, 403)
+        ("admin_session", key, policy): (200, 200, 200, 200, 403)
+        if policy == "console"
+        else OWN_ONLY
         for key in ("none", "good")
         for policy in POLICIES
     },
     **{
-        ("admin_proof", key, policy): (401, 403, 403, 403)
+        ("admin_local", key, policy): (401, 403, 403, 403, 403) if policy == "locked" else OWN_ONLY
+        for key in ("none", "good")
+        for policy in POLICIES
+    },
+    **{
+        ("admin_proof", key, policy): (401, 403, 403, 403, 403)
         for key in ("none", "good")
         for policy in POLICIES
     },
@@ -132,28 +169,97 @@ def test_plain_call_on_loopback_is_never_refused(access: Access, method: str) ->
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE"])
-@pytest.mark.parametrize("access", ["admin_write", "admin_proof"])
+@pytest.mark.parametrize("access", ADMIN)
 def test_admin_change_without_its_header_is_refused(access: Access, method: str) -> None:
     assert status(replace(OWN, proof=True), access, method) == 403
     assert status(replace(OWN, proof=True, marked=True), access, method) == 200
 
 
-def test_secrets_need_the_admin_token_for_reading_too() -> None:
+def test_secrets_need_proof_for_reading_too() -> None:
     assert status(OWN, "admin_proof") == 401
     assert status(replace(OWN, proof=True), "admin_proof") == 200
+    assert status(replace(OWN, session="local"), "admin_proof") == 200
+    assert status(replace(OWN, session="lan"), "admin_proof") == 401
 
 
-@pytest.mark.parametrize("caller", [RELAYED, LAN, PUBLIC])
-@pytest.mark.parametrize("access", ["admin_read", "admin_write", "admin_proof"])
-def test_no_token_opens_the_administration_elsewhere(caller: Caller, access: Access) -> None:
-    assert (
-        status(replace(caller, proof=True, key="good", marked=True), access, "POST", KEYED) == 403
-    )
+ELSEWHERE = [NEIGHBOUR, RELAYED, LAN, PUBLIC, replace(OWN, host="192.168.1.20")]
 
 
-def test_administration_says_the_same_to_everybody_elsewhere() -> None:
-    faults = [azt.may(caller, "admin_read", "GET", OPEN) for caller in (RELAYED, LAN, PUBLIC)]
-    assert len({str(fault) for fault in faults}) == 1
+@pytest.mark.parametrize("caller", ELSEWHERE)
+@pytest.mark.parametrize("access", ADMIN)
+def test_no_token_and_no_session_opens_the_administration_elsewhere(
+    caller: Caller, access: Access
+) -> None:
+    caller = replace(caller, proof=True, key="good", marked=True, session="local")
+    assert status(caller, access, "POST", KEYED) == 403
+
+
+@pytest.mark.parametrize("caller", ELSEWHERE)
+@pytest.mark.parametrize("session", ["none", "lan", "local"])
+def test_console_for_other_devices_keeps_what_is_local_and_needs_a_session(
+    caller: Caller, session: Literal["none", "lan", "local"]
+) -> None:
+    guest = replace(caller, session=session, proof=True, key="good", marked=True)
+    allowed = caller is not PUBLIC and session != "none"
+    seen = {access: status(guest, access, "POST", CONSOLE) for access in ADMIN}
+    assert {seen.pop(access) for access in LOCAL} == {403}
+    assert seen.pop("admin_session") == (403 if caller is PUBLIC else 200)
+    assert set(seen.values()) == {200 if allowed else 403 if caller is PUBLIC else 401}
+
+
+@pytest.mark.parametrize("access", ["admin_read", "admin_write", "admin_local"])
+def test_this_machine_signs_in_where_that_is_asked_for(access: Access) -> None:
+    marked = replace(OWN, marked=True)
+    assert status(marked, access, "POST", LOCKED) == 401
+    assert status(replace(marked, session="lan"), access, "POST", LOCKED) == 200
+    assert status(replace(marked, session="local"), access, "POST", LOCKED) == 200
+    assert status(replace(marked, proof=True), access, "POST", LOCKED) == 200
+
+
+@pytest.mark.parametrize("policy", [OPEN, CONSOLE], ids=["off", "on"])
+def test_administration_says_the_same_to_everybody_elsewhere(policy: Policy) -> None:
+    for access in LOCAL if policy.lan_console else ADMIN:
+        faults = {str(azt.may(caller, access, "GET", policy)) for caller in ELSEWHERE}
+        assert len(faults) == 1
+
+
+# -- row 3 of the numbers: the routes that are there
+
+
+ROUTES = {(one.method, one.path): one.access for one in azt.ROUTES}
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+def test_every_route_follows_the_rows_of_its_path(method: str, path: str) -> None:
+    """Whatever is added to the table of routes is asked for here, by every kind of caller."""
+    access = ROUTES[method, path]
+    assert access in get_args(Access)
+    kinds = {"/_gateway/admin/": "admin_", "/codex/": "codex", "/metrics": "metrics", "/v1/": "api"}
+    kind = next((kind for start, kind in kinds.items() if path.startswith(start)), "")
+    assert access.startswith(kind) if kind else access in ("health", "page", "api")
+    if access.startswith("admin_"):
+        assert (method == "GET") is (access == "admin_read") or access in LOCAL + ["admin_session"]
+        for caller in ELSEWHERE:
+            assert status(replace(caller, proof=True, marked=True), access, method) == 403
+        assert status(OWN, access, method) in ((200, 401) if method == "GET" else (403,))
+        assert status(replace(OWN, fetch_site="cross-site"), access, method) == 403
+    for (row, key, policy), statuses in PLACES.items():
+        for caller, expected in zip(CALLERS.values(), statuses, strict=True):
+            if row == access:
+                asked = replace(caller, key=key, marked=True)
+                assert status(asked, access, method, POLICIES[policy]) == expected
+
+
+def test_the_files_of_the_page_are_assets() -> None:
+    gateway = azt.Gateway.__new__(azt.Gateway)
+    gateway.pages = {"/": azt.Page(b"", "", ""), "/app.js": azt.Page(b"", "", "")}
+    routes = azt.routes_of(gateway)
+    assert [one.access for one in routes if one.path in gateway.pages] == ["page", "asset"]
+
+
+def test_a_route_without_an_access_cannot_be_made() -> None:
+    with pytest.raises(TypeError, match="access"):
+        azt.Route("GET", "/x", azt.get_page)  # type: ignore[call-arg]
 
 
 def test_admin_token_serves_as_a_key_on_this_machine_only() -> None:
@@ -199,8 +305,9 @@ def test_own_names_and_addresses_are_answered(access: Access, host: str) -> None
         ("codex", 200),
         ("health", 200),
         ("page", 403),
-        ("admin_read", 403),
+        ("asset", 403),
         ("metrics", 403),
+        *((access, 403) for access in ADMIN),
     ],
 )
 def test_internal_names_reach_the_api_only(access: Access, expected: int) -> None:
@@ -296,7 +403,7 @@ def test_page_of_this_machine_is_not_exempt_from_keys() -> None:
 
 
 @pytest.mark.parametrize(
-    "access", ["admin_read", "admin_write", "api", "page", "metrics", "health"]
+    "access", ["api", "page", "asset", "metrics", "health", *PLAIN, "admin_local"]
 )
 @pytest.mark.parametrize("site", ["", "none", "same-origin"])
 def test_own_page_may_call(access: Access, site: str) -> None:
@@ -307,7 +414,7 @@ def test_own_page_may_call(access: Access, site: str) -> None:
 
 
 @pytest.mark.parametrize("site", ["same-site", "cross-site"])
-@pytest.mark.parametrize("access", ["admin_read", "metrics", "page", "codex"])
+@pytest.mark.parametrize("access", ["metrics", "page", "asset", "codex", *ADMIN])
 def test_neighbour_site_is_refused_outside_the_api(access: Access, site: str) -> None:
     assert status(replace(OWN, fetch_site=site), access) == 403
 
@@ -326,6 +433,7 @@ def test_link_from_another_page_opens_the_page_but_no_frame_and_no_form_does() -
     assert status(link, "page", "GET") == 200
     assert status(link, "page", "POST") == 403
     assert status(replace(link, navigates=False), "page", "GET") == 403
+    assert status(link, "asset", "GET") == 403
     assert status(link, "admin_read", "GET") == 403
     assert status(link, "api", "GET") == 403
 
@@ -465,6 +573,41 @@ def test_browser_marks_are_read() -> None:
     framed = azt.read_caller("own", {**headers, "sec-fetch-dest": "iframe"}, OPEN)
     assert (caller.fetch_site, caller.navigates, caller.marked) == ("cross-site", True, True)
     assert not framed.navigates
+
+
+COOKIE = "c" * 43
+SESSION = {"scope": "lan", "createdAt": 1_000_000}
+SIGNED = replace(OPEN, sessions={sha256(COOKIE): SESSION})
+
+
+@pytest.mark.parametrize(
+    ("cookie", "now", "session"),
+    [
+        ("", 1_000.0, "none"),
+        (f"azt_admin_8787={COOKIE}", 1_000.0, "lan"),
+        (f"azt_admin_8788={'x' * 43}; azt_admin_8787={COOKIE}", 1_000.0, "lan"),
+        (f"a=b;azt_admin_1={COOKIE};c=d", 1_000.0, "lan"),
+        (f"azt_admin_8787={COOKIE}", 1_000.0 + azt.SESSION_LIFE_S, "none"),
+        (f"azt_admin_8787={COOKIE}c", 1_000.0, "none"),
+        (f"azt_admin_8787={sha256(COOKIE)}", 1_000.0, "none"),
+        (f"other={COOKIE}", 1_000.0, "none"),
+        (f"xazt_admin_8787={COOKIE}", 1_000.0, "none"),
+    ],
+)
+def test_a_session_is_read_from_its_cookie_until_it_ends(
+    cookie: str, now: float, session: str
+) -> None:
+    caller = azt.read_caller("own", {"host": "localhost", "cookie": cookie}, SIGNED, now)
+    assert caller.session == session
+    assert caller.session_hash == (sha256(COOKIE) if session == "lan" else "")
+
+
+def test_guesses_of_one_ipv6_network_count_together() -> None:
+    one = azt.who_guesses("2001:db8::1", "public")
+    assert one == azt.who_guesses("2001:db8:0:0:ff::2%eth0", "public")
+    assert one != azt.who_guesses("2001:db8:0:1::1", "public")
+    assert azt.who_guesses("10.0.0.1", "lan") != azt.who_guesses("10.0.0.2", "lan")
+    assert azt.who_guesses("127.0.0.1", "own") != azt.who_guesses("127.0.0.1", "relayed")
 
 
 @pytest.mark.parametrize("access", get_args(Access))
