@@ -7595,15 +7595,20 @@ def explain(record: RequestRecord) -> Json | None:
     failed = [one for one in record.tries if one["accountId"] != record.account_id]
     params: Json = {"account": record.account, "model": record.model, "status": record.status}
     params["field"] = record.error_param or "A field"
+    blamed, tried = record.account_id, {one["accountId"] for one in record.tries}
     if record.result == "ok":
         if not failed:
             return None
+        blamed = failed[0]["accountId"]
         params |= {"from": failed[0]["account"], "to": record.account}
         params["reason"] = failed[0].get("errorType")
         text = "{from} could not answer ({reason}); {to} did. The client got its answer."
         code, fixes = "recovered_by_switch", ["exclude_until", "open_account"]
     elif record.error_code in _VERDICTS:
         code, text, fixes = _VERDICTS[record.error_code]
+        if code == "quota_exhausted" and len(tried) != 1:
+            code, text = "all_exhausted", "Every account was out of its quota."
+            fixes = ["open_accounts", "add_account"]
     elif 400 <= record.status < 500:
         text = "The client sent something this endpoint does not accept."
         code, fixes = "bad_request", ["copy_details"]
@@ -7613,7 +7618,7 @@ def explain(record: RequestRecord) -> Json | None:
         "code": code,
         "text": text.format(**params),
         "params": {name: value for name, value in params.items() if f"{{{name}}}" in text},
-        "fixes": [{"kind": kind, "accountId": record.account_id or None} for kind in fixes],
+        "fixes": [{"kind": kind, "accountId": blamed or None} for kind in fixes],
     }
 
 

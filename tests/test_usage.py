@@ -358,7 +358,12 @@ def test_the_log_keeps_the_newest_rows_and_its_file_stays_small(tmp_path: Path) 
     ("fields", "code"),
     [
         (
-            {"result": "failed", "status": 429, "error_code": "usage_limit_reached"},
+            {
+                "result": "failed",
+                "status": 429,
+                "error_code": "usage_limit_reached",
+                "tries": [{"accountId": "acc_1", "account": "first"}],
+            },
             "quota_exhausted",
         ),
         (
@@ -386,12 +391,22 @@ def test_the_log_keeps_the_newest_rows_and_its_file_stays_small(tmp_path: Path) 
             },
             "recovered_by_switch",
         ),
+        ({"result": "failed", "status": 429, "error_code": "usage_limit_reached"}, "all_exhausted"),
     ],
 )
 def test_what_went_wrong_is_said_in_words(fields: Json, code: str) -> None:
     why = azt.explain(record(NOON_MS, **fields))
     assert why is not None and why["code"] == code
     assert why["text"] and "{" not in why["text"]
+
+
+def test_what_may_help_is_about_the_account_that_failed() -> None:
+    failed = {"accountId": "acc_1", "account": "first", "errorType": "usage_limit_reached"}
+    tries = [failed, {"accountId": "acc_2", "account": "second"}]
+    why = azt.explain(record(NOON_MS, account_id="acc_2", account="second", tries=tries))
+
+    assert why is not None
+    assert {fix["accountId"] for fix in why["fixes"]} == {"acc_1"}
 
 
 def test_every_verdict_can_be_said() -> None:

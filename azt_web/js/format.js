@@ -11,15 +11,25 @@ export const now = () => Date.now() + ahead;
 export function setNow(server) { ahead = Math.abs(server - Date.now()) > 2000 ? server - Date.now() : 0; }
 export function setGatewayZone(name) { gatewayZone = name || 'UTC'; }
 
+const OWN_ZONE = Intl.DateTimeFormat().resolvedOptions().timeZone || 'UTC';
+const formats = new Map();
+
+/** Making a format takes longer than using it a hundred times. */
+function format(Kind, options, value) {
+  const key = Kind.name + lang() + JSON.stringify(options);
+  if (!formats.has(key)) formats.set(key, new Kind(lang(), options));
+  return formats.get(key).format(value);
+}
+
 /** The zone that days and times are shown in: `browser` (the default), `gateway`, or a name. */
 export function zone() {
   const chosen = pref('zone', 'browser');
   if (chosen === 'gateway') return gatewayZone;
-  return chosen === 'browser' ? Intl.DateTimeFormat().resolvedOptions().timeZone || 'UTC' : chosen;
+  return chosen === 'browser' ? OWN_ZONE : chosen;
 }
 
 const whole = (value) => typeof value === 'number' && Number.isFinite(value);
-const number = (value, options) => (whole(value) ? new Intl.NumberFormat(lang(), options).format(value) : '–');
+const number = (value, options = {}) => (whole(value) ? format(Intl.NumberFormat, options, value) : '–');
 export const num = (n) => number(n);
 export const compact = (n) => number(n, Math.abs(n) > 9999 ? { notation: 'compact', maximumSignificantDigits: 3 } : {});
 export const percent = (n) => number(n / 100, { style: 'percent', maximumFractionDigits: Math.abs(n) < 10 ? 1 : 0 });
@@ -49,7 +59,7 @@ export function wait(ms) {
   return n < HOUR ? t('time.m', { n: Math.round(n / MINUTE) }) : duration(n);
 }
 
-const date = (ms, options) => new Intl.DateTimeFormat(lang(), { timeZone: zone(), hourCycle: 'h23', ...options }).format(ms);
+const date = (ms, options) => format(Intl.DateTimeFormat, { timeZone: zone(), hourCycle: 'h23', ...options }, ms);
 const HM = { hour: '2-digit', minute: '2-digit' };
 export const clock = (ms) => date(ms, { ...HM, second: '2-digit' });
 export const day = (ms) => date(ms, { day: 'numeric', month: 'short' });

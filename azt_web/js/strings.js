@@ -979,7 +979,6 @@ export const STRINGS = {
   'fix.use_model': ['Use {model}', '使用 {model}'],
   'fix.copy_model': ['Copy a valid model id', '复制可用的模型 ID'],
   'fix.sync_models': ['Sync models', '同步模型'],
-  'fix.synced': ['Models synced', '模型已同步'],
   'fix.use_account': ['Use {account}', '使用 {account}'],
   'fix.image_settings': ['Image settings', '图像设置'],
   'fix.raise_limit': ['Raise the limit', '提高上限'],

@@ -55,6 +55,8 @@ export function toast(said, { kind = 'ok', action } = {}) {
   for (const [type, run] of Object.entries({ pointerenter: () => clearTimeout(timer), pointerleave: leave,
     focusin: () => clearTimeout(timer), focusout: leave })) el.addEventListener(type, run);
   while (place.children.length >= SHOWN) place.firstChild.remove();
+  // Behind a modal dialog nothing can be reached, or read aloud.
+  ([...document.querySelectorAll('dialog[open]')].at(-1) || document.body).append(place);
   place.append(el);
   leave();
   if (kind !== 'error') announce(said);
@@ -81,7 +83,11 @@ export function dialog({ title, body, footer = [], wide, sheet, onclose }) {
   const el = h('dialog', { class: `dialog ${wide ? 'wide' : ''} ${sheet ? 'sheet' : ''}`, 'aria-labelledby': id },
     h('header', null, h('h2', { id }, title), iconButton('close', t('act.close'), shut)),
     content, footer.length > 0 && h('footer', null, footer));
-  el.addEventListener('close', () => { el.remove(); onclose?.(); });
+  el.addEventListener('close', () => {
+    if (el.contains(document.getElementById('toasts'))) document.body.append(document.getElementById('toasts'));
+    el.remove();
+    onclose?.();
+  });
   el.addEventListener('pointerdown', (event) => { if (event.target === el) shut(); });
   document.body.append(el);
   el.showModal();

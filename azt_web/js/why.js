@@ -8,16 +8,24 @@ import { go, hash } from './router.js';
 import { accountOf, nameOf, store } from './store.js';
 import * as ui from './ui.js';
 
+const ABLE = ['ready', 'low', 'unknown'];
 const WORDS = { until: at, d: duration, size: bytes, limit: bytes, n: num,
   reason: (value) => (known(`reason.${value}`) ? t(`reason.${value}`) : value) };
 
+/** The account that is back first, while none can serve. */
+function firstBack() {
+  const waiting = store.get('accounts').filter((one) => one.statusParams?.until);
+  if (store.get('accounts').some((one) => ABLE.includes(one.status))) return null;
+  return waiting.sort((a, b) => a.statusParams.until - b.statusParams.until)[0] ?? null;
+}
+
 /** Its account, and the parameters of its sentence as words; what the row does not tell, the account may. */
 function about({ why, accountId }) {
-  const account = accountOf(why.fixes?.[0]?.accountId ?? accountId);
+  const account = why.code === 'all_exhausted' ? firstBack() : accountOf(why.fixes?.[0]?.accountId ?? accountId);
   const spent = account?.quota?.windows?.find((one) => one.remainingPercent <= 0);
   const told = Object.entries(why.params ?? {}).filter(([, value]) => value !== '-');
-  const found = { until: account?.statusParams?.until, window: spent && ui.windowName(spent), plan: account?.plan,
-    ...Object.fromEntries(told) };
+  const found = { account: account?.id, until: account?.statusParams?.until, window: spent && ui.windowName(spent),
+    plan: account?.plan, ...Object.fromEntries(told) };
   const words = Object.entries(found).filter(([, value]) => (value ?? '') !== '').map(([name, value]) => (
     [name, WORDS[name]?.(value) ?? (nameOf(accountOf(value)) || value)]));
   return { account, until: found.until, params: Object.fromEntries(words) };
@@ -39,39 +47,38 @@ async function exclude(account, until) {
 }
 
 function chooseAccount(anchor) {
-  const able = store.get('accounts').filter((one) => !one.active && ['ready', 'low', 'unknown'].includes(one.status));
+  const able = store.get('accounts').filter((one) => !one.active && ABLE.includes(one.status));
   if (!able.length) return go(hash('accounts'));
   return ui.menu(anchor, able.map((one) => ({ label: nameOf(one), run: () => activate(one) })));
 }
 
-const PLACES = { open_accounts: ['accounts'], add_account: ['accounts', ['add']], open_proxy: ['settings', ['network']],
-  raise_limit: ['settings', ['data']], open_keys: ['settings', ['sharing']], image_settings: ['settings', ['images']],
-  diagnostics: ['settings', ['data']], endpoint_notes: ['connect', ['generic']] };
 const modeOf = ({ endpoint = '' }) => (endpoint.includes('image') ? 'image' : endpoint.endsWith('responses') ? 'responses' : 'chat');
-/** What a button does: (row, its fix, its account, until when, event). */
-const RUN = {
-  exclude_until: (row, fix, account, until) => exclude(account, until),
-  switch_account: (row, fix, account, until, event) => chooseAccount(event.currentTarget),
-  use_account: (row, fix, account) => activate(account),
-  open_account: (row, fix, account) => go(hash('accounts', [account.id])),
-  login: (row, fix, account) => go(hash('accounts', ['add', 'browser'], { account: account?.id })),
-  sync_models: () => send('POST', '/models/refresh').then(() => ui.toast(t('fix.synced'))),
-  test_network: () => send('POST', '/network/test').then(() => go(hash('settings', ['network']))),
-  use_model: (row, fix) => go(hash('playground', [], { model: fix.model, mode: modeOf(row) })),
-  copy_model: (row, fix) => ui.copy(fix.model ?? store.get('defaultModel')).then((done) => done && ui.toast(t('act.copied'))),
-  send_again: (row) => go(hash('playground', [], { model: row.model, mode: modeOf(row) })),
-  copy_details: (row) => ui.copy(JSON.stringify(row, null, 2)).then((done) => done && announce(t('act.copied'))),
+const copied = (text) => ui.copy(text).then((done) => done && announce(t('act.copied')));
+/** Where a fix leads, or what it does: (its account, the row, the fix, until when, event). */
+const PLACES = {
+  open_account: (account) => ['accounts', [account.id]], open_accounts: () => ['accounts'], add_account: () => ['accounts', ['add']],
+  login: (account) => ['accounts', ['add', 'browser'], { account: account?.id }], endpoint_notes: () => ['connect', ['generic']],
+  test_network: () => ['settings', ['network'], { test: 1 }], open_proxy: () => ['settings', ['network']],
+  raise_limit: () => ['settings', ['network']], open_keys: () => ['settings', ['sharing']], image_settings: () => ['settings', ['images']],
+  diagnostics: () => ['settings', ['data']], use_model: (account, row, { model }) => ['playground', [], { model, mode: modeOf(row) }],
+  send_again: (account, row) => ['playground', [], { model: row.model, mode: modeOf(row) }],
 };
-const NEEDS_ACCOUNT = ['exclude_until', 'use_account', 'open_account'];
+const DEEDS = {
+  exclude_until: (account, row, fix, until) => exclude(account, until), use_account: (account) => activate(account),
+  switch_account: (account, row, fix, until, event) => chooseAccount(event.currentTarget), sync_models: () => send('POST', '/models/refresh'),
+  copy_model: (account, row, fix) => copied(fix.model ?? store.get('defaultModel')),
+};
+const NEEDS = { exclude_until: 'until', use_account: 'account', open_account: 'account' };
 
 /** A button for each thing that may help; none for an account that is gone. */
 export function fixButtons(row) {
-  const { account, until, params } = row.why ? about(row) : {};
-  return (row.why?.fixes ?? []).map((fix) => {
-    const { kind, accountId } = fix, its = accountOf(accountId) ?? account, run = RUN[kind];
-    const lacks = (NEEDS_ACCOUNT.includes(kind) && !its) || (kind === 'exclude_until' && !until);
-    if (lacks || !(run || PLACES[kind])) return null;
-    return ui.button(t(`fix.${kind}`, { ...params, account: nameOf(its), model: fix.model ?? row.model }),
-      run ? { on: (event) => run(row, fix, its, until, event) } : { href: hash(...PLACES[kind]) });
+  if (!row.why) return [];
+  const { account: mainly, until, params } = about(row), { code, fixes = [] } = row.why;
+  const first = code === 'all_exhausted' && mainly ? [{ kind: 'open_account' }] : [];
+  return [...first, ...fixes].map((fix) => {
+    const { kind, accountId } = fix, account = accountOf(accountId) ?? mainly, place = PLACES[kind], deed = DEEDS[kind];
+    if (!(place || deed) || (NEEDS[kind] && !(account && { until, account }[NEEDS[kind]]))) return null;
+    return ui.button(t(`fix.${kind}`, { ...params, account: nameOf(account), model: fix.model ?? row.model }),
+      place ? { href: hash(...place(account, row, fix)) } : { on: (event) => deed(account, row, fix, until, event) });
   });
 }

@@ -140,7 +140,7 @@ class Console:
                         self.complaints.append(f"kept in the browser: {kept}")
             profile.close()
         self.left_open = []
-        assert self.complaints == []
+        assert self.complaints == [], self.complaints
 
     def _check_place(self, request: Any) -> None:
         if not re.match(r"(blob:)?http://(127\.0\.0\.1|localhost|\[::1\])[:/]|about:", request.url):

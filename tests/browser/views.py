@@ -6,6 +6,7 @@ A page joins by a line in `VIEWS`. `prepare` gets the open page and does what le
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,16 @@ class View:
 def _open_box(page: Any) -> None:
     page.keyboard.press("Control+k")
     page.get_by_role("option").first.wait_for()
+
+
+def _answer(page: Any) -> None:
+    page.get_by_role("button", name=re.compile("^(Send|发送)$")).click()
+    page.locator(".facts span", has_text=re.compile("^(done|完成)$")).wait_for()
+
+
+def _open_failure(page: Any) -> None:
+    page.locator("tbody tr", has_text="429").first.get_by_role("link").click()
+    page.locator(".attempts").wait_for()
 
 
 def _cut_off(page: Any) -> None:
@@ -62,6 +73,11 @@ VIEWS = [
     View("settings-sharing", "settings/sharing", ".settings .card + .card"),
     View("settings-data", "settings/data", ".settings .form"),
     View("settings-about", "settings/about", ".settings .form"),
+    View("playground", "playground?mode=responses", ".controls select", _answer),
+    View("playground-events", "playground?mode=responses&tab=events", ".controls select", _answer),
+    View("playground-image", "playground?mode=image", ".controls select"),
+    View("log", "log", ".log tbody tr"),
+    View("log-detail", "log", ".log tbody tr", _open_failure),
     View("sign-in", "signin", ".signin form"),
     View("not-found", "nowhere", ".empty"),
 ]

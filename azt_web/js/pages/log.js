@@ -10,7 +10,7 @@ import { accountOf, nameOf, store } from '../store.js';
 import * as ui from '../ui.js';
 import { fixButtons, verdict } from '../why.js';
 
-const FIRST_ROWS = 100, MORE_ROWS = 300, ROWS_MAX = 2000, TYPING_MS = 200, AT_TOP_PX = 160, FAILURES_MAX = 500;
+const FIRST_ROWS = 100, MORE_ROWS = 300, TYPING_MS = 200, AT_TOP_PX = 160, FAILURES_MAX = 500;
 const RANGES = { '1h': 3_600_000, '24h': 86_400_000, '7d': 604_800_000 };
 /** A filter in the address -> the member of a row. */
 const FIELDS = { result: 'result', endpoint: 'endpoint', model: 'model', account: 'accountId', client: 'client',
@@ -89,7 +89,9 @@ function saw({ row }) {
 function letIn(all = false) {
   const reads = view.hovers || view.sheet || scrollY > AT_TOP_PX || view.body.contains(document.activeElement);
   if (view.waiting.length && (all || !reads)) {
-    view.rows = [...view.waiting.splice(0), ...view.rows].sort((a, b) => b.at - a.at).slice(0, ROWS_MAX);
+    const most = Math.max(FIRST_ROWS, view.rows.length), all = [...view.waiting.splice(0), ...view.rows].sort((a, b) => b.at - a.at);
+    view.rows = all.slice(0, most);
+    if (all.length > most) view.next = view.rows.at(-1).id; // the page does not grow with what it lets in
   }
   paint();
 }
@@ -111,7 +113,7 @@ function paintFilters() {
 }
 
 async function clear() {
-  const body = plural('log.clearBody', view.kept ?? 0);
+  const { kept } = await get('/requests', { limit: 1 }), body = plural('log.clearBody', kept);
   if (!(await ui.confirm({ title: t('log.clear'), body, action: t('log.clearDo'), danger: true }))) return;
   const { deleted } = await send('DELETE', '/requests');
   ui.toast(plural('log.cleared', deleted));
@@ -199,11 +201,12 @@ function mount(root, { route }) {
     fresh: ui.button('–', { kind: 'primary small', icon: 'up', hidden: true, on: () => { scrollTo(0, 0); letIn(true); } }) };
   view.table = h('table', { hidden: true }, h('thead', null, h('tr', null, HEADS.map((name) => h('th', { scope: 'col',
     class: name === 'tokens' || name === 'took' ? 'num' : null }, t(`log.h.${name}`))))), view.body);
+  const rows = h('div', { class: 'card rows' }, h('div', { class: 'fresh' }, view.fresh), view.table, view.note);
   for (const [type, is] of [['pointerenter', true], ['pointerleave', false]]) {
-    view.body.addEventListener(type, () => { view.hovers = is; letIn(); });
+    rows.addEventListener(type, () => { view.hovers = is; letIn(); });
   }
   fill(root, h('div', { class: 'log' }, h('div', { class: 'toolbar' }, view.results, search, others), view.filters,
-    h('div', { class: 'fresh' }, view.fresh), h('div', { class: 'card rows' }, view.table, view.note), view.more));
+    rows, view.more));
   const end = new IntersectionObserver(([one]) => one.isIntersecting && view.next && load(true), { rootMargin: '400px' });
   end.observe(view.more);
   const off = [store.on('request', (value, changes) => { changes.forEach(saw); letIn(); }), store.on('accounts', paintFilters)];
@@ -213,6 +216,7 @@ function mount(root, { route }) {
       const wanted = filtersOf(query);
       if (JSON.stringify(view.query) !== JSON.stringify(wanted)) {
         view.query = wanted;
+        if (search !== document.activeElement) search.value = query.q ?? '';
         paintFilters();
         load();
       }

@@ -17,7 +17,7 @@ const LOOKS = { size: ['1024x1024', '1536x1024', '1024x1536', 'auto'], quality: 
 const PRESETS = ['ok', 'count', 'tool', 'picture', 'apple'];
 const TOOL = [{ type: 'function', name: 'get_weather', description: 'The weather of a city.', parameters: {
   type: 'object', properties: { city: { type: 'string' } }, required: ['city'], additionalProperties: false } }];
-const KEPT = 'azt.play', KEPT_MAX = 20, KEPT_CHARS = 20_000, SAID_CHARS = 500, LOOK_AGAIN_MS = [0, 300, 1500];
+const KEPT = 'azt.play', KEPT_MAX = 20, KEPT_CHARS = 20_000, SAID_CHARS = 500;
 const PICTURES_MAX = 4, ROW_PX = 28, ROWS_SPARE = 10, EVENT_CHARS = 20_000, TICK_MS = 100;
 
 const form = { model: '', effort: '', account: '', stream: true, text: null, image: null, system: '', tools: '', raw: null,
@@ -76,16 +76,16 @@ async function send() {
   keep(made);
   announce(made.text.slice(0, SAID_CHARS) || t(`play.${made.state}`));
   paint();
-  explain(made);
+  explain();
 }
 
 /** The log knows what the answer cannot tell: the attempts before it, and where the time went. */
-async function explain(made) {
-  for (const wait of made.id ? LOOK_AGAIN_MS : []) {
-    await new Promise((done) => { setTimeout(done, wait); });
-    made.detail ??= await get(`/requests/${made.id}`).catch(() => null);
-  }
-  const tries = made.detail?.attemptList ?? [], name = (one) => nameOf(accountOf(one.accountId)) || one.account;
+async function explain() {
+  const made = run, isLogged = store.get('recent').some((one) => one.id === made?.id && one.result !== 'running');
+  if (!isLogged || isRunning() || made.detail) return;
+  made.detail = {};
+  made.detail = await get(`/requests/${made.id}`).catch(() => ({}));
+  const tries = made.detail.attemptList ?? [], name = (one) => nameOf(accountOf(one.accountId)) || one.account;
   made.switches = tries.slice(0, -1).flatMap((one, at) => (one.action === 'switched' ? t('play.switched', {
     from: name(one), to: name(tries[at + 1]), reason: one.errorType ?? one.status }) : []));
   paint();
@@ -318,7 +318,7 @@ function mount(root, { route }) {
   view = { ...buildForm(), ...buildAnswer() };
   view.told = ui.card({ class: 'told' }, h('div', { class: 'toolbar' }, view.tabs, view.stop), view.facts, Object.values(view.panes));
   fill(root, h('div', { class: 'play' }, modes, h('div', { class: 'two' }, view.form, view.told)));
-  const off = [store.on('models', loadModels), store.on('accounts', () => view.controls.contains(document.activeElement) || paintForm())];
+  const off = [store.on('models', loadModels), store.on('recent', explain), store.on('accounts', () => view.controls.contains(document.activeElement) || paintForm())];
   document.addEventListener('keydown', onKey);
   loadModels().catch(ui.fail);
   paintPictures();

@@ -4,7 +4,7 @@ import { codexPanel } from '../codex_panel.js';
 import { fill, h, icon, text } from '../dom.js';
 import { duration, num, timeEl } from '../format.js';
 import { known, lang, plural, pref, setLang, setPref, t } from '../i18n.js';
-import { current, hash, remount } from '../router.js';
+import { current, hash, remount, replace } from '../router.js';
 import { sharingPanel } from '../sharing_panel.js';
 import { accountOf, get, isLocal, nameOf, on } from '../store.js';
 import { button, card, confirm, empty, errorPanel, fail, field, iconButton, select, setTheme, skeleton, theme, toast,
@@ -122,7 +122,12 @@ function networkTest() {
     }
     show(job.result || {});
   };
-  return [h('div', { class: 'row' }, button(t('set.testNetwork'), { icon: 'refresh', on: run })), place];
+  const start = button(t('set.testNetwork'), { icon: 'refresh', on: run });
+  if (current().query.test) {
+    replace(hash('settings', ['network']));
+    start.click();
+  }
+  return [h('div', { class: 'row' }, start), place];
 }
 
 function dataActions() {
