@@ -30,8 +30,9 @@ def chromium() -> Iterator[Any]:
     if program is None:
         assert "CI" not in os.environ and os.geteuid() != 0, "install chromium: apt-get does it"
         pytest.skip("chromium is not installed here")
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=20_000)  # what holds is seen at once; a machine may be busy
     with sync_playwright() as playwright:
         # Its sandbox does not run as root, and containers have a small /dev/shm.
         arguments = ["--no-sandbox", "--disable-dev-shm-usage"]

@@ -67,7 +67,7 @@ class Console:
         profile.on("request", self._check_place)
         profile.grant_permissions(["clipboard-write"], origin=self.url)
         page = profile.new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(20_000)
         page.on("console", self._note)
         page.on("pageerror", lambda error: self.complaints.append(f"error: {error}"))
         code = self.code() if proof else ""
