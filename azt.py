@@ -2981,6 +2981,12 @@ def read_codex_sign_in(path: Path) -> Account | None:
     return None
 
 
+def _diff(old: str, new: str) -> list[Json]:
+    """The lines that differ and two around them, without secrets (console.md 6.5)."""
+    lines = [*difflib.unified_diff(old.splitlines(), new.splitlines(), n=2, lineterm="")][2:]
+    return [{"op": line[0], "text": mask(line[1:])} for line in lines if line[0] != "@"]
+
+
 class CodexFiles:
     """Codex's files, and what azt remembers of its changes to them in `codex.json`.
 
@@ -3163,8 +3169,9 @@ class CodexFiles:
             replace_foreign(path, new, raw)
 
     @blocking
-    def restore(self, name: str, deletes: bool = False) -> Json:
-        """Put a backup back: by its id, or the newest of a file. What is there is kept first."""
+    def restore(self, name: str, deletes: bool = False, base: str = "any") -> Json:
+        """Put a backup back: by its id, or the newest of a file. What is there is kept first, and
+        told beside what would come (config.toml: the lines). `base` as in `_change`."""
         paths = self._paths
         files = {path.name: path for path in (paths.codex_auth, paths.codex_config)}
         names = [one["id"] for one in self.kept()["backups"]]
@@ -3177,9 +3184,17 @@ class CodexFiles:
         if path is None or deletes:
             replace_foreign(copy, None, raw)
             return {"id": found}
-        saved = self._saved() | ({"applied": None} if path == paths.codex_auth else {})
-        done = self._change(path, find_foreign(path), raw or None, "restore", saved, "any")
-        return done | {"restored": path.name, "id": found}
+        saved, now = self._saved(), find_foreign(path)
+        if path == paths.codex_config:
+            told: Json = {
+                "diff": _diff(*(text.decode(errors="replace") for text in (now or b"", raw or b"")))
+            }
+        else:
+            saved |= {"applied": None}
+            signed_in = zip(("from", "to"), map(read_codex_sign_in, (path, copy)), strict=True)
+            told = {side: {"email": who.email} if who else None for side, who in signed_in}
+        done = self._change(path, now, raw or None, "restore", saved, base)
+        return done | {"restored": path.name, "id": found} | told
 
 
 # ==================================================================================================
@@ -7695,6 +7710,13 @@ class Tally:
             if key is not None:
                 self._grow(self._row(rows, key), amounts)
 
+    @classmethod
+    def of_events(cls, events: Iterable[Json]) -> Tally:
+        tally = cls()
+        for event in events:
+            tally.add(*_parts(event))
+        return tally
+
     @staticmethod
     def _grow(sums: Sums, amounts: Mapping[str, int]) -> None:
         for name, amount in amounts.items():  # five times as fast as Counter.update
@@ -11507,12 +11529,16 @@ def _stretch(query: Mapping[str, str], days: int) -> tuple[int, int, tzinfo]:
     return int(at["from"]), int(at["to"]), zone
 
 
-@_counted_view
-def admin_get_usage(gw: Gateway, request: Request) -> Json:
-    """The sums; with `from` (and `to`), days, the rows and `range` are of that time alone."""
-    usage, now = gw.usage, int(time.time() * 1000)
-    today, first = _day(now), request.query.get("from", "")
-    shown = usage.between(first, request.query.get("to") or today) if first else usage.lifetime
+async def admin_get_usage(gw: Gateway, request: Request) -> Reply:
+    """The sums. With `from` (and `to`) the rows and `range` are of that time alone: of days of this
+    machine, or with `tz` of the moments that a chart of the same query has."""
+    usage, query, now = await gw.counted(), request.query, int(time.time() * 1000)
+    today, first, shown = _day(now), query.get("from", ""), usage.lifetime
+    if query.get("tz"):
+        first_ms, last_ms, _ = _stretch(query, 1)
+        shown = await _with_events(gw, first_ms, last_ms, Tally.of_events)
+    elif first:
+        shown = usage.between(first, query.get("to") or today)
     names = {account.id: account.name for account in gw.store.accounts.values()}
     rows = {
         name: [
@@ -11522,7 +11548,7 @@ def admin_get_usage(gw: Gateway, request: Request) -> Json:
         for name, rows in shown.by.items()
     }
     newest = sorted(usage.days, reverse=True)[:90]
-    return {
+    value = {
         "generatedAt": now,
         "startedAt": _ms(gw.started_at),
         "todayDate": today,
@@ -11534,6 +11560,7 @@ def admin_get_usage(gw: Gateway, request: Request) -> Json:
         "daily": [{"date": day, "aggregate": sums_view(usage.day(day).total)} for day in newest],
         **rows,
     }
+    return _private_reply(value)
 
 
 async def _with_events(
@@ -11724,10 +11751,12 @@ async def admin_post_codex(gw: Gateway, request: Request) -> Reply:
 
 
 async def admin_post_backup(gw: Gateway, request: Request) -> Reply:
-    if request.method == "POST":
-        await read_object(gw, request)
-    done = await gw.with_codex(gw.codex.restore, request.params["id"], request.method == "DELETE")
-    log.info("audit: %s of the backup %s", request.method, done["id"])
+    deletes = request.method == "DELETE"
+    body = {} if deletes else await read_object(gw, request)
+    base = "" if body.get("dryRun") is True else str(body.get("base") or "any")
+    done = await gw.with_codex(gw.codex.restore, request.params["id"], deletes, base)
+    if base:
+        log.info("audit: %s of the backup %s", request.method, done["id"])
     return _private_reply(done)
 
 

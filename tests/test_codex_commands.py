@@ -182,6 +182,27 @@ def test_what_azt_renews_reaches_codex(
 # -- The administration ---------------------------------------------------------------------------
 
 
+def test_a_backup_is_compared_before_it_is_put_back(person: Person) -> None:
+    person.config.write_text('model = "gpt-5.4"\n')
+    person.codex("takeover", "--yes")
+    person.codex("apply", "ada@example.com")
+    ids = {one["file"]: one["id"] for one in person.call("GET", "").json["backups"]}
+    written, path = person.config.read_bytes(), f"/backups/{ids['config.toml']}/restore"
+
+    plan = person.call("POST", path, {"dryRun": True}).json
+    assert {"op": "-", "text": f'openai_base_url = "{person.url}"'} in plan["diff"]
+    assert (plan["dryRun"], plan["willBackup"]) == (True, True)
+    told = person.call("POST", f"/backups/{ids['auth.json']}/restore", {"dryRun": True}).json
+    assert (told["from"], told["to"]) == ({"email": "ada@example.com"}, None)
+    assert person.config.read_bytes() == written
+
+    person.config.write_bytes(written + b"# mine\n")
+    answer = person.call("POST", path, {"dryRun": False, "base": plan["base"]})
+    assert (answer.status, answer.error["code"]) == (409, "file_changed")
+    assert person.call("POST", path, {}).status == 200
+    assert person.config.read_text() == 'model = "gpt-5.4"\n'
+
+
 def test_a_change_needs_proof_and_the_base_of_its_dry_run(person: Person) -> None:
     for method, path in (
         ("POST", "/takeover"),

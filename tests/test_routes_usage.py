@@ -11,7 +11,9 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from typing import Any
+from zoneinfo import ZoneInfo
 
 from fake_upstream import FakeUpstream, account_file, answer, limit_reached, message, text, usage
 from harness import MODEL, Client, Gateway, chat_body
@@ -278,6 +280,21 @@ def test_charts_and_the_table_show_what_happened(new_gateway: NewGateway) -> Non
     lines = table.body.decode().splitlines()
     assert lines[0].startswith("date,accountId,model,endpoint,client,requestCount")
     assert len(lines) == 3
+
+
+def test_sums_and_chart_of_the_same_zone_are_of_the_same_requests(new_gateway: NewGateway) -> None:
+    client = Client(new_gateway().url)
+    client.chat()
+    client.responses()
+    for zone in ("UTC", "Asia/Shanghai", "America/Los_Angeles"):
+        day = datetime.now(ZoneInfo(zone)).strftime("%Y-%m-%d")
+        sums = client.get(f"{ADMIN}/usage?from={day}&tz={zone}").json
+        chart = client.get(f"{ADMIN}/usage/series?from={day}&tz={zone}&measure=requests").json
+        assert sums["range"]["requestCount"] == sum(chart["totals"]) == 2, zone
+        assert [row["aggregate"]["requestCount"] for row in sums["byEndpoint"]] == [1, 1]
+    soon = int(time.time() * 1000)
+    client.chat()
+    assert client.get(f"{ADMIN}/usage?from={soon}&tz=UTC").json["range"]["requestCount"] == 1
 
 
 def test_requests_are_seen_live_and_those_missed_are_sent_again(new_gateway: NewGateway) -> None:
