@@ -95,7 +95,7 @@ export function dialog({ title, body, footer = [], wide, sheet, onclose }) {
 }
 
 /** Promise of true when the person agreed. Dangerous things start on Cancel; `typed` must be typed first. */
-export function confirm({ title, body, action, danger, typed }) {
+export function confirm({ title, body, action, danger, typed, wide }) {
   return new Promise((resolve) => {
     const input = typed && h('input', { type: 'text', autocomplete: 'off' });
     const agree = () => {
@@ -106,7 +106,7 @@ export function confirm({ title, body, action, danger, typed }) {
     const cancel = button(t('act.cancel'), { on: () => made.close() });
     const ok = button(action, { kind: danger ? 'danger solid' : 'primary', on: agree });
     const made = dialog({
-      title, body: [typeof body === 'string' ? h('p', null, body) : body, typed && field(t('ui.type', { typed }), input)],
+      title, wide, body: [typeof body === 'string' ? h('p', null, body) : body, typed && field(t('ui.type', { typed }), input)],
       footer: [cancel, ok], onclose: () => resolve(false),
     });
     (danger ? cancel : ok).focus();

@@ -31,7 +31,8 @@ function places(share) {
 }
 
 function copyLine(label, shown, from, note) {
-  return h('div', { class: 'copyline' }, h('span', { class: 'name' }, label), shown, note && h('span', { class: 'note' }, note),
+  return h('div', { class: 'copyline' }, h('span', { class: 'name' }, label), shown, note && h('span',
+    { class: 'note' }, note),
     copyButton(from, '', { kind: 'ghost square', 'aria-label': `${t('act.copy')}: ${label}` }));
 }
 
@@ -46,7 +47,8 @@ function checker({ id, seen }) {
     if (!row) return;
     stop();
     const good = row.result === 'ok';
-    fill(said, h('span', { class: good ? 'good' : 'wrong' }, icon(good ? 'check' : 'warn'), t(good ? 'con.checkOk' : 'con.checkBad')),
+    fill(said, h('span', { class: good ? 'good' : 'wrong' }, icon(good ? 'check' : 'warn'), t(good ? 'con.checkOk'
+      : 'con.checkBad')),
       timeEl(row.at, 'clock'), h('a', { href: hash('log', [row.id]) }, t('con.openRow')));
   };
   const start = () => {
@@ -57,7 +59,8 @@ function checker({ id, seen }) {
   return { el: h('div', { class: 'row check' }, button(t('con.check'), { icon: 'refresh', on: start }), said), stop };
 }
 
-const endpoints = () => card({ title: t('con.endpoints') }, h('dl', { class: 'endpoints' }, ENDPOINTS.map(([path, name]) => (
+const endpoints = () => card({ title: t('con.endpoints') }, h('dl', { class: 'endpoints' }, ENDPOINTS.map(([path,
+  name]) => (
   h('div', null, h('dt', null, h('code', null, path)), h('dd', null, t(`con.ep.${name}`)))))),
 details(t('con.absent'), h('ul', { class: 'bullets' }, ABSENT.map((name) => h('li', null, t(`con.no.${name}`))))));
 
@@ -73,20 +76,24 @@ export const page = {
       const wanted = current().query.at, [at, url] = all.find(([name]) => name === wanted) || all[0] || ['', ''];
       const model = select(t('ov.model'), (models.length ? models : [get('defaultModel')]).map((one) => [one, one]),
         get('defaultModel'), () => code());
-      const input = h('input', { type: 'text', value: key, 'aria-label': t('ov.key'), autocomplete: 'off', spellcheck: 'false',
+      const input = h('input', { type: 'text', value: key, 'aria-label': t('ov.key'), autocomplete: 'off',
+        spellcheck: 'false',
         on: { input: () => { key = input.value; code(); } } });
       const blocks = h('div', { class: 'stack' });
-      const values = () => ({ base: `${url}/v1`, codexBase: `${url}/codex/v1`, key: key || 'local', model: model.input.value });
+      const values = () => ({ base: `${url}/v1`, codexBase: `${url}/codex/v1`, key: key || 'local',
+        model: model.input.value });
       const code = () => fill(blocks, snippets(id, values()).map((one) => codeBlock(one.text, { label: one.label })));
       code();
-      const where = segmented(t('con.at'), all.map(([name]) => [name, ['here', 'docker'].includes(name) ? t(`con.at.${name}`) : name]),
+      const where = segmented(t('con.at'), all.map(([name]) => [name, ['here', 'docker'].includes(name)
+        ? t(`con.at.${name}`) : name]),
         at, (name) => setQuery({ at: name === 'here' ? null : name }));
       const closed = isLocal() && share && !share.lanApi;
       check = checker(client);
       const steps = h('ol', { class: 'numbered' }, t(`con.steps.${id}`).split('|').map((one) => h('li', null, one)));
       const body = [h('div', { class: 'row' }, h('span', { class: 'note' }, t('con.at')), where,
         closed && h('a', { class: 'note', href: '#/settings/sharing' }, t('con.closed'))),
-      h('div', { class: 'copylines' }, copyLine(t('shell.base'), h('code', null, id === 'codex' ? values().codexBase : values().base),
+      h('div', { class: 'copylines' }, copyLine(t('shell.base'), h('code', null, id === 'codex' ? values().codexBase
+        : values().base),
         () => (id === 'codex' ? values().codexBase : values().base)),
       copyLine(t('ov.key'), input, () => key, t(needs ? 'con.needKey' : 'con.anyKey')),
       copyLine(t('ov.model'), model, () => model.input.value)), blocks, steps, check.el];
@@ -106,7 +113,8 @@ export const page = {
       check?.stop();
       build(client);
     }
-    fill(root, h('div', { class: 'connect-page' }, h('nav', { class: 'clients', 'aria-label': t('ov.client') }, links), place));
+    fill(root, h('div', { class: 'connect-page' }, h('nav', { class: 'clients', 'aria-label': t('ov.client') }, links),
+      place));
     const later = (path, take) => fetchJson(path).then((got) => { take(got); update(current()); }, () => {});
     later('/share', (got) => { share = got; });
     later('/models', ({ items }) => { models = items.map((one) => one.id); });

@@ -53,10 +53,12 @@ function breakdown(by, rows) {
   const whole = rows.reduce((sum, row) => sum + row.aggregate.requestCount, 0) || 1, title = t(`usage.by.${by}`);
   const line = ({ aggregate, ...row }) => h('tr', null,
     h('th', { scope: 'row', class: 'name', title: label(by, row) }, label(by, row)),
-    h('td', { class: 'num' }, num(aggregate.requestCount)), h('td', { class: 'num' }, compact(aggregate.totalTokens || 0)),
+    h('td', { class: 'num' }, num(aggregate.requestCount)), h('td', { class: 'num' }, compact(aggregate.totalTokens
+      || 0)),
     h('td', { title: percent((aggregate.requestCount / whole) * 100) }, shareBar(aggregate.requestCount / whole)));
   const heads = [[by], ['requests', 'num'], ['tokens', 'num'], ['share']];
-  return card({ title, class: 'flush' }, h('div', { class: 'scroll', tabindex: '0', role: 'group', 'aria-label': title },
+  return card({ title, class: 'flush' }, h('div', { class: 'scroll', tabindex: '0', role: 'group',
+    'aria-label': title },
     h('table', null, h('thead', null, h('tr', null, heads.map(([name, kind]) => (
       h('th', { scope: 'col', class: kind ?? null }, t(`usage.${name}`)))))), h('tbody', null, rows.map(line)))));
 }
@@ -77,9 +79,11 @@ export const page = {
       measure: MEASURES.includes(measure) ? measure : 'tokens' });
     let shown = '', sums = null, chart = null, readAt = 0, waiting = 0;
     const tiles = h('div'), plot = h('div'), names = h('span'), parts = h('div', { class: 'cols' });
-    const pick = (name, options, prefix) => segmented(t(`usage.${name}`), options.map((one) => [one, t(`${prefix}.${one}`)]),
+    const pick = (name, options, prefix) => segmented(t(`usage.${name}`), options.map((one) => [one,
+      t(`${prefix}.${one}`)]),
       asked(current().query)[name], (value) => setQuery({ [name]: value }));
-    const choices = { range: pick('range', Object.keys(RANGES), 'usage.range'), measure: pick('measure', MEASURES, 'usage'),
+    const choices = { range: pick('range', Object.keys(RANGES), 'usage.range'), measure: pick('measure', MEASURES,
+      'usage'),
       by: pick('by', Object.keys(BY), 'usage') };
     fill(root, h('div', { class: 'stack usage' }, h('div', { class: 'toolbar' }, choices.range,
       h('a', { class: 'note', href: '#/settings/general' }, t('usage.zone', { zone: zone() }))), tiles,
@@ -106,7 +110,8 @@ export const page = {
         sums = how.range === 'all' ? usage.lifetime : usage.range || usage.lifetime;
         fill(tiles, figures(sums));
         draw(series, how);
-        fill(parts, Object.entries(BY).map(([by, name]) => breakdown(by, usage[name] || [])), errors(usage.byError || []));
+        fill(parts, Object.entries(BY).map(([by, name]) => breakdown(by, usage[name] || [])), errors(usage.byError
+          || []));
       } catch (error) {
         if (!sums) fill(tiles, errorPanel(error, load));
       }
