@@ -7,6 +7,7 @@ import json as jsonlib
 import os
 import select
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -66,6 +67,12 @@ def eventually(condition: Callable[[], Any], timeout_s: float = 5.0) -> Any:
         assert time.monotonic() < until, "it did not come about in time"
         time.sleep(0.002)
     return value
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+    return port
 
 
 def home_variables(home: Path) -> dict[str, str]:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import pytest
 import trustme
+from harness import free_port
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loopback import STREAM_HEAD, Peer, Script, Server, answer, chunk, hang, once, sized
@@ -520,12 +521,6 @@ def test_an_answer_to_a_half_sent_upload_is_read(pool: azt.ConnectionPool) -> No
 
 
 # -- No way there ---------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-    return port
 
 
 def test_a_refused_connect_is_502_within_a_second(pool: azt.ConnectionPool) -> None:
