@@ -78,6 +78,7 @@ def test_what_was_changed_elsewhere_is_asked_about(gateway_console: Any) -> None
         expect(dialog.get_by_role("row").last).to_contain_text("20")
         expect(dialog.get_by_role("row").last).to_contain_text(str(mine))
         button(dialog, verb).click()
+        expect(page.locator(".dirty")).to_be_hidden()
         expect(percent).to_have_value(str(left))
         assert saved(console, "autoSwitch.beforePercent") == left
 
