@@ -73,7 +73,7 @@ class Console:
         code = self.code() if proof else ""
         page.goto(f"{self.url}/#/open/{code}" if code else f"{self.url}/#/{route}")
         if code:
-            page.wait_for_function("!/open|signin/.test(location.hash)")
+            page.locator(".hero").wait_for()  # it was reloaded, with the session
             if route:
                 page.goto(f"{self.url}/#/{route}")
         page.locator("#main > *").first.wait_for()
