@@ -144,9 +144,9 @@ export function sharingPanel(server, reload) {
 
   async function load() {
     try {
-      const [found, made, open] = await Promise.all([fetchJson('/share'), fetchJson('/keys'), isLocal()
-        && fetchJson('/sessions')]);
-      [share, keys, sessions] = [found, made.items, open ? open.items : []];
+      const [found, made, open] = await Promise.all([fetchJson('/share').catch(() => share), fetchJson('/keys'),
+        isLocal() ? fetchJson('/sessions') : { items: [] }]);
+      [share, keys, sessions] = [found, made.items, open.items];
       draw();
     } catch (error) {
       fill(place, errorPanel(error, load));
