@@ -4,7 +4,7 @@ import { fill, h, icon } from './dom.js';
 import { bytes, mask, timeEl } from './format.js';
 import { t } from './i18n.js';
 import { snippets } from './snippets.js';
-import { accountOf, get, isLocal, nameOf, on } from './store.js';
+import { accountOf, get, isLocal, nameOf, on, set } from './store.js';
 import { button, card, codeBlock, confirm, details, errorPanel, fail, menu, skeleton, tag, toast,
   wording } from './ui.js';
 
@@ -13,6 +13,8 @@ const COLOURS = { '+': 'plus', '-': 'minus' };
 const note = (...words) => h('p', { class: 'note' }, words);
 const warning = (words, shape = 'warn') => h('p', { class: 'notice warn' }, icon(shape), words);
 const who = (one) => (one ? mask(one.email) : t('cdx.nobody'));
+
+const look = () => set('codex', { ...get('codex') }); // the panel reads anew, before the watcher of the files tells
 
 /** Dry run, agree, write; when the file was changed between the two, look again. The toast takes the write back. */
 async function change({ path, title, action, body = {}, shows, told, said }) {
@@ -26,7 +28,12 @@ async function change({ path, title, action, body = {}, shows, told, said }) {
   if (!agreed) return;
   try {
     const { backup } = await send('POST', path, { ...body, dryRun: false, base: seen.base });
-    const undo = async () => { await send('POST', `/codex/backups/${backup.id}/restore`); toast(t('cdx.undone')); };
+    const undo = async () => {
+      await send('POST', `/codex/backups/${backup.id}/restore`);
+      look();
+      toast(t('cdx.undone'));
+    };
+    look();
     toast(`${told} ${t('cdx.restart')}`, { action: backup && { label: t('act.undo'), run: undo } });
   } catch (error) {
     if (error.code !== 'file_changed') throw error;
@@ -61,8 +68,11 @@ export function codexPanel() {
       shows: ({ history, keyNeeded }) => [mode === MODES[0] && history?.toMigrate > 0 && moves(history.toMigrate),
         keyNeeded && warning(t('cdx.keyNeeded'), 'key')] });
   }
-  const release = () => change({ path: '/codex/release', title: t('cdx.releaseTitle'), action: t('cdx.writeConfig'),
-    told: t('cdx.released'), shows: () => codex.takeover.editedSince && h('p', null, t('cdx.edited')) });
+  async function release() {
+    const { editedSince } = (await fetchJson('/codex')).takeover;
+    await change({ path: '/codex/release', title: t('cdx.releaseTitle'), action: t('cdx.writeConfig'),
+      told: t('cdx.released'), shows: () => editedSince && h('p', null, t('cdx.edited')) });
+  }
 
   function requests({ on: isOn, since, matchesGateway, baseUrl, gatewayUrl, path, historyMode }) {
     const foreign = isOn && !matchesGateway, verb = !isOn ? 'cdx.take' : foreign ? 'cdx.point' : 'cdx.switch';
