@@ -43,7 +43,8 @@ def copied(page: Any, target: Any) -> str:
         """() => {
             Object.defineProperty(navigator, 'clipboard', {value: undefined, configurable: true});
             window.copied = '';
-            document.addEventListener('copy', () => { window.copied = document.activeElement.value; });
+            const note = () => { window.copied = document.activeElement.value; };
+            document.addEventListener('copy', note);
         }"""
     )
     target.click()
