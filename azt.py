@@ -101,6 +101,7 @@ from collections.abc import (
 )
 from dataclasses import KW_ONLY, dataclass, field, replace
 from datetime import UTC, datetime, timedelta, tzinfo
+from datetime import time as dt_time
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -8203,6 +8204,10 @@ class Codes:
         return ""
 
 
+Interface = tuple[str, ipaddress.IPv4Interface | ipaddress.IPv6Interface]
+"""Its name; its address with the network behind it."""
+
+
 class Gateway:
     """State, pools and what saves them. Made by room 18, handed to every handler."""
 
@@ -8217,6 +8222,7 @@ class Gateway:
         self.sessions: list[Json] = []
         self.codes, self.guard = Codes(), Guard()
         self._uses_saved_ms = 0
+        self.interfaces: list[Interface] = []
         self.admin_token = ""
         self.pages: dict[str, Page] = {}
         self.responses = ResponseStore()
@@ -8265,7 +8271,8 @@ class Gateway:
         """The address of this gateway for programs on this machine, running or not."""
         host, port = self.settings.text("server.host"), self.settings.number("server.port")
         host, port = self.listening[0] if self.listening else (host, port)
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        is_here = host == "localhost" or host.startswith("127.") or host == "::1"
+        host = host if is_here else "::1" if host == "::" else "127.0.0.1"
         return f"http://{_address(host, port)}"
 
     async def with_codex(self, work: Callable[..., Json], *arguments: Any) -> Json:
@@ -8310,6 +8317,7 @@ class Gateway:
             saved = None
         self.sessions = saved["sessions"] if saved else []
         delete_file(paths.open_page)
+        self.interfaces = own_interfaces()
         self.catalogue = Catalogue.read(_read_cache(paths.models), _read_cache(paths.codex_models))
         self.admin_token = read_or_make_secret(paths.admin_token)
         self.pages = read_pages()
@@ -8533,6 +8541,7 @@ class Gateway:
             waited += (step := random.uniform(0.5, 1))
             await asyncio.sleep(step * MINUTE_S)
             await self.save_uses()
+            self.interfaces = await in_thread(self.short, own_interfaces)
             if self.codes.live.get("open", ("", 0.0))[1] < time.time():
                 await in_thread(self.files, delete_file, self.paths.open_page)
             if 0 < self.settings.number("quota.everyMinutes") <= waited:
@@ -8659,6 +8668,27 @@ def _address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+@blocking
+def own_interfaces() -> list[Interface]:
+    """The addresses of this machine, as far as the system tells."""
+    found: list[Interface] = []
+    # SIOCGIFADDR, SIOCGIFNETMASK
+    codes = (0xC0206921, 0xC0206925) if sys.platform == "darwin" else (0x8915, 0x891B)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as system:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):
+                raw = struct.pack("40s", name.encode())
+                parts = [fcntl.ioctl(system, code, raw)[20:24] for code in codes]
+                text = "/".join(str(ipaddress.IPv4Address(part)) for part in parts)
+                found.append((name, ipaddress.IPv4Interface(text)))
+    with contextlib.suppress(OSError):
+        for line in read_foreign(Path("/proc/net/if_inet6"), MIB).decode().splitlines():
+            address, _, size, *_, name = line.split()
+            text = f"{ipaddress.IPv6Address(bytes.fromhex(address))}/{int(size, 16)}"
+            found.append((name, ipaddress.IPv6Interface(text)))
+    return found
+
+
 def _egress(environment: Environment, settings: Settings) -> Egress:
     """The proxy of the settings when it is on, else that of the environment."""
     bases = (environment.codex_base_url, environment.chatgpt_base_url, environment.auth_base_url)
@@ -8729,6 +8759,7 @@ class Request:
     is_own: bool = False
     has_proof: bool = False  # by the admin token, or a session that stands for it
     session: Json | None = None  # of the console, by its cookie
+    key: Json | None = None  # the API key that was sent
     pinned: str = ""  # the id of the account that the Playground has named
 
     def release(self) -> None:
@@ -8781,6 +8812,8 @@ _REFUSALS = {
     "pairing_expired": (401, "This code is wrong, used up or too old: make a new one."),
     "proof_needed": (401, "Run `azt open`, or send what .state/admin-token holds as the key."),
     "slow_down": (429, "Too many wrong tries came from this address. Wait {minutes} minutes."),
+    "api_key_expired": (401, f"This API key has expired. {_KEY_ADVICE}"),
+    "api_key_spent": (429, "This API key has made all its requests of today; tomorrow it may."),
     "api_key_missing": (401, f"An API key is needed in the authorization header. {_KEY_ADVICE}"),
     "api_key_needed": (403, f"From outside or through a proxy an API key is needed. {_KEY_ADVICE}"),
     "concurrency_limit": (429, "{most} requests of this address are running: wait for one."),
@@ -8996,7 +9029,7 @@ class Policy:
     lan_api: bool
     loopback_exempt: bool
     own_networks: tuple[Network, ...]
-    key_hashes: frozenset[str]  # sha256, hex; empty: no key is needed
+    keys: Mapping[str, Json]  # by their hash; empty: no key is needed
     admin_token_hash: str
     body_max_bytes: int
     lan_console: bool = False
@@ -9014,7 +9047,8 @@ class Caller:
     own_origin: bool = False  # `origin` names the Host of this request
     fetch_site: str = ""
     navigates: bool = False  # the browser opens this as a page of its own, not inside another one
-    key: Literal["none", "wrong", "good"] = "none"
+    key: Literal["none", "wrong", "good", "expired", "spent"] = "none"
+    key_hash: str = ""
     proof: bool = False  # the admin token was sent
     marked: bool = False  # X-AZT-Admin: 1, which no form and no simple request of a page can send
     session: Literal["none", "lan", "local"] = "none"  # its scope; local ones prove as a token does
@@ -9091,6 +9125,21 @@ def is_other_user(peer: tuple[Any, ...], here: tuple[Any, ...]) -> bool:
 _COOKIE = re.compile(r"\bazt_admin_\d+=([\w-]{43})(?![\w-])", re.ASCII)
 
 
+def _key_state(key: Json, now: float) -> Literal["good", "expired", "spent"]:
+    if key.get("expiresAt") and key["expiresAt"] <= now * 1000:
+        return "expired"
+    is_spent = key.get("limit") and key.get("today", 0) >= key["limit"]
+    return "spent" if is_spent and key["day"] == _day(int(now * 1000)) else "good"
+
+
+def count_use(key: Json, now: float) -> None:
+    """Of a key or a session; in memory, where others read it. Saved at times."""
+    day = _day(int(now * 1000))
+    today = key.get("today", 0) + 1 if key.get("day") == day else 1
+    requests = key.get("requests", 0) + 1
+    key |= {"requests": requests, "today": today, "day": day, "lastUsedAt": int(now * 1000)}
+
+
 def read_caller(
     peer: PeerClass, headers: Mapping[str, str], policy: Policy, now: float = 0.0
 ) -> Caller:
@@ -9102,7 +9151,7 @@ def read_caller(
     sent = [bearer, headers.get("x-api-key", ""), headers.get("api-key", "")]
     hashes = [hashlib.sha256(value.encode()).hexdigest() for value in sent if value]
     # Each with every other, in constant time.
-    good = sum(hmac.compare_digest(one, key) for one in hashes for key in policy.key_hashes)
+    known = [key for one in hashes for key in policy.keys if hmac.compare_digest(one, key)]
     session, session_hash = None, ""
     for session_hash in map(hashed, _COOKIE.findall(headers.get("cookie", ""))):
         session = policy.sessions.get(session_hash)
@@ -9117,7 +9166,8 @@ def read_caller(
         fetch_site=headers.get("sec-fetch-site", ""),
         navigates=headers.get("sec-fetch-mode") == "navigate"
         and headers.get("sec-fetch-dest") == "document",
-        key="good" if good else "wrong" if hashes else "none",
+        key=_key_state(policy.keys[known[0]], now) if known else "wrong" if hashes else "none",
+        key_hash=known[0] if known else "",
         proof=bool(bearer) and hmac.compare_digest(hashes[0], policy.admin_token_hash),
         marked=headers.get("x-azt-admin") == "1",
         session=session["scope"] if session else "none",
@@ -9135,7 +9185,7 @@ def may(caller: Caller, access: Access, method: str, policy: Policy) -> AztError
     admin, calls = access.startswith("admin"), access in ("api", "codex")
     changes = method not in ("GET", "HEAD")
     exempt = own and (access == "metrics" or caller.proof or policy.loopback_exempt)
-    open_api = not policy.key_hashes
+    open_api = not policy.keys
     needs_key = (calls or access == "metrics") and not open_api and not exempt
     # Who may come to the console from elsewhere, and sign in there.
     guest = policy.lan_console and peer != "public"
@@ -9155,6 +9205,8 @@ def may(caller: Caller, access: Access, method: str, policy: Policy) -> AztError
         ("lan_off", calls and peer == "lan" and not policy.lan_api),  # 1
         ("api_key_missing", needs_key and caller.key == "none"),  # 1, 2, 3, 13
         ("invalid_api_key", needs_key and caller.key == "wrong"),
+        ("api_key_expired", needs_key and caller.key == "expired"),
+        ("api_key_spent", needs_key and caller.key == "spent"),
         ("metrics_not_here", access == "metrics" and open_api and not own),  # 13
         ("api_key_needed", calls and open_api and not near),  # 2, 3
     )
@@ -9182,7 +9234,7 @@ def _admits_page(caller: Caller, access: Access, method: str, policy: Policy) ->
         return (origin is None or caller.own_origin) and site in ("", "none", "same-origin")
     if origin in (None, "", "null"):
         return origin is None and site != "cross-site"
-    is_known = caller.own_origin or origin in listed or ("*" in listed and policy.key_hashes)
+    is_known = caller.own_origin or origin in listed or ("*" in listed and policy.keys)
     return bool(is_known or _LOOPBACK_ORIGIN.fullmatch(origin))
 
 
@@ -9849,7 +9901,10 @@ class HttpServer:
             fault = may(replace(caller, peer="neighbour"), access, method, policy)
             if fault is not None and exchange.connection.is_own():
                 fault = None
-        if caller.key == "good":
+        if fault is not None and fault.code == "api_key_spent":
+            ends = datetime.combine(datetime.fromtimestamp(request.record.at), dt_time.max)
+            fault.headers = {"retry-after": str(int(ends.timestamp() - request.record.at) + 1)}
+        if caller.key_hash:
             self.guard.forgive(request.who)
         if caller.origin and access == "api" and not (fault and fault.status == 403):
             exchange.cors = _cors_headers(caller.origin, headers)
@@ -9859,8 +9914,11 @@ class HttpServer:
             exchange.route, request.params = match
             request.is_own, request.has_proof = caller.own, caller.proven
             request.session = policy.sessions.get(caller.session_hash)
-            if request.session is not None:
-                request.session["lastUsedAt"] = int(request.record.at * 1000)
+            request.key = policy.keys.get(caller.key_hash) if access in ("api", "codex") else None
+            if request.key is not None:
+                request.record.key_id = request.key.get("id")
+            for used in filter(None, (request.key, request.session)):
+                count_use(used, request.record.at)
             self._accept_body(exchange, exchange.route, policy)
             return
         words: Json = {"method": request.method, "path": request.path[:200]}
@@ -9902,8 +9960,11 @@ class HttpServer:
         found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         address = str(found[0][4][0])
         port = self._bind(address, port)
-        with contextlib.suppress(OSError, KeyError):
-            self._bind(_TWINS[address], port)
+        if address in _TWINS:
+            with contextlib.suppress(OSError):
+                self._bind(_TWINS[address], port)
+        else:  # for the command line and the console of this machine
+            self._bind("127.0.0.1", port)
         self.connections_max = min(MAX_CONNECTIONS, max(16, (_raise_file_limit() - 64) // 2))
         self._reserve = socket.socket()
         for listener in self._listeners:
@@ -10087,6 +10148,14 @@ def _own_headers(request: Request, ignored: Sequence[str] = ()) -> list[tuple[st
 # -- 16a. OpenAI -----------------------------------------------------------------------------------
 
 
+def _admit_model(request: Request, model: str) -> None:
+    """Raises AztError 403 where the key of this request is for other models."""
+    models = (request.key or {}).get("models")
+    if models and model not in models:
+        text = f"This API key is for {', '.join(models)}, not for {model[:80] or 'what was sent'}."
+        raise AztError(403, "model_not_allowed", text, param="model")
+
+
 async def _translated(gw: Gateway, request: Request, translate: Callable[..., T], *more: Any) -> T:
     """The body as `translate` makes it, on the loop, or in a thread when it is large."""
     arguments = (await read_object(gw, request), gw.catalogue.efforts, gw.default_model, *more)
@@ -10114,6 +10183,7 @@ async def _run_turn(
     """
     record, upstream = request.record, asked.upstream
     record.model = asked.model
+    _admit_model(request, asked.model)
     if record.asked_model == "-":
         record.asked_model = asked.model
     record.streams = asked.stream
@@ -10236,6 +10306,7 @@ async def _post_images(is_edit: bool, gw: Gateway, request: Request) -> Reply:
     record.request = {**request_summary(body), "images": len(asked.images)}
     record.streams = asked.stream
     record.asked_model = record.model = str(body.get("model") or IMAGE_MODEL)
+    _admit_model(request, record.model)
     del body
     stream = functools.partial(ImageStream, asked, time.time())
     told, keys = functools.partial(_note_turn, record), (asked.session,)
@@ -10408,12 +10479,24 @@ _CODEX_CALLS = ("images/edits", "images/generations", "models", "responses", "re
 _KEPT_WITH = ("x-codex-turn-state", "thread-id", "session-id", "session_id", "conversation_id")
 
 
+@blocking
+def _sent_model(body: bytes | bytearray, coding: str) -> str:
+    """The model in a body that is otherwise passed on unread; "" where it cannot be told."""
+    with contextlib.suppress(ValueError, AztError):
+        value = parse_json(decoded(body, coding, MAX_BODY_BYTES))
+        return str(value.get("model") or "") if isinstance(value, dict) else ""
+    return ""
+
+
 async def codex_call(gw: Gateway, request: Request) -> Reply:
     """Any call of Codex: the same bytes go to the backend, its answer comes back as it is."""
     record, sent = request.record, request.headers
     if request.id == sent.get("x-client-request-id"):  # its thread: the same for many requests
         request.id = record.id = "req_" + secrets.token_hex(12)
     record.request_bytes, name = len(request.body), request.params.get("rest", "")
+    if request.key and request.key.get("models") and request.method != "GET":
+        coding = sent.get("content-encoding", "")
+        _admit_model(request, await in_thread(gw.short, _sent_model, request.body, coding))
     record.route = f"/codex/v1/{name}" if name in _CODEX_CALLS else record.route
     keys = tuple(sent[name] for name in _KEPT_WITH if sent.get(name))
     turn = Turn(b"", "", on_news=functools.partial(_note_turn, record), keys=keys)
@@ -11183,6 +11266,8 @@ async def admin_patch_settings(gw: Gateway, request: Request) -> Reply:
             message = f"{key} is fixed by {gw.settings.fixed[key]}; change it there."
             raise AztError(409, "setting_fixed", message, param=key)
     await gw.change_settings(changes, body.get("revision"))
+    if wider := sorted(key for key in changes if SETTINGS[key].widens):
+        log.info("audit: settings were changed: %s", ", ".join(wider))
     return await admin_get_settings(gw, request)
 
 
@@ -11426,11 +11511,42 @@ async def admin_delete_session(gw: Gateway, request: Request) -> Reply:
     return Reply(204, b"", [*leaves, ("cache-control", "no-store")])
 
 
+_LINKS = {"wl": "Wi-Fi", "en": "Ethernet", "et": "Ethernet", "tu": "VPN", "wg": "VPN"}
+_NO_LINKS = ("br-", "docker", "lo", "veth", "virbr")  # of containers and virtual machines
+
+
+async def admin_get_share(gw: Gateway, request: Request) -> Reply:
+    """The addresses by which other devices reach azt."""
+    gw.interfaces = await in_thread(gw.short, own_interfaces)
+    hosts, addresses = {host: port for host, port in gw.listening}, []
+    for name, own in gw.interfaces:
+        port = hosts.get(str(own.ip), hosts.get("0.0.0.0" if own.version == 4 else "::"))
+        if port is None or own.is_loopback or own.is_link_local or name.startswith(_NO_LINKS):
+            continue
+        base, kind = f"http://{_address(str(own.ip), port)}", _LINKS.get(name[:2])
+        urls = {
+            "baseUrl": f"{base}/v1",
+            "codexBaseUrl": f"{base}/codex/v1",
+            "consoleUrl": f"{base}/",
+        }
+        label = f"{kind} ({name})" if kind else name
+        addresses.append({"host": str(own.ip), "label": label, **urls})
+    flags = {name: gw.settings.flag(f"server.{name}") for name in ("lanApi", "lanConsole")}
+    listen = [_address(*one) for one in gw.listening]
+    return _private_reply({**flags, "listen": listen, "addresses": addresses, "tls": False})
+
+
+_SESSION_SHOWN = ("id", "via", "scope", "agent", "address", "createdAt", "lastUsedAt")
+_KEY_SHOWN = (
+    *("id", "name", "prefix", "createdAt", "lastUsedAt", "requests"),
+    *("limit", "models", "expiresAt"),
+)
+
+
 @_view
 def admin_get_sessions(gw: Gateway, request: Request) -> Json:
     items = [
-        {name: value for name, value in one.items() if name != "hash"}
-        | {"current": one is request.session}
+        {name: one.get(name) for name in _SESSION_SHOWN} | {"current": one is request.session}
         for one in gw.sessions
     ]
     return {"items": items}
@@ -11465,21 +11581,29 @@ async def admin_post_rotate_token(gw: Gateway, request: Request) -> Reply:
 
 @_view
 def admin_get_keys(gw: Gateway, request: Request) -> Json:
-    shown = ("id", "name", "prefix", "createdAt")
-    return {"items": [{name: key.get(name) for name in shown} for key in gw.keys]}
+    return {"items": [{name: key.get(name) for name in _KEY_SHOWN} for key in gw.keys]}
 
 
 async def admin_post_keys(gw: Gateway, request: Request) -> Reply:
     """The key itself is in this one answer and nowhere else: only its hash is kept."""
-    name = (await read_object(gw, request)).get("name")
-    if not isinstance(name, str) or not re.fullmatch(r"[\w .@-]{1,64}", name):
-        message = "A key needs a name of 1 to 64 letters, digits, spaces or . @ - _"
-        raise BadRequest(message, "name", "bad_field")
+    body, now_ms = await read_object(gw, request), int(time.time() * 1000)
+    name, terms = body.get("name"), {}
+    for field_name, (is_fit, words) in {
+        "name": _text("1 to 64 letters, digits, spaces or . @ - _", r"[\w .@-]{1,64}"),
+        "models": _texts("a list of models", r"[\w.:/-]{1,128}"),
+        "limit": _number(1, 1_000_000_000),
+        "expiresAt": _number(now_ms, 1 << 52),
+    }.items():
+        if (given := body.get(field_name)) not in (None, []) or field_name == "name":
+            if not is_fit(given):
+                raise BadRequest(f"{field_name} accepts {words}.", field_name, "bad_field")
+            terms[field_name] = given
     key = "azt_" + secrets.token_urlsafe(32)
     ident = "key_" + secrets.token_hex(4)
-    item = {"id": ident, "name": name, "prefix": key[:8], "createdAt": _ms(time.time())}
-    kept = {**item, "hash": hashlib.sha256(key.encode()).hexdigest()}
+    item = {"id": ident, **terms, "prefix": key[:8], "createdAt": now_ms, "requests": 0}
+    kept = {**item, "hash": hashed(key)}
     await gw.change_keys(lambda keys: [*keys, kept])
+    log.info("audit: a key was made: %s (%s)", name, ident)
     return _private_reply({"item": item, "key": key, "first": gw.keys == [kept]}, 201)
 
 
@@ -11494,6 +11618,7 @@ async def admin_delete_key(gw: Gateway, request: Request) -> Reply:
         return kept
 
     await gw.change_keys(revoke)
+    log.info("audit: a key was revoked: %s", wanted)
     return Reply(204)
 
 
@@ -11849,6 +11974,7 @@ ROUTES: list[Route] = sorted(
         Route("GET", f"{ADMIN}/sessions", admin_get_sessions, "admin_local"),
         Route("DELETE", f"{ADMIN}/sessions/{{id}}", admin_delete_session, "admin_local"),
         Route("GET", f"{ADMIN}/settings", admin_get_settings, "admin_read"),
+        Route("GET", f"{ADMIN}/share", admin_get_share, "admin_read"),
         Route("GET", f"{ADMIN}/state", admin_get_state, "admin_read"),
         Route("PATCH", f"{ADMIN}/accounts/{{id}}", admin_patch_account, "admin_write"),
         Route("PATCH", f"{ADMIN}/settings", admin_patch_settings, "admin_write"),
@@ -11922,7 +12048,7 @@ def policy_source(gw: Gateway) -> Callable[[], Policy]:
     def current() -> Policy:
         nonlocal known
         settings, keys = gw.settings, gw.keys
-        parts = (settings, keys, gw.sessions, gw.admin_token)
+        parts = (settings, keys, gw.sessions, gw.admin_token, gw.interfaces)
         if known is None or any(map(operator.is_not, known[0], parts)):
             policy = Policy(
                 own_names=frozenset({name, f"{name}.local"}),
@@ -11930,8 +12056,13 @@ def policy_source(gw: Gateway) -> Callable[[], Policy]:
                 cors_origins=settings.words("server.corsOrigins"),
                 lan_api=settings.flag("server.lanApi"),
                 loopback_exempt=settings.flag("apiKeys.loopbackExempt"),
-                own_networks=(),
-                key_hashes=frozenset(str(key.get("hash")) for key in keys),
+                # A network of a whole provider is nobody's own.
+                own_networks=tuple(
+                    own.network
+                    for _, own in gw.interfaces
+                    if own.network.prefixlen >= (16 if own.version == 4 else 48)
+                ),
+                keys={key["hash"]: key for key in keys},
                 admin_token_hash=hashed(gw.admin_token),
                 body_max_bytes=settings.number("limits.bodyMb") * MIB,
                 lan_console=settings.flag("server.lanConsole"),
@@ -12318,7 +12449,8 @@ async def _serve(gw: Gateway, lock: HomeLock, opens_browser: bool) -> None:
         if gw.listening[0][0] not in ("127.0.0.1", "::1"):
             who = "open to this network" if settings.flag("server.lanApi") else "for this machine"
             key = "with a key" if gw.keys else "without a key (`azt keys add NAME` sets one)"
-            log.info("API: %s, %s. Administration: this machine only.", who, key)
+            console = "whoever signs in" if settings.flag("server.lanConsole") else "this machine"
+            log.info("API: %s, %s. Administration: %s only.", who, key, console)
         say(f"azt is ready: {url}")  # last: who waits for it may read the log at once
         if opens_browser:
             await in_thread(gw.short, _browse, (await gw.open_page())[1].as_uri())
@@ -12754,6 +12886,19 @@ def _settings_set(args: argparse.Namespace) -> int:
     return code
 
 
+def _key_terms(args: argparse.Namespace) -> Json:
+    terms: Json = {"name": args.name, "limit": args.per_day, "expiresAt": None}
+    terms["models"] = list(filter(None, (args.models or "").split(","))) or None
+    with contextlib.suppress(ValueError, OverflowError):
+        if args.expires:
+            text, day_s = args.expires, 86400
+            day = time.time() + int(text) * day_s if text.isdecimal() else 0.0
+            terms["expiresAt"] = int((day or datetime.fromisoformat(text).timestamp()) * 1000)
+    if args.expires and not terms["expiresAt"]:
+        raise BadRequest("`--expires` is a number of days, or a day such as 2030-12-31.", "expires")
+    return terms
+
+
 def _new_key_lines(result: Json) -> list[str]:
     told = [result["key"], "Shown only this once. Clients send it as their API key."]
     if result["first"]:
@@ -12927,8 +13072,12 @@ def _log(args: argparse.Namespace) -> int:
 
 _key_lines = _listing(
     "No keys: the API asks for none. `azt keys add NAME` adds one.",
-    ("ID", "NAME", "KEY", "MADE"),
-    lambda one: (one["id"], one["name"], one["prefix"] + "…", _when(one["createdAt"])),
+    ("ID", "NAME", "KEY", "MADE", "LAST USED", "REQUESTS", "A DAY", "ENDS", "MODELS"),
+    lambda one: (
+        *(one["id"], one["name"], one["prefix"] + "…", _when(one["createdAt"])),
+        *(_when(one["lastUsedAt"]), str(one["requests"] or 0), str(one["limit"] or "-")),
+        *(_when(one["expiresAt"]), " ".join(one["models"] or ["all"])),
+    ),
 )
 _model_lines = _listing(
     "No models. `azt models --refresh` asks for them.",
@@ -12995,7 +13144,7 @@ _leave_out = _admin("PATCH", "/accounts/{account}", _row, lambda _: {"excluded":
 _include = _admin("PATCH", "/accounts/{account}", _row, lambda _: {"excluded": False})
 _codex = _admin("GET", "/codex", _codex_lines)
 _restore = _admin("POST", "/codex/backups/{backup}/restore", lambda done: [f"Back: {done['id']}"])
-_add_key = _admin("POST", "/keys", _new_key_lines, lambda args: {"name": args.name})
+_add_key = _admin("POST", "/keys", _new_key_lines, _key_terms)
 _revoke_key = _admin("DELETE", "/keys/{name}", lambda _: ["Revoked. With no key the API is open."])
 
 # Every argument of every command: a switch (`-`) or a word by what it is for, the rest in
@@ -13022,6 +13171,9 @@ _ARGUMENTS: dict[str, str | Json] = {
         "help": "openai keeps Codex's list of conversations, ai-zero-token begins one of its own",
     },
     "--model": {"help": "the model to ask (default: the setting defaultModel)"},
+    "--models": {"metavar": "A,B", "help": "the only models that this key is for"},
+    "--per-day": {"type": int, "metavar": "N", "help": "at most so many requests a day"},
+    "--expires": {"metavar": "DAYS", "help": "in so many days, or a day such as 2030-12-31"},
     "--move-history": "list what was said under ai-zero-token under openai again (copied first)",
     "--no-browser": "print the link, open no browser",
     "--no-open": "do not open azt's page in a browser",
@@ -13080,7 +13232,9 @@ _COMMANDS: dict[str, _Run] = {
     "settings get KEY? | show one setting, a group, or all": _settings_get,
     "settings set KEY VALUE | change one setting": _settings_set,
     "keys list | list the keys of clients": _admin("GET", "/keys", _key_lines),
-    "keys add NAME | make a key for a client; it is shown once": _add_key,
+    "keys add NAME --models --per-day --expires | make a key for a client; it is shown once": (
+        _add_key
+    ),
     "keys revoke NAME | make a key useless": _revoke_key,
 }
 _GROUPS = {

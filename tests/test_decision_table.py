@@ -37,14 +37,12 @@ SESSIONS = {
 }
 POLICIES = {
     "open": OPEN,
-    "keyed": replace(OPEN, key_hashes=frozenset({sha256(KEY), sha256("another")})),
-    "exempt": replace(OPEN, key_hashes=frozenset({sha256(KEY)}), loopback_exempt=True),
+    "keyed": replace(OPEN, keys={sha256(KEY): {}, sha256("another"): {}}),
+    "exempt": replace(OPEN, keys={sha256(KEY): {}}, loopback_exempt=True),
     "no lan": replace(OPEN, lan_api=False),
     "listed": replace(OPEN, cors_origins=frozenset({"https://app.example.com"})),
     "star": replace(OPEN, cors_origins=frozenset({"*", "null"})),
-    "star keyed": replace(
-        OPEN, cors_origins=frozenset({"*", "null"}), key_hashes=frozenset({sha256(KEY)})
-    ),
+    "star keyed": replace(OPEN, cors_origins=frozenset({"*", "null"}), keys={sha256(KEY): {}}),
     "console": replace(OPEN, lan_console=True, sessions=SESSIONS),
     "locked": replace(OPEN, token_on_loopback=True, sessions=SESSIONS),
 }

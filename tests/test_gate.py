@@ -592,7 +592,7 @@ POLICY = azt.Policy(
     lan_api=True,
     loopback_exempt=False,
     own_networks=(),
-    key_hashes=frozenset(),
+    keys={},
     admin_token_hash="",
     body_max_bytes=azt.MAX_BODY_BYTES,
 )

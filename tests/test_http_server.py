@@ -37,7 +37,7 @@ POLICY = azt.Policy(
     lan_api=True,
     loopback_exempt=False,
     own_networks=(),
-    key_hashes=frozenset(),
+    keys={},
     admin_token_hash="",
     body_max_bytes=4 * azt.MIB,
 )
@@ -934,7 +934,7 @@ def test_foreign_page_gets_no_cors_headers(server: Server, path: str) -> None:
 
 
 def test_preflight_is_answered_where_the_call_would_be_allowed(server: Server) -> None:
-    server.policy = replace(POLICY, key_hashes=frozenset({"0" * 64}))
+    server.policy = replace(POLICY, keys={"0" * 64: {}})
     asked = {
         "Origin": "http://localhost:3000",
         "Access-Control-Request-Method": "POST",
@@ -966,7 +966,7 @@ def test_relayed_request_needs_a_key(server: Server) -> None:
 
 
 def test_missing_and_wrong_key_are_told_apart(server: Server) -> None:
-    server.policy = replace(POLICY, key_hashes=frozenset({"0" * 64}))
+    server.policy = replace(POLICY, keys={"0" * 64: {}})
     missing, wrong = (
         ask(server, "GET", "/v1/echo"),
         ask(server, "GET", "/v1/echo", headers={"api-key": "x"}),
@@ -1380,7 +1380,7 @@ import azt
 
 async def main():
     none = frozenset()
-    policy = azt.Policy(none, none, none, True, False, (), none, "", 1000)
+    policy = azt.Policy(none, none, none, True, False, (), {}, "", 1000)
     async def ok(context, request):
         return azt.json_reply({})
     server = azt.HttpServer([azt.Route("GET", "/v1/x", ok, "api")], None, lambda: policy)

@@ -27,11 +27,11 @@ OPEN = Policy(
     lan_api=True,
     loopback_exempt=False,
     own_networks=(),
-    key_hashes=frozenset(),
+    keys={},
     admin_token_hash=sha256(TOKEN),
     body_max_bytes=1000,
 )
-KEYED = replace(OPEN, key_hashes=frozenset({sha256(KEY), sha256("another")}))
+KEYED = replace(OPEN, keys={sha256(KEY): {}, sha256("another"): {}})
 EXEMPT = replace(KEYED, loopback_exempt=True)
 NO_LAN = replace(OPEN, lan_api=False)
 CONSOLE = replace(OPEN, lan_console=True)

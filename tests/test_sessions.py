@@ -540,3 +540,148 @@ def test_azt_start_at_a_terminal_opens_the_browser(
         os.close(ours)
         os.close(theirs)
     assert seen.exists() is not bool(arguments)
+
+
+# -- Other users of this machine ------------------------------------------------------------------
+
+AS_NOBODY = """
+import encodings.idna, http.client, json, os, sys
+if sys.argv[2] != "root": os.setuid(65534)
+results = []
+for method, path in json.loads(sys.argv[3]):
+    connection = http.client.HTTPConnection(sys.argv[1], timeout=20)
+    headers = {"X-AZT-Admin": "1", "Content-Type": "application/json", **json.loads(sys.argv[4])}
+    connection.request(method, path, b"{}" if method != "GET" else None, headers)
+    results.append(connection.getresponse().status)
+print(json.dumps(results))
+"""
+
+
+def as_user(gateway: Gateway, who: str, calls: list[tuple[str, str]], **headers: str) -> list[int]:
+    host = gateway.url.removeprefix("http://")
+    arguments = [host, who, json.dumps(calls), json.dumps(headers)]
+    done = subprocess.run([sys.executable, "-c", AS_NOBODY, *arguments], stdout=subprocess.PIPE)
+    statuses: list[int] = json.loads(done.stdout)
+    return statuses
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can act as another user")
+def test_another_user_of_this_machine_has_the_api_and_not_the_administration(
+    running: Gateway,
+) -> None:
+    open_to_all = [("GET", "/v1/models"), ("GET", "/_gateway/health")]
+    own = [
+        ("GET", "/metrics"),
+        ("GET", "/"),
+        ("GET", ADMIN + "/session"),
+        ("GET", ADMIN + "/state"),
+    ]
+    changes = [("POST", ADMIN + "/accounts/export"), ("POST", ADMIN + "/models/refresh")]
+
+    seen = as_user(running, "nobody", open_to_all + own + changes, **running.proof())
+
+    assert seen == [200] * len(open_to_all) + [403] * len(own + changes)
+    assert as_user(running, "root", open_to_all + own) == [200] * len(open_to_all + own)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can act as another user")
+def test_another_user_is_not_exempt_from_keys(new_gateway: NewGateway) -> None:
+    gateway = new_gateway()
+    assert gateway.azt("keys", "add", "phone").returncode == 0
+    assert gateway.azt("settings", "set", "apiKeys.loopbackExempt", "true").returncode == 0
+
+    calls = [("GET", "/v1/models")]
+
+    assert as_user(gateway, "root", calls) == [200]
+    assert as_user(gateway, "nobody", calls) == [401]
+
+
+# -- The network ----------------------------------------------------------------------------------
+
+
+def own_ipv4() -> str:
+    found = [own.ip for _, own in azt.own_interfaces() if own.version == 4]
+    return next((str(ip) for ip in found if not ip.is_loopback), "")
+
+
+def test_the_interfaces_of_this_machine_are_found() -> None:
+    found = {str(own.ip): (name, own.network) for name, own in azt.own_interfaces()}
+
+    assert found["127.0.0.1"][0].startswith("lo")
+    assert found["127.0.0.1"][1].prefixlen == 8
+
+
+@pytest.mark.skipif(not own_ipv4(), reason="this machine has no address but loopback")
+def test_on_one_address_the_commands_and_the_console_of_this_machine_work_too(
+    new_gateway: NewGateway,
+) -> None:
+    address = own_ipv4()
+    gateway = new_gateway(arguments=("--host", address, "--port", "0"))
+    port = gateway.url.rpartition(":")[2]
+
+    assert gateway.url == f"http://127.0.0.1:{port}"
+    state = Client(gateway.url).get(ADMIN + "/state").json["gateway"]
+    assert state["listen"] == [f"{address}:{port}", f"127.0.0.1:{port}"]
+    assert gateway.azt("status").returncode == 0
+    assert Client(f"http://{address}:{port}").get("/_gateway/health").status == 200
+    share = Client(gateway.url).get(ADMIN + "/share").json
+    (shown,) = share["addresses"]
+    assert (shown["host"], shown["baseUrl"]) == (address, f"http://{address}:{port}/v1")
+
+
+def test_addresses_for_other_devices_are_shown(new_gateway: NewGateway) -> None:
+    gateway = new_gateway(arguments=("--host", "0.0.0.0", "--port", "0"))
+    port = gateway.url.rpartition(":")[2]
+
+    share = Client(gateway.url).get(ADMIN + "/share").json
+
+    assert {name: share[name] for name in ("lanApi", "lanConsole", "tls")} == {
+        "lanApi": True,
+        "lanConsole": False,
+        "tls": False,
+    }
+    assert share["listen"][0] == f"0.0.0.0:{port}"
+    hosts = {one["host"] for one in share["addresses"]}
+    assert hosts == {own_ipv4()} - {""} or own_ipv4() in hosts
+    for one in share["addresses"]:
+        assert one["consoleUrl"] == f"http://{one['host']}:{port}/"
+        assert one["codexBaseUrl"] == f"http://{one['host']}:{port}/codex/v1"
+
+
+def test_on_this_machine_only_there_is_nothing_to_share(running: Gateway) -> None:
+    assert Client(running.url).get(ADMIN + "/share").json["addresses"] == []
+
+
+@pytest.mark.skipif(not own_ipv4(), reason="this machine has no address but loopback")
+def test_other_devices_see_how_to_turn_the_console_on_and_then_the_console(
+    new_gateway: NewGateway,
+) -> None:
+    gateway = new_gateway(arguments=("--host", "0.0.0.0", "--port", "0"))
+    device = Client(f"http://{own_ipv4()}:{gateway.url.rpartition(':')[2]}")
+    script = re.findall(r'src="([^"]+)"', Client(gateway.url).get("/").body.decode())[0]
+
+    told, asset = device.get("/"), device.get("/" + script.lstrip("/"))
+    if told.status == 200:  # 403 where the address is a public one
+        assert b"server.lanConsole" in told.body
+        assert "default-src 'none'" in told.headers["content-security-policy"]
+    refused(asset, 403, "lan_console_off")
+    change(gateway, lanConsole=True)
+
+    if told.status == 200:
+        assert device.get("/").body == Client(gateway.url).get("/").body != told.body
+        assert device.get("/" + script.lstrip("/")).status == 200
+
+
+def test_a_network_of_ones_own_is_near_and_a_providers_is_not() -> None:
+    gateway = azt.Gateway(azt.read_environment({"HOME": "/nonexistent"}), {})
+    wide, narrow, six = (
+        azt.ipaddress.ip_interface(text)
+        for text in ("8.0.0.1/8", "198.51.100.7/24", "2001:db8::1/64")
+    )
+    gateway.interfaces = [("a", wide), ("b", narrow), ("c", six)]
+
+    own = azt.policy_source(gateway)().own_networks
+
+    assert own == (narrow.network, six.network)
+    assert azt.peer_place("198.51.100.99", own) == "lan"
+    assert azt.peer_place("8.8.8.8", own) == "public"
