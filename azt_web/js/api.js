@@ -17,8 +17,8 @@ export class ApiError extends Error {
 }
 
 function address(path, query) {
-  const given = Object.entries(query || {}).filter(([, value]) => value !== null && value !== undefined && value !== '');
-  return BASE + path + (given.length ? `?${new URLSearchParams(given)}` : '');
+  const given = new URLSearchParams(Object.entries(query || {}).filter(([, value]) => (value ?? '') !== ''));
+  return `${BASE}${path}${given.size ? '?' : ''}${given}`;
 }
 
 async function refusal(answer) {
@@ -52,11 +52,12 @@ async function call(method, path, { body, query, signal, headers = {}, patient, 
   }
 }
 
-const parsed = async (answer) => (answer.status === 204 || answer.status === 202 && !answer.body ? null : answer.json());
+const parsed = async (answer) => (answer.status === 204 ? null : answer.json());
 
 export const get = async (path, query, how = {}) => parsed(await call('GET', path, { query, ...how }));
 export const send = async (method, path, body = {}, how = {}) => parsed(await call(method, path, { body, ...how }));
-export const upload = async (path, form, query) => parsed(await call('POST', path, { body: form, query, patient: true }));
+export const upload = async (path, form, query) => (
+  parsed(await call('POST', path, { body: form, query, patient: true })));
 
 /** The answer becomes a file in the downloads; nothing of it is shown. */
 export async function download(path, body, method = 'POST') {

@@ -1,6 +1,6 @@
 // Columns to SVG, drawn at the real width. Each chart has a summary, and its table.
 import { announce, fill, h, svg, text } from './dom.js';
-import { at, clock, day, duration, exact, num } from './format.js';
+import { at, day, duration, exact, minute, num } from './format.js';
 import { t } from './i18n.js';
 
 const AXIS = { left: 44, bottom: 20, top: 8 };
@@ -23,11 +23,11 @@ function roundStep(most) {
 }
 
 /** How a bucket is called: its time, or its day. */
-const bucketName = (ms, bucketMs) => (bucketMs >= 86400000 ? day(ms) : bucketMs >= 3600000 ? at(ms) : clock(ms).slice(0, 5));
+const bucketName = (ms, length) => (length >= 86400000 ? day : length >= 3600000 ? at : minute)(ms);
 
 /**
- * Stacked bars. `points`: [{t, v: [one for each key]}], gaps where a bucket is missing; `keys`: [{key, label, colour?}].
- * The element has `.update(data)`. Arrow keys and the pointer move one readout above the bars.
+ * Stacked bars of `points`: [{t, v: [one for each key]}], with gaps where a bucket is missing;
+ * `keys`: [{key, label, colour?}]. `.update(data)` draws others. Arrow keys and the pointer move one readout.
  */
 export function stacked(first) {
   let data = first, chosen = -1, width = 0;
@@ -76,7 +76,7 @@ export function stacked(first) {
         return part;
       });
       return svg('g', { class: index === chosen ? 'on' : '' }, parts,
-        svg('rect', { class: 'hit', x: x(point.t), width: slot, y: 0, height: HEIGHT - AXIS.bottom, 'data-at': index }));
+        svg('rect', { class: 'hit', x: x(point.t), width: slot, height: HEIGHT - AXIS.bottom, 'data-at': index }));
     });
     return fill(area, svg('svg', { width, height: HEIGHT, viewBox: `0 0 ${width} ${HEIGHT}`, 'aria-hidden': 'true' },
       grid, names, bars));
@@ -112,7 +112,8 @@ export function stacked(first) {
   return el;
 }
 
-export const shareBar = (part) => h('span', { class: 'share', 'aria-hidden': 'true', vars: { '--v': `${part * 100}%` } }, h('i'));
+export const shareBar = (part) => (
+  h('span', { class: 'share', 'aria-hidden': 'true', vars: { '--v': `${part * 100}%` } }, h('i')));
 
 /** Steps one after the other: [{label, ms}]. */
 export function waterfall(steps) {
@@ -121,7 +122,8 @@ export function waterfall(steps) {
   return h('dl', { class: 'waterfall' }, steps.map(({ label, ms }) => {
     const vars = { '--from': `${(before / whole) * 100}%`, '--v': `${(ms / whole) * 100}%` };
     before += ms;
-    return h('div', null, h('dt', null, label), h('dd', null, h('span', { class: 'lane', vars }, h('i')), duration(ms)));
+    const lane = h('span', { class: 'lane', vars }, h('i'));
+    return h('div', null, h('dt', null, label), h('dd', null, lane, duration(ms)));
   }));
 }
 

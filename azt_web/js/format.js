@@ -46,7 +46,7 @@ export function duration(ms) {
   if (!whole(ms)) return '–';
   const n = Math.max(0, ms), two = (value) => String(value).padStart(2, '0');
   if (n < 1000) return t('time.ms', { n: Math.round(n) });
-  if (n < MINUTE) return t('time.s', { n: n < 9950 ? number(n / 1000, { maximumFractionDigits: 1 }) : Math.round(n / 1000) });
+  if (n < MINUTE) return t('time.s', { n: number(n / 1000, { maximumFractionDigits: n < 9950 ? 1 : 0 }) });
   if (n < HOUR) return t('time.ms2', { m: Math.floor(n / MINUTE), s: two(Math.floor((n % MINUTE) / 1000)) });
   if (n < DAY) return t('time.hm', { h: Math.floor(n / HOUR), m: two(Math.floor((n % HOUR) / MINUTE)) });
   return t('time.dh', { d: Math.floor(n / DAY), h: Math.floor((n % DAY) / HOUR) });
@@ -62,12 +62,13 @@ export function wait(ms) {
 const date = (ms, options) => format(Intl.DateTimeFormat, { timeZone: zone(), hourCycle: 'h23', ...options }, ms);
 const HM = { hour: '2-digit', minute: '2-digit' };
 export const clock = (ms) => date(ms, { ...HM, second: '2-digit' });
+export const minute = (ms) => date(ms, HM);
 export const day = (ms) => date(ms, { day: 'numeric', month: 'short' });
 export const when = (ms) => date(ms, { ...HM, day: 'numeric', month: 'short', year: 'numeric' });
 /** As short as it is clear: the time today, the weekday within six days, else the date. */
 export function at(ms) {
-  const away = Math.abs(ms - now()), sameDay = date(ms, { dateStyle: 'short' }) === date(now(), { dateStyle: 'short' });
-  return date(ms, sameDay ? HM : away < 6 * DAY ? { weekday: 'short', ...HM } : { day: 'numeric', month: 'short', ...HM });
+  const isToday = day(ms) === day(now()), isNear = Math.abs(ms - now()) < 6 * DAY;
+  return date(ms, { ...HM, ...(isToday ? {} : isNear ? { weekday: 'short' } : { day: 'numeric', month: 'short' }) });
 }
 export const ago = (ms) => (now() - ms < 5000 ? t('time.now') : t('time.ago', { d: wait(now() - ms) }));
 export const until = (ms) => (ms <= now() ? t('time.now') : t('time.in', { d: wait(ms - now()) }));

@@ -5,7 +5,8 @@ import { get, load, reducers, set } from './store.js';
 
 const PAUSES_S = [1, 2, 4, 8, 15];
 const HIDDEN_MS = 30000;
-let lastId = 0, pid = 0, version = '', leaving = '', failures = 0, ending = null, timer = 0, hidden = 0, onversion = () => {};
+let lastId = 0, pid = 0, version = '', leaving = '', onversion = () => {};
+let failures = 0, ending = null, timer = 0, hidden = 0;
 
 /** Everything at once, and where the events go on from. */
 export async function refetch() {

@@ -2,7 +2,7 @@
 import * as api from './api.js';
 import { fill, h, icon, text } from './dom.js';
 import { ticking } from './format.js';
-import { lang, onLang, setLang, t } from './i18n.js';
+import { known, lang, onLang, pref, setLang, t } from './i18n.js';
 import { follow, refetch, retryNow } from './live.js';
 import { openBox, showShortcuts } from './palette.js';
 import { page as accounts } from './pages/accounts.js';
@@ -15,42 +15,48 @@ import { page as settings } from './pages/settings.js';
 import { askProof, page as signin } from './pages/signin.js';
 import { page as usage } from './pages/usage.js';
 import * as router from './router.js';
-import { accountOf, get, load, nameOf, on, set, statusCounts } from './store.js';
+import { accountOf, get, nameOf, on, set, statusCounts } from './store.js';
 import { button, copyButton, dialog, empty, fail, iconButton, isDark, jobLine, setTheme, theme, toast } from './ui.js';
 
-/** Route, title, icon, key after `g`; the first four stay in the bar of a phone. A page joins here. */
+/** Route, icon, key after `g`, page; the first four stay in the bar of a phone. */
 const NAV = [
-  ['overview', 'nav.overview', 'overview', 'o'], ['accounts', 'nav.accounts', 'accounts', 'a'],
-  ['playground', 'nav.play', 'play', 'p'], ['log', 'nav.log', 'log', 'l'], ['usage', 'nav.usage', 'usage', 'u'],
-  ['connect', 'nav.connect', 'connect', 'c'], ['settings', 'nav.settings', 'settings', 's'],
+  ['overview', 'overview', 'o', overview], ['accounts', 'accounts', 'a', accounts],
+  ['playground', 'play', 'p', playground], ['log', 'log', 'l', log], ['usage', 'usage', 'u', usage],
+  ['connect', 'connect', 'c', connect], ['settings', 'settings', 's', settings],
 ];
 const unknown = {
   title: 'page.unknown',
   mount: (root) => {
-    fill(root, empty('search', t('page.unknownText'), button(t('nav.overview'), { kind: 'primary', href: '#/overview' })));
+    const home = button(t('nav.overview'), { kind: 'primary', href: '#/overview' });
+    fill(root, empty('search', t('page.unknownText'), home));
     return { primary: null };
   },
 };
-const PAGES = { overview, accounts, playground, log, usage, connect, settings, signin, pair: signin, open: signin, unknown };
+const PAGES = { signin, pair: signin, open: signin, unknown };
+for (const [name, , , page] of NAV) PAGES[name] = page;
 const NEEDS_ACTION = ['login_rejected', 'auth_error', 'expired'];
 
 const $ = (id) => document.getElementById(id);
-let view = null, title = '', seenFailures = 0;
+const openSearch = () => openBox(NAV);
+let view = null, title = '', unseen = 0, dotted = false;
 
 // -- the frame
 
 function frame() {
+  const entry = ([name, shape, , page]) => h('li', { class: `n-${name}` },
+    h('a', { href: `#/${name}`, 'data-page': name }, icon(shape), h('span', null, t(page.title)),
+      h('b', { class: 'count', hidden: true })));
+  const more = h('button', { type: 'button', on: { click: openMore } }, icon('more'), h('span', null, t('nav.more')));
+  const search = h('button', { type: 'button', class: 'find', title: t('shell.search'), on: { click: openSearch } },
+    icon('search'), h('span', null, t('shell.search')), h('kbd', { 'aria-hidden': 'true' }, 'Ctrl K'));
   text($('skip'), t('shell.skip'));
   $('rail').setAttribute('aria-label', t('shell.nav'));
   $('toasts').setAttribute('aria-label', t('box.messages'));
-  fill($('nav'), NAV.map(([name, words, shape]) => h('li', { class: `n-${name}` }, h('a', { href: `#/${name}`, 'data-page': name },
-    icon(shape), h('span', null, t(words)), h('b', { class: 'count', hidden: true })))),
-  h('li', { class: 'n-more' }, h('button', { type: 'button', on: { click: openMore } }, icon('more'), h('span', null, t('nav.more')))));
-  fill($('foot'), h('p', { class: 'live', id: 'live' }, h('i'), h('span')), h('p', { class: 'note', id: 'version' }), languages());
-  fill($('tools'), h('button', { type: 'button', class: 'find', id: 'find', title: t('shell.search'),
-    on: { click: () => openBox(NAV) } }, icon('search'), h('span', null, t('shell.search')), h('kbd', { 'aria-hidden': 'true' }, 'Ctrl K')),
-  h('span', { class: 'base', id: 'base' }), iconButton(isDark() ? 'sun' : 'moon', t('shell.theme'), flipTheme, { id: 'theme' }),
-  h('span', { class: 'primary-slot', id: 'primary' }));
+  fill($('nav'), NAV.map(entry), h('li', { class: 'n-more' }, more));
+  const dark = iconButton(isDark() ? 'sun' : 'moon', t('shell.theme'), flipTheme, { id: 'theme' });
+  fill($('foot'), h('p', { class: 'live', id: 'live' }, h('i'), h('span')), h('p', { class: 'note', id: 'version' }),
+    languages());
+  fill($('tools'), search, h('span', { id: 'base' }), dark, h('span', { class: 'primary-slot', id: 'primary' }));
   base();
   connection();
   counts();
@@ -66,61 +72,56 @@ function flipTheme() {
 }
 
 function openMore() {
-  const links = NAV.slice(4).map(([name, words, shape]) => button(t(words), { icon: shape, href: `#/${name}`, on: () => made.close() }));
-  const made = dialog({ title: t('nav.more'), sheet: true, body: h('div', { class: 'more' }, links,
+  const shut = (then) => () => { made.close(); then?.(); };
+  const link = ([name, shape, , page]) => button(t(page.title), { icon: shape, href: `#/${name}`, on: shut() });
+  const made = dialog({ title: t('nav.more'), sheet: true, body: h('div', { class: 'more' }, NAV.slice(4).map(link),
     button(t('shell.theme'), { icon: 'moon', on: flipTheme }),
-    button(t('shell.search'), { icon: 'search', on: () => { made.close(); openBox(NAV); } }), languages()) });
+    button(t('shell.search'), { icon: 'search', on: shut(openSearch) }), languages()) });
 }
 
 function base() {
-  const url = get('gateway').baseUrl || '';
-  const short = url.replace('http://', ''), words = t('shell.copyBase', { url: short });
-  fill($('base'), url && copyButton(() => get('gateway').baseUrl, '', { kind: 'chip-copy', 'aria-label': words, title: words }));
-  $('base').firstChild?.prepend(h('small', null, t('shell.base')), ' ', h('code', null, short));
-  text($('version'), [get('gateway').listen?.[0], get('gateway').version && `v${get('gateway').version}`].filter(Boolean).join(' · '));
+  const { baseUrl = '', listen = [], version } = get('gateway'), short = baseUrl.replace('http://', '');
+  const words = t('shell.copyBase', { url: short });
+  const chip = copyButton(() => get('gateway').baseUrl, '', { kind: 'chip-copy', 'aria-label': words, title: words });
+  chip.prepend(h('small', null, t('shell.base')), ' ', h('code', null, short));
+  fill($('base'), baseUrl && chip);
+  text($('version'), [listen[0], version && `v${version}`].filter(Boolean).join(' · '));
 }
 
 function connection() {
-  const { state, retryAt } = get('connection');
-  const words = { live: t('shell.live'), connecting: t('shell.connecting'), restarting: t('shell.restarting') };
+  const { state, retryAt } = get('connection'), isGone = state === 'offline' || state === 'restarting';
   $('live').dataset.state = state;
-  text($('live').lastChild, words[state] || t('shell.offlineShort'));
-  document.body.classList.toggle('offline', ['offline', 'restarting'].includes(state));
-  let bar = $('offline');
-  if (state === 'live' || state === 'connecting') return bar?.remove();
-  if (!bar) $('bars').prepend(bar = h('div', { class: 'notice warn', id: 'offline', role: 'status' }));
-  const said = h('p');
-  ticking(said, Date.now(), () => (state === 'restarting' ? t('shell.restarting')
-    : t('shell.offline', { s: Math.max(1, Math.ceil((retryAt - Date.now()) / 1000)) })));
-  return fill(bar, icon('warn'), said, button(t('shell.retry'), { kind: 'ghost', on: () => { retryNow(); } }));
+  text($('live').lastChild, t(`live.${state}`));
+  document.body.classList.toggle('offline', isGone);
+  const bar = $('offline') || h('div', { class: 'notice warn', id: 'offline', role: 'status' }), left = h('p');
+  if (!isGone) return bar.remove();
+  const seconds = () => Math.max(1, Math.ceil((retryAt - Date.now()) / 1000));
+  ticking(left, Date.now(), () => t(state === 'restarting' ? 'live.restarting' : 'shell.offline', { s: seconds() }));
+  fill(bar, icon('warn'), left, button(t('shell.retry'), { kind: 'ghost', on: () => { retryNow(); } }));
+  return bar.isConnected || $('bars').prepend(bar);
 }
 
 function counts() {
   const states = statusCounts(), action = NEEDS_ACTION.reduce((sum, one) => sum + (states[one] || 0), 0);
-  const badge = (name, n) => {
-    const el = document.querySelector(`[data-page=${name}] .count`);
-    if (!el) return;
-    el.hidden = !n;
-    text(el, n || '');
-    el.setAttribute('aria-label', n ? t(`badge.${name}`, { n }) : '');
-  };
-  badge('accounts', action);
-  badge('log', seenFailures);
+  for (const [name, n] of [['accounts', action], ['log', unseen]]) {
+    const badge = document.querySelector(`[data-page=${name}] .count`);
+    badge.hidden = !n;
+    text(badge, n || '');
+    badge.title = n ? t(`badge.${name}`, { n }) : '';
+  }
   const urgent = action > 0 || get('notices').some((one) => one.level !== 'info');
   document.title = `${urgent ? '(!) ' : ''}${title} · azt`;
-  mark(urgent);
+  if (urgent !== dotted) dot(urgent).catch(() => {}); // the icon is a comfort
+  dotted = urgent;
 }
 
-let marked = false;
 /** The icon of the tab gets a dot while something needs the person. */
-async function mark(urgent) {
-  if (urgent === marked) return;
-  marked = urgent;
+async function dot(urgent) {
   const link = document.querySelector('link[rel=icon]');
   if (!urgent) return link.setAttribute('href', 'favicon.svg');
   const drawn = await (await fetch('favicon.svg')).text();
-  const dotted = drawn.replace('</svg>', '<circle cx="19" cy="5" r="5" fill="#d13a30"/></svg>');
-  return link.setAttribute('href', URL.createObjectURL(new Blob([dotted], { type: 'image/svg+xml' })));
+  const marked = drawn.replace('</svg>', '<circle cx="19" cy="5" r="5" fill="#d13a30"/></svg>');
+  return link.setAttribute('href', URL.createObjectURL(new Blob([marked], { type: 'image/svg+xml' })));
 }
 
 // -- pages
@@ -131,14 +132,12 @@ function onpage(page, made) {
   text($('title'), title);
   const add = button(t('acc.add'), { icon: 'plus', kind: 'primary', href: '#/accounts/add' });
   fill($('primary'), made.primary === undefined ? add : made.primary);
-  counts();
 }
 
 function onroute(route, moved) {
-  if (route.page === 'log') seenFailures = 0;
+  if (route.page === 'log') unseen = 0;
   for (const link of document.querySelectorAll('[data-page]')) {
-    if (link.dataset.page === route.page) link.setAttribute('aria-current', 'page');
-    else link.removeAttribute('aria-current');
+    link.ariaCurrent = link.dataset.page === route.page ? 'page' : null;
   }
   counts();
   if (moved && !document.querySelector('dialog[open]')) $('title').focus({ preventScroll: true });
@@ -146,30 +145,36 @@ function onroute(route, moved) {
 
 // -- keys
 
-const isTyping = (el) => el.isContentEditable || (/^(INPUT|SELECT|TEXTAREA)$/.test(el.tagName) && !/checkbox|radio/.test(el.type));
-let after = '';
+const isTyping = (el) => el.matches('select, textarea, input:not([type=checkbox], [type=radio])');
+let before = '';
 
+/** Single letters, while nothing is being typed, no dialog is open and the settings have not ended them. */
 function onkey(event) {
-  const { key } = event, chord = event.ctrlKey || event.metaKey;
-  if (chord && key.toLowerCase() === 'k') { event.preventDefault(); openBox(NAV); return; }
-  const off = chord || event.altKey || isTyping(event.target) || document.querySelector('dialog[open],:popover-open');
-  if (off || event.defaultPrevented) return;
-  const was = after, rows = view?.rows;
-  after = key === 'g' ? 'g' : '';
+  const { key, target } = event, chord = event.ctrlKey || event.metaKey, was = before, rows = view?.rows;
+  if (chord && key.toLowerCase() === 'k') {
+    event.preventDefault();
+    openSearch();
+  }
+  const busy = isTyping(target) || event.defaultPrevented || document.querySelector('dialog[open], :popover-open');
+  if (chord || event.altKey || busy || pref('keys') === 'off') return;
+  before = key;
   const list = rows?.list() || [], here = list.findIndex((row) => row.contains(document.activeElement));
+  const page = was === 'g' && NAV.find((one) => one[2] === key);
   const step = { j: 1, k: -1, ArrowDown: 1, ArrowUp: -1 }[key];
-  const actions = {
-    '/': () => view?.search?.focus(), n: () => router.go('#/accounts/add'), r: () => view?.refresh?.(), '?': showShortcuts,
-    x: () => here >= 0 && rows.select?.(list[here]), '.': () => here >= 0 && rows.menu?.(list[here]),
-  };
-  const target = was === 'g' && NAV.find((one) => one[3] === key);
-  if (target) router.go(`#/${target[0]}`);
-  else if (step && list.length && (here >= 0 || key.length === 1)) {
+  const walk = () => {
     const row = list[Math.max(0, Math.min(list.length - 1, here < 0 ? 0 : here + step))];
-    (row.matches('a,button,[tabindex]') ? row : row.querySelector('a,button'))?.focus();
-  } else if (actions[key]) actions[key]();
-  else return;
+    (row.matches('a, button, [tabindex]') ? row : row.querySelector('a, button')).focus();
+  };
+  const action = {
+    '/': view?.search && (() => view.search.focus()), n: () => router.go('#/accounts/add'), r: view?.refresh,
+    '?': showShortcuts, x: here >= 0 && rows.select && (() => rows.select(list[here])),
+    '.': here >= 0 && rows.menu && (() => rows.menu(list[here])),
+  }[key];
+  const walks = step && list.length && (here >= 0 || key.length === 1);
+  const does = page ? () => router.go(`#/${page[0]}`) : walks ? walk : action;
+  if (!does) return;
   event.preventDefault();
+  does();
 }
 
 // -- what happens elsewhere
@@ -177,65 +182,60 @@ function onkey(event) {
 function onrouting(routing, changes) {
   const { cause } = changes.findLast((one) => one.cause) || {};
   if (!cause) return;
-  const a = nameOf(accountOf(cause.from)), b = nameOf(accountOf(cause.to || routing.activeId));
-  toast(t('toast.autoSwitched', { a, b, why: t(`reason.${cause.code}`) }), { kind: 'info', action: accountOf(cause.from) && {
-    label: t('toast.switchBack'), run: () => api.send('POST', `/accounts/${cause.from}/activate`) } });
+  const from = accountOf(cause.from), why = t(known(`reason.${cause.code}`) ? `reason.${cause.code}` : 'reason.other');
+  const back = { label: t('toast.switchBack'), run: () => api.send('POST', `/accounts/${cause.from}/activate`) };
+  const words = { a: nameOf(from), b: nameOf(accountOf(cause.to || routing.activeId)), why };
+  toast(t('toast.autoSwitched', words), { kind: 'info', action: from && back });
 }
 
 const followed = new Set();
 
 /** One line for each job that runs, and a word when one that was seen running is done. */
 function onjobs(jobs, changes) {
-  const running = jobs.filter((one) => ['queued', 'running'].includes(one.state));
   for (const job of changes.flat()) {
-    if (job.state === 'done' && followed.delete(job.id)) toast(t('job.done', { name: t(`job.${job.kind}`),
-      n: job.done - job.failed, m: job.total }), { kind: job.failed ? 'info' : 'ok' });
+    const words = { name: t(`job.${job.kind}`), n: job.done - job.failed, m: job.total };
+    const isDone = job.state === 'done' && followed.delete(job.id);
+    if (isDone) toast(t('job.done', words), { kind: job.failed ? 'info' : 'ok' });
   }
-  for (const job of running) followed.add(job.id);
-  const known = new Map([...$('bars').querySelectorAll('.jobline')].map((el) => [el.dataset.job, el]));
-  for (const job of running) {
-    if (known.has(job.id)) known.get(job.id).patch(job);
-    else {
-      const line = jobLine(job);
-      line.dataset.job = job.id;
-      $('bars').append(line);
-    }
-    known.delete(job.id);
+  const lines = new Map([...$('bars').querySelectorAll('.jobline')].map((el) => [el.dataset.job, el]));
+  for (const job of jobs.filter((one) => ['queued', 'running'].includes(one.state))) {
+    followed.add(job.id);
+    const line = lines.get(job.id) || jobLine(job);
+    line.dataset.job = job.id;
+    line.patch(job);
+    if (!lines.delete(job.id)) $('bars').append(line);
   }
-  for (const el of known.values()) el.remove();
+  for (const el of lines.values()) el.remove();
+}
+
+function onrequest(last, changes) {
+  if (router.current().page !== 'log') unseen += changes.filter((one) => one?.row.result === 'failed').length;
+  counts();
 }
 
 async function boot() {
   setTheme(theme());
   frame();
   api.hooks.proof = askProof;
-  api.hooks.signIn = () => { if (router.current().page !== 'signin') router.go(router.hash('signin', [], { to: location.hash })); };
-  on('gateway', base);
-  on('connection', connection);
-  on('routing', onrouting);
-  on('jobs', onjobs);
-  on('request', (now, changes) => {
-    const failed = changes.filter((one) => one?.type === 'finished' && one.row.result === 'failed');
-    if (failed.length && router.current().page !== 'log') { seenFailures += failed.length; counts(); }
-  });
-  for (const slice of ['accounts', 'notices']) on(slice, counts);
+  api.hooks.signIn = () => {
+    if (router.current().page !== 'signin') router.go(router.hash('signin', [], { to: location.hash }));
+  };
+  const heard = { gateway: base, connection, routing: onrouting, jobs: onjobs, request: onrequest };
+  for (const [slice, fn] of Object.entries({ ...heard, accounts: counts, notices: counts })) on(slice, fn);
   onLang(() => { frame(); router.remount(); });
   addEventListener('keydown', onkey);
+  installAdd();
   $('skip').addEventListener('click', (event) => { event.preventDefault(); $('main').focus(); });
-  try {
-    set('session', await api.get('/session'));
-  } catch (error) {
-    set('session', { signedIn: error.status !== 401 && error.status !== 403, scope: 'local', can: { write: true } });
-  }
-  if (get('session').signedIn) await refetch().catch((error) => { if (error.status !== 401) fail(error); });
+  const session = await api.get('/session').catch((error) => ({ signedIn: error.status === 404, scope: 'local' }));
+  set('session', session);
+  if (session.signedIn) await refetch().catch((error) => error.status === 401 || fail(error));
   $('shell').hidden = false;
   router.start(PAGES, { outlet: $('main'), onpage, onroute });
-  installAdd();
-  if (!get('session').signedIn && !['pair', 'open'].includes(router.current().page)) return api.hooks.signIn();
-  follow(() => toast(t('shell.newVersion'), { kind: 'info', action: { label: t('shell.reload'), run: () => location.reload() } }));
-  return load({});
+  const reload = { label: t('shell.reload'), run: () => location.reload() };
+  if (session.signedIn) follow(() => toast(t('shell.newVersion'), { kind: 'info', action: reload }));
+  else if (!['pair', 'open', 'signin'].includes(router.current().page)) api.hooks.signIn();
 }
 
-const modern = 'showPopover' in HTMLElement.prototype && CSS.supports('color', 'light-dark(red, red)');
-if (modern) boot();
+const isNew = 'showPopover' in HTMLElement.prototype && CSS.supports('color', 'light-dark(red, red)');
+if (isNew) boot();
 else document.body.prepend(h('p', { class: 'plain' }, t('shell.oldBrowser')));

@@ -29,17 +29,19 @@ export function showShortcuts() {
 }
 
 function showMessages() {
-  dialog({ title: t('box.messages'), body: messages.length ? h('ul', { class: 'messages' }, [...messages].reverse().map(
-    (one) => h('li', { class: one.kind }, h('time', null, clock(one.at)), one.text))) : h('p', null, t('box.noMessages')) });
+  const said = messages.toReversed().map((one) => (
+    h('li', { class: one.kind }, h('time', null, clock(one.at)), one.text)));
+  dialog({ title: t('box.messages'), body: h('ul', { class: 'messages' }, said.length ? said : t('box.noMessages')) });
 }
 
 const page = (name, words, parts) => ({ icon: name, words, hint: t('box.page'), run: () => go(hash(...parts)) });
 
 function entries(pages) {
   return [
-    ...pages.map(([name, words, shape]) => page(shape, t(words), [name])),
+    ...pages.map(([name, shape, , { title }]) => page(shape, t(title), [name])),
     { icon: 'plus', words: t('acc.add'), run: () => go('#/accounts/add') },
-    { icon: 'copy', words: t('box.copyBase'), run: () => copy(get('gateway').baseUrl).then((ok) => ok && toast(t('act.copied'))) },
+    { icon: 'copy', words: t('box.copyBase'),
+      run: async () => { if (await copy(get('gateway').baseUrl)) toast(t('act.copied')); } },
     { icon: 'refresh', words: t('acc.refreshAll'), run: () => send('POST', '/accounts/refresh-quotas') },
     ...get('accounts').flatMap((one) => [
       { icon: 'switch', words: t('box.serve', { name: nameOf(one) }), hint: one.email, run: () => activate(one) },
@@ -70,10 +72,12 @@ export function openBox(pages) {
   };
   const search = () => {
     const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
-    found = all.filter((one) => words.every((word) => `${one.words} ${one.hint || ''}`.toLowerCase().includes(word))).slice(0, 40);
-    fill(list, found.length ? found.map((one, i) => h('li', { id: `found-${i}`, role: 'option', on: { click: () => run(one) } },
-      icon(one.icon), h('span', null, one.words), one.hint && h('small', null, one.hint)))
-      : h('li', { class: 'note', role: 'option', 'aria-disabled': 'true' }, t('box.nothing')));
+    const fits = (one) => words.every((word) => `${one.words} ${one.hint || ''}`.toLowerCase().includes(word));
+    found = all.filter(fits).slice(0, 40);
+    const option = (one, i) => h('li', { id: `found-${i}`, role: 'option', on: { click: () => run(one) } },
+      icon(one.icon), h('span', null, one.words), one.hint && h('small', null, one.hint));
+    fill(list, found.length ? found.map(option)
+      : h('li', { class: 'note', role: 'option', 'aria-disabled': 'true' }, t('ui.nothing')));
     at = 0;
     mark(0);
   };

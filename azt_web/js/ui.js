@@ -14,15 +14,13 @@ export function button(label, { icon: shape, kind = 'default', on, ...props } = 
     const done = on?.(event);
     if (done instanceof Promise) busy(el, done).catch(fail);
   };
-  const tagName = props.href ? 'a' : 'button';
-  const el = h(tagName, { type: props.href ? null : 'button', class: `btn ${kind}`, ...props, on: { click } },
-    shape && icon(shape), label && h('span', { class: 'label' }, label));
+  const el = h(props.href ? 'a' : 'button', { ...(!props.href && { type: 'button' }), class: `btn ${kind}`, ...props,
+    on: { click } }, shape && icon(shape), label && h('span', { class: 'label' }, label));
   return el;
 }
 
-export function iconButton(shape, label, on, props = {}) {
-  return button('', { icon: shape, kind: 'ghost square', on, 'aria-label': label, title: label, ...props });
-}
+export const iconButton = (shape, label, on, props = {}) => button('', {
+  icon: shape, kind: 'ghost square', on, 'aria-label': label, title: label, ...props });
 
 export async function busy(el, promise) {
   el.setAttribute('aria-disabled', 'true');
@@ -52,8 +50,8 @@ export function toast(said, { kind = 'ok', action } = {}) {
     iconButton('close', t('act.close'), close));
   let timer = 0;
   const leave = () => { if (kind !== 'error') timer = setTimeout(close, action ? 10000 : 6000); };
-  for (const [type, run] of Object.entries({ pointerenter: () => clearTimeout(timer), pointerleave: leave,
-    focusin: () => clearTimeout(timer), focusout: leave })) el.addEventListener(type, run);
+  for (const type of ['pointerenter', 'focusin']) el.addEventListener(type, () => clearTimeout(timer));
+  for (const type of ['pointerleave', 'focusout']) el.addEventListener(type, leave);
   while (place.children.length >= SHOWN) place.firstChild.remove();
   // Behind a modal dialog nothing can be reached, or read aloud.
   ([...document.querySelectorAll('dialog[open]')].at(-1) || document.body).append(place);
@@ -64,22 +62,17 @@ export function toast(said, { kind = 'ok', action } = {}) {
 }
 
 /** What went wrong, in words: those of the code, else the gateway's own. */
-export function wording(error) {
-  const key = `err.${error.code}`;
-  return known(key) ? t(key, error.params) : error.message;
-}
+export const wording = ({ code, params, message }) => (known(`err.${code}`) ? t(`err.${code}`, params) : message);
 
 export function fail(error) {
-  if (error.name === 'AbortError') return;
-  toast(wording(error), { kind: 'error' });
+  if (error.name !== 'AbortError') toast(wording(error), { kind: 'error' });
 }
 
 // -- dialogs
 
 export function dialog({ title, body, footer = [], wide, sheet, onclose }) {
   const id = nextId('dialog');
-  const content = h('div', { class: 'body' }, body);
-  const shut = () => el.close();
+  const content = h('div', { class: 'body' }, body), shut = () => el.close();
   const el = h('dialog', { class: `dialog ${wide ? 'wide' : ''} ${sheet ? 'sheet' : ''}`, 'aria-labelledby': id },
     h('header', null, h('h2', { id }, title), iconButton('close', t('act.close'), shut)),
     content, footer.length > 0 && h('footer', null, footer));
@@ -106,8 +99,8 @@ export function confirm({ title, body, action, danger, typed, wide }) {
     const cancel = button(t('act.cancel'), { on: () => made.close() });
     const ok = button(action, { kind: danger ? 'danger solid' : 'primary', on: agree });
     const made = dialog({
-      title, wide, body: [typeof body === 'string' ? h('p', null, body) : body, typed && field(t('ui.type', { typed }), input)],
-      footer: [cancel, ok], onclose: () => resolve(false),
+      title, wide, footer: [cancel, ok], onclose: () => resolve(false),
+      body: [typeof body === 'string' ? h('p', null, body) : body, typed && field(t('ui.type', { typed }), input)],
     });
     (danger ? cancel : ok).focus();
   });
@@ -181,19 +174,17 @@ export function chips(label, options, value, onchange) {
 export function select(label, options, value, onchange) {
   const input = h('select', { 'aria-label': label, title: label, on: { change: () => onchange?.(input.value) } },
     options.map(([one, words]) => h('option', { value: one, selected: String(one) === String(value) }, words)));
-  const el = h('span', { class: 'select' }, input, icon('down'));
-  el.input = input;
-  return el;
+  return Object.assign(h('span', { class: 'select' }, input, icon('down')), { input });
 }
 
 /** Label above, help and error below; `el.error(text)` says what is wrong, or nothing. */
 export function field(label, input, { help, error } = {}) {
-  const control = input.input || (input.matches('input,select,textarea') ? input : input.querySelector('input,select,textarea'));
+  const kinds = 'input,select,textarea', control = input.matches(kinds) ? input : input.querySelector(kinds);
   if (control) control.id ||= nextId('in');
   const wrong = h('p', { class: 'wrong', id: nextId('wrong'), hidden: true });
   const note = help && h('p', { class: 'help', id: nextId('help') }, help);
-  const el = h('div', { class: 'field' }, h(control ? 'label' : 'span', { for: control?.id, class: 'name' }, label),
-    input, note, wrong);
+  const name = h(control ? 'label' : 'span', { for: control?.id, class: 'name' }, label);
+  const el = h('div', { class: 'field' }, name, input, note, wrong);
   el.error = (words) => {
     fill(wrong, words && icon('warn'), words);
     wrong.hidden = !words;
@@ -215,13 +206,11 @@ export function toggle(label, checked, onchange, help) {
     const done = onchange(wanted);
     if (done instanceof Promise) busy(el, done).catch((error) => { show(!wanted); fail(error); });
   };
-  const el = h('button', { type: 'button', role: 'switch', class: 'switch', 'aria-labelledby': id, on: { click: flip } });
+  const on = { click: flip };
+  const el = h('button', { type: 'button', role: 'switch', class: 'switch', 'aria-labelledby': id, on });
   show(checked);
-  const row = h('div', { class: 'toggle' }, el, h('div', null,
-    h('span', { id, class: 'name', on: { click: flip } }, label), help && h('p', { class: 'help' }, help)));
-  row.set = show;
-  row.control = el;
-  return row;
+  const words = h('div', null, h('span', { id, class: 'name', on }, label), help && h('p', { class: 'help' }, help));
+  return Object.assign(h('div', { class: 'toggle' }, el, words), { set: show, control: el });
 }
 
 // -- copying
@@ -258,7 +247,8 @@ export function copyButton(from, label = t('act.copy'), props = {}) {
   return el;
 }
 
-const MARKS = /("(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')|\b(import|from|const|for|await|async|of|in|print|new|export|set|curl|if|model_provider)\b/g;
+const WORDS = 'async|await|const|curl|export|for|from|if|import|in|model_provider|new|of|print|set';
+const MARKS = new RegExp(String.raw`("(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')|\b(?:${WORDS})\b`, 'g');
 
 /** Strings and keywords are marked; `label` names the block and is its header. */
 export function codeBlock(source, { label = '', copyable = true } = {}) {
@@ -292,7 +282,8 @@ export function card({ title, note, actions, ...props }, ...children) {
 const STATES = {
   ready: ['ok', 'check', 'st.ready'], low: ['warn', 'warn', 'st.low'], empty: ['warn', 'warn', 'st.empty'],
   unknown: ['idle', 'clock', 'st.unknown'], login_rejected: ['bad', 'cross', 'st.login'],
-  auth_error: ['bad', 'cross', 'st.autherr'], expired: ['bad', 'cross', 'st.expired'], excluded: ['idle', 'pause', 'st.excluded'],
+  auth_error: ['bad', 'cross', 'st.autherr'], expired: ['bad', 'cross', 'st.expired'],
+  excluded: ['idle', 'pause', 'st.excluded'],
 };
 
 export function statusText(account) {
@@ -306,14 +297,15 @@ export function pill(account) {
   return h('span', { class: `pill ${colour}`, title: back ? exact(back) : null }, icon(shape), statusText(account));
 }
 
-export const tag = (plan) => (plan ? h('span', { class: 'tag' }, known(`plan.${plan}`) ? t(`plan.${plan}`) : plan) : null);
+export const tag = (plan) => plan && h('span', { class: 'tag' }, known(`plan.${plan}`) ? t(`plan.${plan}`) : plan);
 
 export function windowName({ key, minutes }) {
   if (known(`quota.${key}`)) return t(`quota.${key}`);
   if (!minutes) return t('quota.any');
   if (minutes === 300) return t('quota.5h');
   if (minutes === 10080) return t('quota.week');
-  return minutes >= 1440 ? plural('quota.days', Math.round(minutes / 1440)) : plural('quota.hours', Math.round(minutes / 60));
+  const [unit, length] = minutes >= 1440 ? ['quota.days', 1440] : ['quota.hours', 60];
+  return plural(unit, Math.round(minutes / length));
 }
 
 /** [colour, icon, words] of how a window is doing. */
@@ -329,7 +321,7 @@ function verdict(quota, trusted) {
 /** What is left of one window, and (the tick) how much of its time is still to go. `at`: when it was read. */
 export function meter(quota, options = {}) {
   const name = h('span', { class: 'name' }), left = h('b'), pace = h('span', { class: 'pace' }), reset = h('span');
-  const track = h('div', { class: 'track', role: 'meter', 'aria-valuemin': '0', 'aria-valuemax': '100' }, h('i'), h('s'));
+  const track = h('div', { class: 'track', role: 'meter', 'aria-valuemin': 0, 'aria-valuemax': 100 }, h('i'), h('s'));
   const el = h('div', null, h('div', { class: 'over' }, name, left), track, h('div', { class: 'under' }, pace, reset));
   el.patch = (now, { big, trusted = true, at: read } = {}) => {
     const value = now?.remainingPercent, has = typeof value === 'number';
@@ -373,7 +365,7 @@ export function progress(done, total, label) {
 
 /** A job as one line: how far it is, what is left, Cancel. `el.patch(job)`. */
 export function jobLine(job) {
-  const words = h('span', { class: 'name' }), rest = h('span', { class: 'note' }), bar = progress(job.done, job.total, '');
+  const words = h('span', { class: 'name' }), rest = h('span', { class: 'note' }), bar = progress(job.done, job.total);
   const cancel = button(t('act.cancel'), { kind: 'ghost', on: () => send('DELETE', `/jobs/${job.id}`) });
   const el = h('div', { class: 'jobline' }, icon('refresh'), words, bar, rest, cancel);
   el.patch = (now) => {
@@ -390,7 +382,8 @@ export function jobLine(job) {
 }
 
 export function empty(shape, words, ...actions) {
-  return h('div', { class: 'empty' }, icon(shape), h('p', null, words), actions.length > 0 && h('div', { class: 'row' }, actions));
+  const row = actions.length > 0 && h('div', { class: 'row' }, actions);
+  return h('div', { class: 'empty' }, icon(shape), h('p', null, words), row);
 }
 
 export function errorPanel(error, retry) {
@@ -400,8 +393,8 @@ export function errorPanel(error, retry) {
 }
 
 /** Grey blocks where rows will be; the style sheet shows them only after 150 ms. */
-export const skeleton = (rows = 3) => h('div', { class: 'skeleton', 'aria-busy': 'true', 'aria-label': t('ui.loading') },
-  Array.from({ length: rows }, () => h('i')));
+export const skeleton = (rows = 3) => h('div', { class: 'skeleton', role: 'status', 'aria-busy': 'true',
+  'aria-label': t('ui.loading') }, Array.from({ length: rows }, () => h('i')));
 
 export const details = (summary, ...children) => h('details', null, h('summary', null, icon('right'), summary),
   h('div', { class: 'inner' }, children));

@@ -8,8 +8,8 @@ import { activate } from '../palette.js';
 import { go, hash } from '../router.js';
 import { CLIENTS, clientSeen, snippets } from '../snippets.js';
 import { accountOf, get, nameOf, on, reducers } from '../store.js';
-import { button, card, codeBlock, copyButton, details, empty, errorPanel, fail, iconButton, menu, meter, pill, segmented,
-  tag, wording } from '../ui.js';
+import { button, card, codeBlock, copyButton, details, empty, errorPanel, fail, iconButton, menu, meter, pill,
+  segmented, tag, wording } from '../ui.js';
 
 const HOUR = 3600000;
 const RANGES = { '1h': [HOUR, 'minute'], '24h': [24 * HOUR, 'hour'], '7d': [168 * HOUR, 'hour'] };
@@ -17,7 +17,8 @@ const BROKEN = ['login_rejected', 'auth_error', 'expired'];
 const FEW_CLIENTS = ['python', 'js', 'curl', 'codex'];
 
 const windows = (account) => account.quota?.windows || [];
-const soonest = (account) => account.statusParams?.until || Math.min(...windows(account).map((one) => one.resetsAt || Infinity), Infinity);
+const soonest = (account) => account.statusParams?.until
+  || Math.min(...windows(account).map((one) => one.resetsAt || Infinity));
 const least = (account) => {
   const left = windows(account).map((one) => one.remainingPercent);
   return left.length ? t('quota.left', { p: Math.min(...left) }) : t('quota.none');
@@ -31,8 +32,9 @@ const note = (...words) => h('p', { class: 'note' }, words);
 
 function hero() {
   const el = h('section', { class: 'card hero', 'aria-label': t('hero.now') });
-  const line = h('ol', { class: 'queue' }), auto = h('span', { class: 'note' }), skipped = h('div', { class: 'skipped' });
-  const next = h('div', { class: 'part next' }, h('div', { class: 'over' }, h('h2', null, t('hero.next')), auto), line, skipped);
+  const line = h('ol', { class: 'queue' }), skipped = h('div', { class: 'skipped' });
+  const auto = h('span', { class: 'note' });
+  const over = h('div', { class: 'over' }, h('h2', null, t('hero.next')), auto);
   const choose = (event) => menu(event.currentTarget, get('accounts').map((one) => ({
     icon: one.active ? 'check' : 'accounts', label: `${nameOf(one)} · ${least(one)}`, run: () => activate(one),
   })));
@@ -40,15 +42,17 @@ function hero() {
   let shape = '', patch = () => {};
 
   function build(account) {
-    const state = h('span'), fresh = iconButton('refresh', '', async () => reducers.account(await api.send('POST', `/accounts/${account.id}/refresh-quota`)));
-    const meters = (windows(account).length ? windows(account).slice(0, 2) : [null]).map((one) => meter(one, { big: true }));
-    const extra = [...windows(account).slice(2), ...(account.quota?.extra || [])];
-    fill(el, h('div', { class: 'part who' }, h('h2', { class: 'live' }, h('i'), t('hero.now'), h('span', { class: 'role' }, 'API')), h('p', { class: 'name' }, nameLink(account)),
-      h('p', { class: 'row' }, tag(account.plan), state), h('p', { class: 'row' }, change(), fresh)),
-    meters.map((one, i) => h('div', { class: 'part' }, one, extra.length > 0 && i === meters.length - 1
-      && details(plural('quota.more', extra.length), extra.map((more) => meter(more))))), next);
-    return ({ quota, status }, same) => {
-      const trusted = quota?.trusted !== false && !BROKEN.includes(status);
+    const read = async () => reducers.account(await api.send('POST', `/accounts/${account.id}/refresh-quota`));
+    const state = h('span'), fresh = iconButton('refresh', '', read), all = windows(account);
+    const meters = (all.length ? all.slice(0, 2) : [null]).map((one) => meter(one, { big: true }));
+    const extra = [...all.slice(2), ...(account.quota?.extra || [])];
+    const rest = extra.length > 0 && details(plural('quota.more', extra.length), extra.map((one) => meter(one)));
+    fill(el, h('div', null, h('h2', { class: 'live' }, h('i'), t('hero.now'), h('span', { class: 'role' }, 'API')),
+      h('p', { class: 'name' }, nameLink(account)), h('p', { class: 'row' }, tag(account.plan), state),
+      h('p', { class: 'row' }, change(), fresh)),
+    meters.map((one, i) => h('div', null, one, i === meters.length - 1 && rest)), h('div', null, over, line, skipped));
+    return (same) => {
+      const { quota, status } = same, trusted = quota?.trusted !== false && !BROKEN.includes(status);
       fill(state, pill(same));
       meters.forEach((one, i) => one.patch(quota?.windows?.[i], { big: true, trusted, at: quota?.capturedAt }));
       const words = quota?.capturedAt ? t('hero.read', { ago: ago(quota.capturedAt) }) : t('hero.readNever');
@@ -58,19 +62,23 @@ function hero() {
 
   function update() {
     const { queue = [], skipped: passed = [], autoSwitch, activeId } = get('routing');
-    const account = accountOf(activeId), seen = account && [account.id, windows(account).length, nameOf(account), account.plan].join();
+    const account = accountOf(activeId);
+    const seen = account && [account.id, windows(account).length, nameOf(account), account.plan].join();
     if (!account) {
-      fill(el, h('div', { class: 'part who' }, h('h2', null, t('hero.none')), note(t('hero.noneText')), get('accounts').length > 0 && change()));
+      const others = get('accounts').length > 0 && change();
+      fill(el, h('div', null, h('h2', null, t('hero.none')), note(t('hero.noneText')), others));
     } else if (seen !== shape) patch = build(account);
     shape = seen;
-    if (account) patch(account, account);
+    if (account) patch(account);
     text(auto, autoSwitch ? t('hero.autoOn') : t('hero.autoOff'));
     const others = queue.filter(({ id }) => id !== activeId && accountOf(id)).slice(0, 3);
-    fill(line, others.map(({ id, reason }) => h('li', { title: why(reason) }, nameLink(accountOf(id)), tag(accountOf(id).plan),
-      h('b', null, least(accountOf(id))))), !others.length && h('li', { class: 'note' }, t('hero.queueNone')));
-    fill(skipped, passed.length > 0 && details(plural('hero.skipped', passed.length), h('ul', null, passed.slice(0, 8).map(
-      ({ id, reason, until }) => h('li', null, t(until ? 'hero.skippedUntil' : 'hero.skippedOne',
-        { name: nameOf(accountOf(id)), why: why(reason), t: until && at(until) }))))));
+    const place = (one, title) => h('li', { title }, nameLink(one), tag(one.plan), h('b', null, least(one)));
+    const places = others.map(({ id, reason }) => place(accountOf(id), why(reason)));
+    fill(line, places.length ? places : h('li', { class: 'note' }, t('hero.queueNone')));
+    const sentence = ({ id, reason, until }) => t(until ? 'hero.skippedUntil' : 'hero.skippedOne',
+      { name: nameOf(accountOf(id)), why: why(reason), t: until && at(until) });
+    fill(skipped, passed.length > 0 && details(plural('hero.skipped', passed.length),
+      h('ul', null, passed.slice(0, 8).map((one) => h('li', null, sentence(one))))));
   }
   return { el, update };
 }
@@ -80,16 +88,20 @@ function hero() {
 /** One sentence and one action each, the most urgent first; what accounts say of themselves counts too. */
 function notices() {
   const el = h('div', { class: 'notices' }), order = ['error', 'warn', 'info'];
-  const item = ({ level, code, params = {}, message, action }) => h('div', { class: `notice ${level === 'error' ? 'bad' : level}` },
-    icon(level === 'info' ? 'info' : 'warn'), h('p', null, known(`notice.${code}`) ? t(`notice.${code}`, { ...params,
-      name: nameOf(accountOf(params.id)) || '?', t: params.until ? at(params.until) : '' }) : message || code),
-    action?.kind === 'login' && button(t('login.again'), { href: hash('accounts', ['add', 'browser'], { account: action.accountId }) }));
+  const words = (code, params, message) => (known(`notice.${code}`) ? t(`notice.${code}`, { ...params,
+    name: nameOf(accountOf(params.id)) || '?', t: params.until ? at(params.until) : '' }) : message || code);
+  const again = (account) => button(t('login.again'), { href: hash('accounts', ['add', 'browser'], { account }) });
+  const item = ({ level, code, params = {}, message, action }) => h('div',
+    { class: `notice ${level === 'error' ? 'bad' : level}` }, icon(level === 'info' ? 'info' : 'warn'),
+    h('p', null, words(code, params, message)), action?.kind === 'login' && again(action.accountId));
   const update = () => {
     const told = new Set(get('notices').map((one) => one.params?.id));
-    const own = get('accounts').filter((one) => BROKEN.includes(one.status) && !told.has(one.id)).map(({ id, status }) => (
+    const broken = get('accounts').filter((one) => BROKEN.includes(one.status) && !told.has(one.id));
+    const own = broken.map(({ id, status }) => (
       { level: 'warn', code: status, params: { id }, action: { kind: 'login', accountId: id } }));
     const all = [...get('notices'), ...own].sort((a, b) => order.indexOf(a.level) - order.indexOf(b.level));
-    fill(el, all.slice(0, 2).map(item), all.length > 2 && h('a', { href: '#/accounts' }, plural('ov.more', all.length - 2)));
+    const more = all.length > 2 && h('a', { href: '#/accounts?status=action' }, plural('ov.more', all.length - 2));
+    fill(el, all.slice(0, 2).map(item), more);
   };
   return { el, update };
 }
@@ -101,20 +113,24 @@ function figures() {
     const value = h('b'), words = h('span', { class: 'note' }), spark = h('span');
     const put = (big, small, title = '') => { text(value, big); value.title = title; text(words, small); };
     const draw = (list) => fill(spark, list.some(Boolean) && sparkline(list, t('fig.perHour', { name: t(key) })));
-    return { el: h('div', { class: 'card figure' }, h('span', { class: 'name' }, t(key)), value, words, spark), put, draw };
+    const el = h('div', { class: 'card figure' }, h('span', { class: 'name' }, t(key)), value, words, spark);
+    return { el, put, draw };
   });
   const [requests, tokens, first, failures] = tiles;
   const update = () => {
-    const { requestCount: calls = 0, successCount: ok = 0, failureCount: failed = 0, totalTokens: used = 0, inputTokens: sent = 0,
-      cachedInputTokens: cached = 0, unknownTokenCount: unknown, firstTokenMedianMs: median, p95DurationMs: p95 } = get('today');
+    const { requestCount: calls = 0, successCount: ok = 0, failureCount: failed = 0, totalTokens: used = 0,
+      inputTokens: sent = 0, cachedInputTokens: cached = 0, unknownTokenCount: unknown, firstTokenMedianMs: median,
+      p95DurationMs: p95 } = get('today');
     requests.put(compact(calls), t('fig.okFailed', { ok: num(ok), failed: num(failed) }), num(calls));
     tokens.put(compact(used), unknown ? plural('fig.unknown', unknown)
       : sent ? t('fig.cached', { p: percent(cached / sent * 100) }) : t('fig.noneYet'), num(used));
     first.put(median ? duration(median) : '–', p95 ? t('fig.p95', { d: duration(p95) }) : t('fig.noneYet'));
-    failures.put(compact(failed), calls ? t('fig.failedPart', { p: percent(failed / calls * 100) }) : t('fig.noneYet'), num(failed));
+    const part = calls ? t('fig.failedPart', { p: percent(failed / calls * 100) }) : t('fig.noneYet');
+    failures.put(compact(failed), part, num(failed));
   };
   const refresh = async () => {
-    const read = (measure, by) => api.get('/usage/series', { from: now() - 24 * HOUR, bucket: 'hour', tz: zone(), measure, by });
+    const since = { from: now() - 24 * HOUR, bucket: 'hour', tz: zone() };
+    const read = (measure, by) => api.get('/usage/series', { ...since, measure, by });
     const [calls, used] = await Promise.all([read('requests', 'result'), read('tokens', 'model')]);
     const failed = calls.keys.findIndex((one) => one.key === 'failed');
     requests.draw(calls.points.map((one) => sum(one.v)));
@@ -125,7 +141,8 @@ function figures() {
 }
 
 function traffic() {
-  const keys = ['ok', 'failed', 'cancelled'].map((key, i) => ({ key, label: t(`res.${key}`), colour: ['ok', 'bad', 'c5'][i] }));
+  const colours = { ok: 'ok', failed: 'bad', cancelled: 'c5' };
+  const keys = Object.entries(colours).map(([key, colour]) => ({ key, label: t(`res.${key}`), colour }));
   const place = h('div');
   let range = RANGES[pref('traffic')] ? pref('traffic') : '1h', data = null, chart = null;
   const draw = () => {
@@ -137,9 +154,10 @@ function traffic() {
   async function refresh() {
     const [length, bucket] = RANGES[range];
     try {
-      const got = await api.get('/usage/series', { from: now() - length, bucket, measure: 'requests', by: 'result', tz: zone() });
-      const columns = keys.map(({ key }) => got.keys.findIndex((one) => one.key === key));
-      data = { points: got.points.map((one) => ({ t: one.t, v: columns.map((i) => one.v[i] || 0) })), bucketMs: got.bucketMs };
+      const asked = { from: now() - length, bucket, measure: 'requests', by: 'result', tz: zone() };
+      const { points, bucketMs, keys: got } = await api.get('/usage/series', asked);
+      const columns = keys.map(({ key }) => got.findIndex((one) => one.key === key));
+      data = { points: points.map((one) => ({ t: one.t, v: columns.map((i) => one.v[i] || 0) })), bucketMs };
       draw();
     } catch (error) {
       if (!data) fill(place, errorPanel(error, refresh));
@@ -149,33 +167,34 @@ function traffic() {
   const minute = (one) => {
     if (!one || range !== '1h' || !data) return;
     const fresh = { t: one.t, v: [one.ok, one.failed, one.cancelled || 0] };
-    const known = data.points.findIndex((point) => point.t === one.t);
-    data.points = known < 0 ? [...data.points.slice(-59), fresh] : data.points.with(known, fresh);
+    const place = data.points.findIndex((point) => point.t === one.t);
+    data.points = place < 0 ? [...data.points.slice(-59), fresh] : data.points.with(place, fresh);
     draw();
   };
-  const choice = segmented(t('traffic.range'), Object.keys(RANGES).map((one) => [one, t(`traffic.${one}`)]), range, (one) => {
-    range = one;
-    setPref('traffic', one);
-    refresh();
-  });
+  const choose = (one) => { setPref('traffic', range = one); refresh(); };
+  const options = Object.keys(RANGES).map((one) => [one, t(`traffic.${one}`)]);
+  const choice = segmented(t('traffic.range'), options, range, choose);
   return { el: card({ title: t('traffic.title'), note: legend(keys), actions: choice }, place), refresh, minute };
 }
 
 // -- lists
 
 function recent() {
-  const list = h('tbody'), none = h('div'), table = h('table', { class: 'rows' }, h('caption', { class: 'vh' }, t('ov.recent')), list);
+  const list = h('tbody'), none = h('div');
+  const table = h('table', { class: 'rows' }, h('caption', { class: 'vh' }, t('ov.recent')), list);
   const patch = (row, one) => {
     const [, status, what, model, took] = row.children;
-    fill(status, h('span', { class: `code ${one.result}` }, one.result === 'running' ? t('res.running') : one.status || t(`res.${one.result}`)));
+    const words = one.result !== 'running' && one.status || t(`res.${one.result}`);
+    fill(status, h('span', { class: `code ${one.result}` }, words));
     text(what, one.endpoint);
     text(model, one.model || '–');
     text(took, one.result === 'running' ? '' : duration(one.durationMs));
   };
   const make = (one) => {
     const to = hash('log', [one.id]), open = (event) => { if (!event.target.closest('a')) go(to); };
-    const row = h('tr', { on: { click: open } }, h('td', null, h('a', { href: to }, h('time', { title: exact(one.at) }, clock(one.at)))),
-      h('td'), h('td', { class: 'name' }), h('td', { class: 'name' }), h('td', { class: 'num' }));
+    const link = h('a', { href: to }, h('time', { title: exact(one.at) }, clock(one.at)));
+    const row = h('tr', { on: { click: open } }, h('td', null, link), h('td'), h('td', { class: 'name' }),
+      h('td', { class: 'name' }), h('td', { class: 'num' }));
     patch(row, one);
     return row;
   };
@@ -185,50 +204,54 @@ function recent() {
     table.hidden = !rows.length;
     fill(none, !rows.length && empty('log', t('ov.noRequests')));
   };
-  return { el: card({ title: t('ov.recent'), class: 'flush', actions: h('a', { href: '#/log' }, t('ov.openLog')) }, table, none), update, list };
+  const all = h('a', { href: '#/log' }, t('ov.openLog'));
+  return { el: card({ title: t('ov.recent'), class: 'flush', actions: all }, table, none), update, list };
 }
 
 function pool() {
   const list = h('ul', { class: 'pool' }), count = h('span', { class: 'note' });
   const item = (one) => {
     const back = soonest(one), time = h('span', { class: 'note', title: back < Infinity ? exact(back) : '' });
-    if (back < Infinity) ticking(time, back, () => t(one.status === 'empty' ? 'ov.backIn' : 'quota.resetsIn', { d: wait(back - now()) }));
+    const words = one.status === 'empty' ? 'ov.backIn' : 'quota.resetsIn';
+    if (back < Infinity) ticking(time, back, () => t(words, { d: wait(back - now()) }));
     return h('li', null, nameLink(one), tag(one.plan), pill(one), h('b', null, least(one)), time);
   };
   const update = () => {
     text(count, t('ov.poolNote', { n: num(get('accounts').length) }));
     fill(list, [...get('accounts')].sort((a, b) => soonest(a) - soonest(b)).slice(0, 5).map(item));
   };
-  return { el: card({ title: t('ov.pool'), class: 'flush', note: count, actions: h('a', { href: '#/accounts' }, t('ov.all')) }, list), update };
+  const all = h('a', { href: '#/accounts' }, t('ov.all'));
+  return { el: card({ title: t('ov.pool'), class: 'flush', note: count, actions: all }, list), update };
 }
 
 // -- connect
 
 /** The snippet of the client used last, or of another. */
 function connect() {
-  const shown = codeBlock('', { label: t('ov.client') }), seen = clientSeen(get('firstRun').clientSeen)?.id;
-  const value = pref('client') || seen, few = FEW_CLIENTS.includes(value) ? FEW_CLIENTS : [value, ...FEW_CLIENTS.slice(0, 3)];
+  const shown = codeBlock('', { label: t('ov.client') }), { baseUrl: base, codexBaseUrl: codexBase } = get('gateway');
+  const last = CLIENTS.find((one) => one.id === pref('client')) || clientSeen(get('firstRun').clientSeen);
+  const few = FEW_CLIENTS.includes(last.id) ? FEW_CLIENTS : [last.id, ...FEW_CLIENTS.slice(0, 3)];
+  const model = get('defaultModel');
   const show = (id) => {
-    setPref('client', id);
-    const { baseUrl: base, codexBaseUrl: codexBase } = get('gateway');
-    const [first] = snippets(id, { base, codexBase, key: 'local', model: get('defaultModel') });
-    shown.set(first?.text || `${t('shell.base')}  ${base}\n${t('ov.key')}  local\n${t('ov.model')}  ${get('defaultModel')}\n`);
+    const [first] = snippets(id, { base, codexBase, key: 'local', model });
+    shown.set(first?.text || `${t('shell.base')}  ${base}\n${t('ov.key')}  local\n${t('ov.model')}  ${model}\n`);
     text(shown.querySelector('figcaption span'), first?.label || t(`client.${id}`));
   };
-  const tabs = segmented(t('ov.client'), few.filter((id) => CLIENTS.some((one) => one.id === id)).map((id) => [id, t(`client.${id}`)]), value, show);
-  show(value);
-  return [tabs, shown];
+  const choose = (id) => { setPref('client', id); show(id); };
+  show(last.id);
+  return [segmented(t('ov.client'), few.map((id) => [id, t(`client.${id}`)]), last.id, choose), shown];
 }
 
 // -- the first three steps
 
-let flow = null, answer = null;
+let flow = null, answer = null, running = false;
 
 function firstRun(over) {
   const places = [1, 2, 3].map(() => h('div', { class: 'doing' }));
-  const rows = ['first.signIn', 'first.try', 'first.connect'].map((key, i) => h('li', null, h('span', { class: 'step' }, i + 1),
-    h('h3', null, t(key)), places[i]));
-  const el = card({ title: t('first.title'), class: 'first', actions: button(t('first.dismiss'), { kind: 'ghost', on: over }) }, h('ol', null, rows));
+  const step = (key, i) => h('li', null, h('span', { class: 'step' }, i + 1), h('h3', null, t(key)), places[i]);
+  const rows = ['first.signIn', 'first.try', 'first.connect'].map(step);
+  const dismiss = button(t('first.dismiss'), { kind: 'ghost', on: over });
+  const el = card({ title: t('first.title'), class: 'first', actions: dismiss }, h('ol', null, rows));
   const usable = () => get('accounts').length > 0;
   const wrong = (error) => h('p', { class: 'wrong' }, icon('warn'), wording(error));
 
@@ -249,55 +272,67 @@ function firstRun(over) {
 
   function signIn() {
     if (usable()) {
-      const done = flow?.account || get('accounts')[0];
+      const done = accountOf(flow?.account?.id) || get('accounts')[0];
       return h('p', { class: 'good' }, icon('check'), t('login.done', { name: nameOf(done) }), tag(done.plan));
     }
     if (!flow) return note(t('ui.loading'));
     if (flow.status !== 'waiting' && flow.status !== 'exchanging') {
-      return [wrong(flow.error || { code: 'flow_expired' }), h('p', null, button(t('first.newLink'), { kind: 'primary', on: begin }))];
+      const retry = button(t('first.newLink'), { kind: 'primary', on: begin });
+      return [wrong(flow.error || { code: 'flow_expired' }), h('p', null, retry)];
     }
-    const left = ticking(h('span', { class: 'note' }), flow.expiresAt, () => t('first.left', { d: wait(flow.expiresAt - now()) }));
-    return [h('p', null, t('first.signInText')), h('p', { class: 'row' }, button(t('login.open'), { icon: 'external', kind: 'primary',
-      href: flow.authorizeUrl, target: '_blank', rel: 'noopener noreferrer', on: opened }), flow.opened ? [h('span', { class: 'spin' }),
-      h('span', { role: 'status' }, t('login.waiting')), left] : copyButton(() => { opened(); return flow.authorizeUrl; }, t('first.copyLink'))),
-    flow.listenError && h('p', { class: 'wrong' }, icon('warn'), t('first.portTaken'), h('a', { href: '#/accounts/add/browser' }, t('first.paste')))];
+    const words = () => t('first.left', { d: wait(flow.expiresAt - now()) });
+    const open = button(t('login.open'), { icon: 'external', kind: 'primary', href: flow.authorizeUrl, target: '_blank',
+      rel: 'noopener noreferrer', on: opened });
+    const waiting = () => [h('span', { class: 'spin' }), h('span', { role: 'status' }, t('login.waiting')),
+      ticking(h('span', { class: 'note' }), flow.expiresAt, words)];
+    const link = () => copyButton(() => { opened(); return flow.authorizeUrl; }, t('first.copyLink'));
+    return [h('p', null, t('first.signInText')), h('p', { class: 'row' }, open, flow.opened ? waiting() : link()),
+      flow.listenError && h('p', { class: 'wrong' }, icon('warn'), t('first.portTaken'),
+        h('a', { href: '#/accounts/add/browser' }, t('first.paste')))];
   }
 
   async function test() {
     const began = performance.now(), shown = h('p', { class: 'answer' });
+    running = true;
     fill(places[1], shown, note(t('first.streaming')));
     try {
       const body = { model: get('defaultModel'), input: 'Say OK', stream: true };
-      await api.stream('/playground', { path: '/v1/responses', accountId: null, body }, { onevent: ({ event, data }) => {
-        if (event === 'response.output_text.delta') shown.append(JSON.parse(data).delta);
-        if (/^(response\.failed|error)$/.test(event)) {
-          const told = JSON.parse(data);
-          throw new api.ApiError(200, told.response?.error || told.error || told);
-        }
-      } });
+      const onevent = ({ event, data }) => {
+        const told = JSON.parse(data);
+        if (event === 'response.output_text.delta') shown.append(told.delta);
+        const isError = event === 'response.failed' || event === 'error';
+        if (isError) throw new api.ApiError(200, told.response?.error || told.error || told);
+      };
+      await api.stream('/playground', { path: '/v1/responses', accountId: null, body }, { onevent });
       answer = { words: shown.textContent, ms: performance.now() - began };
       announce(answer.words);
     } catch (error) {
       answer = { error };
     }
+    running = false;
     update();
   }
 
-  const tryIt = () => (usable() ? [answer?.words && h('p', { class: 'answer' }, answer.words), answer?.error && wrong(answer.error),
-    h('p', { class: 'row' }, button(t('play.test'), { icon: 'play', kind: answer?.words ? 'default' : 'primary', on: test }),
-      answer?.words ? h('span', { class: 'good' }, icon('check'), t('first.done', { d: duration(answer.ms) }))
-        : h('span', { class: 'note' }, t('first.tryText', { model: get('defaultModel') })))] : note(t('first.tryLocked')));
+  function tryIt() {
+    if (!usable()) return note(t('first.tryLocked'));
+    const send = button(t('play.test'), { icon: 'play', kind: answer?.words ? 'default' : 'primary', on: test });
+    const model = get('defaultModel'), done = () => [icon('check'), t('first.done', { d: duration(answer.ms) })];
+    const after = h('span', { class: answer?.words ? 'good' : 'note' }, answer?.words ? done() : t('first.tryText', { model }));
+    return [answer?.words && h('p', { class: 'answer' }, answer.words), answer?.error && wrong(answer.error),
+      h('p', { class: 'row' }, send, after)];
+  }
 
   function update() {
-    fill(places[0], signIn(), !usable() && note(t('first.other'), ' ', h('a', { href: '#/accounts/add/device' }, t('first.device')), ' · ',
-      h('a', { href: '#/accounts/add/import' }, t('first.import'))));
-    if (!places[1].querySelector('[aria-disabled], .answer:only-of-type')) fill(places[1], tryIt());
+    const others = [h('a', { href: '#/accounts/add/device' }, t('first.device')), ' · ',
+      h('a', { href: '#/accounts/add/import' }, t('first.import'))];
+    fill(places[0], signIn(), !usable() && note(t('first.other'), ' ', others));
+    if (!running) fill(places[1], tryIt());
     [usable(), Boolean(answer?.words), false].forEach((done, i) => rows[i].classList.toggle('done', done));
     rows[1].classList.toggle('locked', !usable());
   }
 
   fill(places[2], connect(), h('a', { href: '#/connect' }, t('ov.moreClients')));
-  if (!usable() && (!flow || flow.status !== 'waiting')) begin().catch((error) => fill(places[0], errorPanel(error, begin)));
+  if (!usable() && flow?.status !== 'waiting') begin().catch((error) => fill(places[0], errorPanel(error, begin)));
   return { el, update, onlogin };
 }
 
@@ -318,7 +353,8 @@ export const page = {
       // Until there is an account, the three steps are all there is to do.
       if (!parts && (!steps || get('accounts').length)) {
         parts = { figures: figures(), traffic: traffic(), recent: recent(), pool: pool() };
-        const clients = !steps && card({ title: t('ov.connect'), actions: h('a', { href: '#/connect' }, t('ov.moreClients')) }, connect());
+        const more = h('a', { href: '#/connect' }, t('ov.moreClients'));
+        const clients = !steps && card({ title: t('ov.connect'), actions: more }, connect());
         fill(rest, parts.figures.el, h('div', { class: 'cols' }, parts.traffic.el, clients),
           h('div', { class: 'cols' }, parts.recent.el, parts.pool.el));
         parts.figures.update();
@@ -330,12 +366,12 @@ export const page = {
     fill(root, h('div', { class: 'stack' }, top.el, bad.el, first, rest));
     // They stay until dismissed, or until a client of the person's own has called.
     if (pref('first') !== 'done' && !get('firstRun').clientSeen) fill(first, (steps = firstRun(over)).el);
-    const offs = [...['accounts', 'routing', 'notices'].map((slice) => on(slice, all)), on('login', (told) => steps?.onlogin(told)),
-      on('recent', () => parts?.recent.update()), on('today', () => parts?.figures.update()),
-      on('usage', (told) => parts?.traffic.minute(told?.minute))];
+    const offs = [...['accounts', 'routing', 'notices'].map((slice) => on(slice, all)),
+      on('login', (told) => steps?.onlogin(told)), on('recent', () => parts?.recent.update()),
+      on('today', () => parts?.figures.update()), on('usage', (told) => parts?.traffic.minute(told?.minute))];
     all();
     const add = button(t('acc.add'), { icon: 'plus', kind: steps ? 'default' : 'primary', href: '#/accounts/add' });
-    const rows = { list: () => [...(parts?.recent.list.children || [])], open: (row) => row.querySelector('a').click() };
+    const rows = { list: () => [...(parts?.recent.list.children || [])] };
     return { primary: add, refresh, rows, unmount: () => offs.forEach((off) => off()) };
   },
 };

@@ -2,7 +2,7 @@
 import { send, get as fetchJson } from '../api.js';
 import { fill, h, icon } from '../dom.js';
 import { t } from '../i18n.js';
-import { follow, refetch } from '../live.js';
+import { refetch } from '../live.js';
 import { replace } from '../router.js';
 import { get, set } from '../store.js';
 import { button, dialog, field, wording } from '../ui.js';
@@ -16,7 +16,7 @@ async function enter(what) {
 
 /** The field for the admin token and its button; `done()` after it was right. */
 function tokenForm(done) {
-  const input = h('input', { type: 'password', autocomplete: 'current-password', name: 'token', required: true, spellcheck: 'false' });
+  const input = h('input', { type: 'password', autocomplete: 'current-password', name: 'token', required: true });
   const show = button(t('signin.show'), { kind: 'ghost', 'aria-pressed': 'false', on: () => {
     input.type = input.type === 'password' ? 'text' : 'password';
     show.setAttribute('aria-pressed', String(input.type === 'text'));
@@ -42,8 +42,9 @@ export function askProof() {
   return new Promise((resolve) => {
     let proven = false;
     const form = tokenForm(() => { proven = true; made.close(); });
-    const made = dialog({ title: t('proof.title'), body: [h('p', null, t('proof.text')), h('p', null, t('proof.open'), ' ',
-      h('code', null, 'azt open')), form], onclose: () => resolve(proven) });
+    const how = h('p', null, t('proof.open'), ' ', h('code', null, 'azt open'));
+    const made = dialog({ title: t('proof.title'), body: [h('p', null, t('proof.text')), how, form],
+      onclose: () => resolve(proven) });
     form.querySelector('input').focus();
   });
 }
@@ -53,17 +54,22 @@ export const page = {
   mount(root, { route }) {
     const code = ['pair', 'open'].includes(route.page) ? route.parts[0] : '';
     if (code) history.replaceState(null, '', '#/signin'); // single use, and not for the history
-    const inside = () => { replace(/^#\/(?!signin|pair|open)/.test(route.query.to || '') ? route.query.to : '#/overview'); location.reload(); };
-    const box = h('section', { class: 'card signin' });
-    const ask = (words) => fill(box, h('div', { class: 'content' }, h('h2', null, t('signin.heading')), h('p', null, t('signin.text')),
-      words && h('p', { class: 'wrong', role: 'alert' }, icon('warn'), words), tokenForm(inside), h('p', { class: 'note' }, t('signin.pair'))));
-    const closed = () => fill(box, h('div', { class: 'content' }, h('h2', null, t('lan.closed')), h('p', null, t('lan.closedText'))));
-    fill(root, box);
+    const inside = () => {
+      const { to } = route.query;
+      replace(/^#\/(?!signin|pair|open)/.test(to || '') ? to : '#/overview');
+      location.reload();
+    };
+    const { lan, scope } = get('session'), box = h('div', { class: 'content' });
+    const ask = (words) => fill(box, h('h2', null, t('signin.heading')), h('p', null, t('signin.text')),
+      words && h('p', { class: 'wrong', role: 'alert' }, icon('warn'), words), tokenForm(inside),
+      h('p', { class: 'note' }, t('signin.pair')));
+    fill(root, h('section', { class: 'card signin' }, box));
     if (code) {
-      fill(box, h('div', { class: 'content' }, h('p', { role: 'status' }, t('signin.checking'))));
+      fill(box, h('p', { role: 'status' }, t('signin.checking')));
       enter({ code }).then(inside, (error) => ask(wording(error)));
-    } else if (get('session')?.lan?.consoleOn === false && get('session').scope === 'lan') closed();
-    else ask('');
+    } else if (scope === 'lan' && lan?.consoleOn === false) {
+      fill(box, h('h2', null, t('lan.closed')), h('p', null, t('lan.closedText')));
+    } else ask('');
     return { primary: null };
   },
 };
