@@ -62,6 +62,7 @@ function again() {
   else timer = setTimeout(run, pause);
 }
 
+/** Open the stream: at the start, as another person, or because someone does not want to wait. */
 export function retryNow() {
   clearTimeout(timer);
   ending?.abort();
@@ -74,7 +75,7 @@ function stop() {
   ending = null;
 }
 
-/** Once: follow the events from now on; `told(version)` when another version answers. */
+/** Once: how events are followed from now on; `told(version)` when another version answers. */
 export function follow(told) {
   onversion = told;
   document.addEventListener('visibilitychange', () => {
@@ -82,5 +83,4 @@ export function follow(told) {
     if (document.hidden) hidden = setTimeout(stop, HIDDEN_MS);
     else if (!ending) run();
   });
-  run();
 }

@@ -226,13 +226,15 @@ async function boot() {
   addEventListener('keydown', onkey);
   installAdd();
   $('skip').addEventListener('click', (event) => { event.preventDefault(); $('main').focus(); });
-  const session = await api.get('/session').catch((error) => ({ signedIn: error.status === 404, scope: 'local' }));
+  // Without an answer the bar will say that the gateway is gone.
+  const session = await api.get('/session').catch(() => ({ signedIn: true, scope: 'local' }));
   set('session', session);
   if (session.signedIn) await refetch().catch((error) => error.status === 401 || fail(error));
   $('shell').hidden = false;
   router.start(PAGES, { outlet: $('main'), onpage, onroute });
   const reload = { label: t('shell.reload'), run: () => location.reload() };
-  if (session.signedIn) follow(() => toast(t('shell.newVersion'), { kind: 'info', action: reload }));
+  follow(() => toast(t('shell.newVersion'), { kind: 'info', action: reload }));
+  if (session.signedIn) retryNow();
   else if (!['pair', 'open', 'signin'].includes(router.current().page)) api.hooks.signIn();
 }
 

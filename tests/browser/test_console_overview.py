@@ -165,7 +165,7 @@ def test_without_a_clipboard_the_text_is_copied_all_the_same(console: Any) -> No
     )
     console.click(page.locator("#base button"))
 
-    page.wait_for_function("window.copied")
+    expect(page.locator("#said")).to_have_text("Copied")
     assert page.evaluate("window.copied") == f"{console.url}/v1"
 
 

@@ -2,8 +2,8 @@
 import { send, get as fetchJson } from '../api.js';
 import { fill, h, icon } from '../dom.js';
 import { t } from '../i18n.js';
-import { refetch } from '../live.js';
-import { replace } from '../router.js';
+import { refetch, retryNow } from '../live.js';
+import { remount, replace } from '../router.js';
 import { get, set } from '../store.js';
 import { button, dialog, field, wording } from '../ui.js';
 
@@ -12,6 +12,7 @@ async function enter(what) {
   await send('POST', '/session', what);
   set('session', await fetchJson('/session'));
   await refetch();
+  retryNow();
 }
 
 /** The field for the admin token and its button; `done()` after it was right. */
@@ -57,7 +58,7 @@ export const page = {
     const inside = () => {
       const { to } = route.query;
       replace(/^#\/(?!signin|pair|open)/.test(to || '') ? to : '#/overview');
-      location.reload();
+      remount();
     };
     const { lan, scope } = get('session'), box = h('div', { class: 'content' });
     const ask = (words) => fill(box, h('h2', null, t('signin.heading')), h('p', null, t('signin.text')),
