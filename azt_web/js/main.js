@@ -230,12 +230,15 @@ async function boot() {
   const session = await api.get('/session').catch(() => ({ signedIn: true, scope: 'local' }));
   set('session', session);
   if (session.signedIn) await refetch().catch((error) => error.status === 401 || fail(error));
+  const { page } = router.parse(location.hash);
+  if (!session.signedIn && !['pair', 'open', 'signin'].includes(page)) {
+    history.replaceState(null, '', router.hash('signin', [], { to: location.hash }));
+  }
   $('shell').hidden = false;
   router.start(PAGES, { outlet: $('main'), onpage, onroute });
   const reload = { label: t('shell.reload'), run: () => location.reload() };
   follow(() => toast(t('shell.newVersion'), { kind: 'info', action: reload }));
   if (session.signedIn) retryNow();
-  else if (!['pair', 'open', 'signin'].includes(router.current().page)) api.hooks.signIn();
 }
 
 const isNew = 'showPopover' in HTMLElement.prototype && CSS.supports('color', 'light-dark(red, red)');

@@ -83,9 +83,11 @@ def gateway_console(
 
     yield start
     for console in made:
-        console.gateway.stop()
+        try:
+            console.close()
+        finally:
+            console.gateway.stop()
         assert "Traceback" not in console.gateway.log(), console.gateway.log()
-        console.close()
 
 
 @pytest.fixture(scope="module")
