@@ -875,6 +875,7 @@ export const STRINGS = {
 
   // -- errors
   'err.offline': ['The gateway could not be reached.', '无法连接网关。'],
+  'err.bad_json': ['This is not valid JSON.', '不是有效的 JSON。'],
   'err.no_answer': ['The gateway did not answer in time.', '网关未及时响应。'],
   'err.stream_cut': ['The connection to the gateway broke off.', '与网关的连接中断。'],
   'err.bad_token': ['That is not the admin token.', '管理令牌不正确。'],
