@@ -252,9 +252,10 @@ class UpstreamError(AztError):
     "network"    no connection, or a broken one
     "request"    the request itself was refused: no other account helps
 
-    `quota` is what its headers tell of the account's quota (room 8).
+    `quota` is what its headers tell of the account's quota (room 8); `host` could not be reached.
     """
 
+    host: str = field(default="", kw_only=True)
     fault: Fault = field(default="request", kw_only=True)
     quota: Json = field(default_factory=dict, kw_only=True)
 
@@ -1922,16 +1923,16 @@ def _outbound_error(host: str, error: Exception) -> UpstreamError:
         why = getattr(error, "verify_message", "") or error.reason or "handshake failed"
         text = f"No trusted TLS connection to {host}: {why}. "
         text += "If a company proxy opens TLS, name its root certificate in AZT_CA_FILE."
-        return UpstreamError(502, "upstream_tls", text, fault="network")
+        return UpstreamError(502, "upstream_tls", text, fault="network", host=host)
     if isinstance(error, TimeoutError):
         text = f"{host} did not answer in time. Try again."
-        return UpstreamError(504, "upstream_timeout", text, fault="network")
+        return UpstreamError(504, "upstream_timeout", text, fault="network", host=host)
     if not isinstance(error, OSError):
         text = f"{host} answered with something that is no valid HTTP: {error}."
         return UpstreamError(502, "upstream_error", text)
     text = f"azt could not reach {host}: {mask(str(error)) or 'the connection was closed'}. "
     text += "Check the network, or set a proxy with `azt settings set networkProxy.url`."
-    return UpstreamError(502, "upstream_unreachable", text, fault="network")
+    return UpstreamError(502, "upstream_unreachable", text, fault="network", host=host)
 
 
 _STAGES = ("dns", "connect", "tls", "http")
@@ -5572,6 +5573,14 @@ class _EventStream:
         self._paste: Callable[[bytes], bytes | None] | None = None
         self._model: tuple[bytes, _Part, bytes] | None = None  # for `_arm`
 
+    @property
+    def outline(self) -> Json:
+        """For the request log: how it ended and which tools it calls, no word of it."""
+        calls = [item.name for item in self._items if item.group == "call"]
+        reason = _as_object(self._upstream.get("incomplete_details")).get("reason")
+        finish = reason or ("tool_calls" if calls else "stop" if self.done else None)
+        return {"finish": finish, "toolCalls": calls[:20]}
+
     def feed(self, data: bytes) -> bytes:
         if self._model is not None:
             self._arm(*self._model)
@@ -6803,6 +6812,7 @@ class Turn:
     account: Account | None = None
     attempts: int = 0
     tries: list[Json] = field(default_factory=list)  # for the request log: of each attempt
+    left: str = ""  # the id of the conversation's own account, where another one is tried
 
 
 @dataclass(frozen=True, slots=True)
@@ -7180,6 +7190,7 @@ class Rotation:
             account = self._store.find(home) if turn.pinned else self.choose(home, tried)
             turn.body = body
             if home and account.id != home:
+                turn.left = home
                 turn.body = await in_thread(self._calls, _without_reasoning, body)
             try:
                 result = await self._try(turn, account, attempt, began + HOLD_BACK_S)
@@ -7260,7 +7271,12 @@ class Rotation:
             entry["connectMs"] = getattr(getattr(result, "answer", None), "connect_ms", None)
             return result
         except AztError as error:
-            entry |= {"status": error.status, "errorType": error.code}
+            until = error.extra.get("resets_at")
+            entry |= {
+                "status": error.status,
+                "errorType": error.code,
+                "until": until and until * 1000,
+            }
             raise
         finally:
             entry["durationMs"] = round((time.monotonic() - began_s) * 1000)
@@ -7423,6 +7439,9 @@ def client_name(*marks: str) -> str:
     return known or (product[0] if product else "unknown")
 
 
+_FIELD_PATH = re.compile(r"[a-z][\w.\[\]]{0,79}")
+
+
 @dataclass(slots=True)
 class RequestRecord:
     """One request from its head to the last byte of its answer. Metadata only.
@@ -7460,7 +7479,11 @@ class RequestRecord:
     total_ms: int | None = None
     result: Literal["running", "ok", "failed", "cancelled"] = "running"
     error_code: str | None = None
-    error_param: str | None = None
+    failure: Json = field(default_factory=dict)  # see `fail`
+    left: str = ""  # the id of the account that the conversation was with, and could not stay
+    is_listed: bool = True  # the model that was asked for
+    alternative: str = ""  # the default model, where another one was asked for
+    headers: Json = field(default_factory=dict)  # of the request: what it says of its program
     usage: Json | None = None
     images: int = 0
     image_route: str = "none"
@@ -7468,6 +7491,16 @@ class RequestRecord:
     tries: list[Json] = field(default_factory=list)
     request: Json = field(default_factory=dict)
     response: Json = field(default_factory=dict)
+
+    def fail(self, error: AztError) -> None:
+        """Take over why it failed. Values: the error itself holds on to all that its code saw."""
+        self.error_code, field_ = error.code or "error", error.param or ""
+        self.failure = {
+            "until": (error.extra.get("resets_at") or 0) * 1000,
+            "field": field_ if _FIELD_PATH.fullmatch(field_) else "",
+            "host": getattr(error, "host", ""),
+            "is_dns": isinstance(error.__context__, socket.gaierror),
+        }
 
     def end(self, now_s: float) -> bool:
         """Close the record and write its one log line. A second call does nothing: False."""
@@ -7534,6 +7567,7 @@ class RequestRecord:
             "why": explain(self),
             "request": {"bytes": self.request_bytes, **self.request},
             "response": self.response,
+            "headers": self.headers,
             "keyId": self.key_id,
             "remote": self.remote,
         }
@@ -7574,67 +7608,91 @@ def request_summary(body: Json) -> Json:
     }
 
 
-# Our error codes | code of the verdict | its sentence | what may help (console.md, appendix B)
+# Code of the verdict, our error codes | its sentence | what may help (console.md, appendix B)
 _VERDICTS = {
-    code: (verdict, text, fixes.split())
+    code: (names.split()[0], text, fixes.split())
     for line in """
-usage_limit_reached|quota_exhausted|{account} ran out of its quota.|switch_account exclude_until
-insufficient_quota|quota_exhausted|{account} ran out of its quota.|switch_account exclude_until
-rate_limit_exceeded|rate_limited_short|The provider asked to wait: too much in a short time.|
-account_auth_expired|login_rejected|The provider no longer accepts the sign-in of {account}.|login
-no_account|no_account|There is no account that can serve.|login
-model_not_found|model_not_available|{model} is not available to {account}.|sync_models
-context_length_exceeded|context_too_long|The conversation is longer than {model} accepts.|
-request_too_large|body_too_large|The request is larger than the limit.|raise_limit
-unsupported_value|unsupported_field|{field} is not supported here.|copy_details
-unsupported_parameter|unsupported_field|{field} is not supported here.|copy_details
-content_filter|content_refused|The provider declined this request.|copy_details
-content_policy_violation|content_refused|The provider declined this request.|copy_details
-moderation_blocked|content_refused|The provider declined this request.|copy_details
-upstream_unreachable|network_connect|The provider could not be reached.|test_network open_proxy
-upstream_tls|network_tls|No trusted connection to the provider.|test_network open_proxy
-upstream_timeout|network_timeout|The provider did not answer in time.|test_network send_again
-proxy_failed|proxy_failed|The proxy did not work.|open_proxy
-upstream_stream_truncated|stream_cut|The answer broke off.|send_again
-client_closed_request|client_gone|The client closed the connection.|
-api_key_missing|key_missing|A caller came without a key.|open_keys
-api_key_needed|key_missing|A caller came without a key.|open_keys
-invalid_api_key|key_wrong|A caller came with a wrong key.|open_keys
-internal_error|internal|azt made a mistake.|copy_details diagnostics
+quota_exhausted usage_limit_reached|{account} ran out of its quota.|switch_account exclude_until
+all_exhausted|Every account is empty.|open_accounts add_account
+recovered_by_switch|{from} could not answer ({reason}); {to} did.|exclude_until open_account
+sticky_lost|Its account cannot be used now; it continued as a new one.|open_account
+rate_limited_short rate_limit_exceeded|The provider asked to wait: too much in a short time.|
+login_rejected account_auth_expired|The provider no longer accepts the sign-in of {account}.|login
+token_expired_offline|The sign-in of {account} expired and could not be renewed.|test_network login
+no_account|There is no account that can serve.|add_account
+model_not_available model_not_found|{model} is not available to {account}.|use_model sync_models
+model_unknown|{model} is not in the list of models.|copy_model sync_models
+image_not_in_plan image_generation_unavailable|{account} makes no pictures.|image_settings
+image_not_in_plan browser_check_required|The web site asks for a browser.|image_settings
+context_too_long context_length_exceeded|The conversation is longer than {model} accepts.|
+body_too_large request_too_large|The request is larger than the limit.|raise_limit
+bad_request|The client sent something that this endpoint does not accept.|copy_details
+unsupported_field unsupported_value|{field} is not supported here.|endpoint_notes
+unsupported_field unsupported_parameter|{field} is not supported here.|endpoint_notes
+content_refused content_filter|The provider declined this request.|copy_details
+content_refused content_policy_violation|The provider declined this request.|copy_details
+content_refused moderation_blocked|The provider declined this request.|copy_details
+network_connect upstream_unreachable|The provider could not be reached.|test_network open_proxy
+network_dns|The name of the provider's machine could not be found.|test_network open_proxy
+network_tls upstream_tls|No trusted connection to the provider.|test_network open_proxy
+network_timeout upstream_timeout|The provider did not answer in time.|test_network open_proxy
+proxy_failed|The proxy did not work.|open_proxy
+stream_cut upstream_stream_truncated|The answer broke off.|send_again
+upstream_5xx|The provider had an error ({status}).|send_again
+client_gone client_closed_request|The client closed the connection.|
+key_missing api_key_missing api_key_needed|A caller came without a key.|open_keys
+key_wrong invalid_api_key|A caller came with a wrong key.|open_keys
+internal internal_error|azt made a mistake.|copy_details diagnostics
+internal shutting_down|azt was stopping.|send_again
 """.strip().split("\n")
-    for code, verdict, text, fixes in [line.split("|")]
+    for names, text, fixes in [line.split("|")]
+    for code in names.split()
 }
+
+
+_LIMITS = ("usage_limit_reached", "rate_limit_exceeded")
 
 
 def explain(record: RequestRecord) -> Json | None:
     """Why it ended as it did, in a sentence, with what may help. None where all went well."""
-    failed = [one for one in record.tries if one["accountId"] != record.account_id]
-    params: Json = {"account": record.account, "model": record.model, "status": record.status}
-    params["field"] = record.error_param or "A field"
-    blamed, tried = record.account_id, {one["accountId"] for one in record.tries}
-    if record.result == "ok":
-        if not failed:
-            return None
-        blamed = failed[0]["accountId"]
-        params |= {"from": failed[0]["account"], "to": record.account}
-        params["reason"] = failed[0].get("errorType")
-        text = "{from} could not answer ({reason}); {to} did. The client got its answer."
-        code, fixes = "recovered_by_switch", ["exclude_until", "open_account"]
-    elif record.error_code in _VERDICTS:
-        code, text, fixes = _VERDICTS[record.error_code]
-        if code == "quota_exhausted" and len(tried) != 1:
-            code, text = "all_exhausted", "Every account was out of its quota."
-            fixes = ["open_accounts", "add_account"]
-    elif 400 <= record.status < 500:
-        text = "The client sent something this endpoint does not accept."
-        code, fixes = "bad_request", ["copy_details"]
-    else:
-        code, text, fixes = "upstream_5xx", "The provider had an error ({status}).", ["send_again"]
+    tries, account_id = record.tries, record.account_id
+    failed = next((one for one in tries if one["accountId"] != account_id), None)
+    params: Json = {"account": account_id, "model": record.model, "status": record.status}
+    params |= {"plan": record.plan, "n": len(tries), "d": record.total_ms, **record.failure}
+    code, is_dns = record.error_code or "", params.pop("is_dns", False)
+    if record.result == "ok" and failed:
+        code, account_id = "recovered_by_switch", failed["accountId"]
+        params |= {"from": account_id, "to": record.account_id, "until": failed.get("until")}
+        params["reason"] = failed.get("errorType")
+    elif record.result == "ok":
+        code, account_id = "sticky_lost" * bool(record.left), record.left
+        params["account"] = record.left
+    elif code in _LIMITS and len({account_id, *(one["accountId"] for one in tries)} - {""}) != 1:
+        code, account_id = "all_exhausted", ""
+    elif code.startswith("upstream_") and account_id and not tries:
+        code, params["reason"] = "token_expired_offline", code
+    elif is_dns:
+        code = "network_dns"
+    elif code == "model_not_found" and not record.is_listed:
+        code = "model_unknown"
+    elif code not in _VERDICTS:
+        code = "bad_request" if 400 <= record.status < 500 else "upstream_5xx"
+    if not code:
+        return None
+    if code == "rate_limit_exceeded" and params.get("until"):
+        params["d"] = params["until"] - int(record.at * 1000)
+    verdict, text, fixes = _VERDICTS[code]
+    shown = params | {"account": record.account, "field": params.get("field") or "A field"}
+    about = {"accountId": account_id or None}
+    if record.alternative and "model" in verdict:
+        about["model"] = record.alternative
     return {
-        "code": code,
-        "text": text.format(**params),
-        "params": {name: value for name, value in params.items() if f"{{{name}}}" in text},
-        "fixes": [{"kind": kind, "accountId": blamed or None} for kind in fixes],
+        "code": verdict,
+        "text": text.format_map(collections.defaultdict(lambda: "-", shown)),
+        "params": {
+            name: value for name, value in params.items() if value not in (None, "", "-", 0)
+        },
+        "fixes": [{"kind": kind, **about} for kind in fixes],
     }
 
 
@@ -9433,7 +9491,7 @@ class _Exchange:
         return error
 
     def failed(self, error: AztError) -> Reply:
-        self.request.record.error_code = error.code or "error"
+        self.request.record.fail(error)
         body = error_body(error)
         if self.request.path.startswith("/_gateway/admin"):  # console.md 6
             params: Json = (
@@ -9891,6 +9949,8 @@ class HttpServer:
         if access in ("api", "codex"):
             request.record.route = (match or found[0])[0].path if found else "other"
             request.record.client = client_name(*(headers.get(name, "") for name in CLIENT_HEADERS))
+            told = ((name, headers.get(name)) for name in ("user-agent", "content-type"))
+            request.record.headers = {name: _shown(value, 200) for name, value in told if value}
         caller = read_caller(request.peer_class, headers, policy, request.record.at)
         if is_preflight:
             # It carries no proof: the question is whether the call with it would be allowed.
@@ -10123,6 +10183,7 @@ def _note_turn(record: RequestRecord, turn: Turn) -> None:
     record.attempts, record.tries = turn.attempts, turn.tries
     if (account := turn.account) is not None:
         record.account, record.account_id, record.plan = account.name, account.id, account.plan
+    record.left = turn.left
 
 
 def _note_end(gw: Gateway, request: Request, turn: Turn, relay: Relay) -> None:
@@ -10132,8 +10193,10 @@ def _note_end(gw: Gateway, request: Request, turn: Turn, relay: Relay) -> None:
         gw.rotation.learn(turn.account, relay.answer.headers, relay.translator.limits)
     if relay.first_output_s is not None:
         record.ttft_ms = round((relay.first_output_s - record.complete_s) * 1000)
+    record.response = getattr(relay.translator, "outline", {})
     if failure := relay.translator.failure:
-        record.result, record.error_code = "failed", failure.code
+        record.result = "failed"
+        record.fail(failure)
 
 
 def _own_headers(request: Request, ignored: Sequence[str] = ()) -> list[tuple[str, str]]:
@@ -10187,6 +10250,8 @@ async def _run_turn(
     if record.asked_model == "-":
         record.asked_model = asked.model
     record.streams = asked.stream
+    record.is_listed = asked.model in gw.catalogue.efforts
+    record.alternative = gw.default_model if asked.model != gw.default_model else ""
     translator = functools.partial(kind, asked, time.time(), fast=gw.environment.fast)
     session = str(upstream["prompt_cache_key"])
     if record.request_bytes > MIB:
@@ -10581,7 +10646,8 @@ async def web_stream(
         record.images = len(result.images)
         yield event("response.completed", response=response | {"status": "completed"})
     except AztError as error:
-        record.result, record.error_code = "failed", error.code
+        record.result = "failed"
+        record.fail(error)
         why = {"code": error.code, "message": mask(error.message)}
         yield event("response.failed", response=response | {"status": "failed", "error": why})
     finally:
@@ -10627,7 +10693,8 @@ async def _codex_answer(
         told.sort(key=lambda one: one[0].extra.get("resets_at", 0))
         if not told:
             raise
-        relay, request.record.error_code = told[0][1], error.code
+        relay = told[0][1]
+        request.record.fail(error)
         told[0][1].pass_on()
     finally:
         for _, failed in failures:
@@ -10670,6 +10737,8 @@ async def _codex_attempt(
             raise upstream_error(answer.status, answer.headers, answer.body, time.time())
         await relay.ready(hold_s)
     except UpstreamError as error:
+        if error.status == 403 and name not in ("", "responses"):
+            error.fault = "request"  # of a side door: the account may still serve turns
         # Pages are for browsers, and a redirect leads past azt.
         if not (is_page or relay.is_broken or 300 <= answer.status < 400):
             failures.append((error, relay))
@@ -11954,7 +12023,7 @@ ROUTES: list[Route] = sorted(
         Route("GET", f"{ADMIN}/requests", admin_get_requests, "admin_read"),
         Route("GET", f"{ADMIN}/requests/export", admin_get_requests_export, "admin_read"),
         Route("GET", f"{ADMIN}/requests/{{id}}", admin_get_request, "admin_read"),
-        Route("DELETE", f"{ADMIN}/usage", admin_delete_usage, "admin_write"),
+        Route("DELETE", f"{ADMIN}/usage", admin_delete_usage, "admin_local"),
         Route("GET", f"{ADMIN}/usage", admin_get_usage, "admin_read"),
         Route("GET", f"{ADMIN}/usage/export", admin_get_usage_export, "admin_read"),
         Route("GET", f"{ADMIN}/usage/series", admin_get_usage_series, "admin_read"),

@@ -194,7 +194,8 @@ DETAIL = ROW | {
         "effort": MAYBE_WORD,
         "keys": [WORD],
     },
-    "response": OBJECT,
+    "response": {"finish": WORD, "toolCalls": LIST},
+    "headers": {"user-agent": WORD, "content-type": WORD},
     "keyId": MAYBE_WORD,
     "remote": WORD,
 }
@@ -283,7 +284,8 @@ def lived_in(
     home = tmp_path_factory.mktemp("lived-in")
     gateway = make_gateway(home, shared_upstream, accounts=[ADA, BO])
     console = Console(gateway)
-    assert console.chat_stream().status == 200
+    headers = {"User-Agent": "OpenAI/Python 1.0"}
+    assert console.post("/v1/chat/completions", chat_body(), headers=headers).status == 200
     console.job(console.done("POST", "/accounts/refresh-quotas", {}))
     eventually(lambda: console.read("/accounts/ada@example.com")["history"], 20)
     yield console

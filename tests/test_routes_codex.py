@@ -293,6 +293,19 @@ def test_an_error_keeps_its_status_and_body(
     assert len(upstream.turns) == 1
 
 
+def test_what_a_side_door_refuses_rests_no_account(pair: Gateway, upstream: FakeUpstream) -> None:
+    client = Client(pair.url)
+    before = client.get("/_gateway/admin/state").json["accounts"]
+    upstream.script(path="/alpha/search", status=403, json={"detail": "Forbidden"})
+
+    answer = client.post("/codex/v1/alpha/search", {"q": "x"})
+
+    assert (answer.status, answer.json) == (403, {"detail": "Forbidden"})
+    after = client.get("/_gateway/admin/state").json["accounts"]
+    assert [one["status"] for one in after] == [one["status"] for one in before]
+    assert len(upstream.requests) == 1
+
+
 @pytest.mark.parametrize("status", [200, 302, 403, 502])
 def test_a_page_never_goes_through(client: Client, upstream: FakeUpstream, status: int) -> None:
     kind = {"content-type": "text/html", "cf-mitigated": "challenge", "location": "http://x/"}

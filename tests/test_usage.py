@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import socket
 import time
 from collections import Counter
 from datetime import UTC, datetime
@@ -391,7 +392,45 @@ def test_the_log_keeps_the_newest_rows_and_its_file_stays_small(tmp_path: Path) 
             },
             "recovered_by_switch",
         ),
-        ({"result": "failed", "status": 429, "error_code": "usage_limit_reached"}, "all_exhausted"),
+        ({"left": "acc_1", "account_id": "acc_2"}, "sticky_lost"),
+        (
+            {"result": "failed", "status": 429, "error_code": "usage_limit_reached"},
+            "all_exhausted",
+        ),
+        (
+            {
+                "result": "failed",
+                "status": 429,
+                "error_code": "usage_limit_reached",
+                "account_id": "acc_1",
+                "tries": [{"accountId": "acc_1", "account": "first"}] * 2,
+            },
+            "quota_exhausted",
+        ),
+        (
+            {
+                "result": "failed",
+                "status": 502,
+                "error_code": "upstream_unreachable",
+                "account_id": "acc_1",
+            },
+            "token_expired_offline",
+        ),
+        (
+            {"result": "failed", "status": 404, "error_code": "model_not_found"},
+            "model_not_available",
+        ),
+        (
+            {
+                "result": "failed",
+                "status": 404,
+                "error_code": "model_not_found",
+                "is_listed": False,
+            },
+            "model_unknown",
+        ),
+        ({"result": "failed", "status": 418, "error_code": "odd"}, "bad_request"),
+        ({"result": "failed", "status": 503, "error_code": "odd"}, "upstream_5xx"),
     ],
 )
 def test_what_went_wrong_is_said_in_words(fields: Json, code: str) -> None:
@@ -407,6 +446,28 @@ def test_what_may_help_is_about_the_account_that_failed() -> None:
 
     assert why is not None
     assert {fix["accountId"] for fix in why["fixes"]} == {"acc_1"}
+
+
+def test_a_failure_is_kept_as_values_that_its_verdict_shows() -> None:
+    limit = azt.AztError(
+        429, "rate_limit_exceeded", "wait", extra={"resets_at": NOON_MS // 1000 + 9}
+    )
+    far = azt.UpstreamError(502, "upstream_unreachable", "no", host="chatgpt.com")
+    far.__context__ = socket.gaierror()
+    bad = azt.BadRequest("no", "messages[2].content", "odd")
+    wordy = azt.BadRequest("no", "what the person said", "odd")
+    params = []
+    for error in (limit, far, bad, wordy):
+        one = record(NOON_MS, result="failed", status=error.status, error_code="")
+        one.account_id, one.tries = "acc_1", [{"accountId": "acc_1", "account": "first"}]
+        one.fail(error)
+        why = azt.explain(one) or {}
+        params.append((why["code"], why["params"]))
+    assert params[0][0] == "rate_limited_short"
+    assert (params[0][1]["d"], params[0][1]["until"]) == (9000, NOON_MS + 9000)
+    assert (params[1][0], params[1][1]["host"]) == ("network_dns", "chatgpt.com")
+    assert (params[2][0], params[2][1]["field"]) == ("bad_request", "messages[2].content")
+    assert "field" not in params[3][1]
 
 
 def test_every_verdict_can_be_said() -> None:
