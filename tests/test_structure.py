@@ -21,12 +21,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 RULE = "# " + "=" * 98
 # The aim for the finished gateway is 6,000: what a change adds, a later one must earn back.
-<<<<<<< HEAD
 LINES_MAX = 13380
-=======
-<<<<<<< HEAD
-LINES_MAX = 13380
->>>>>>> 1dc8ab7 (tests: the length as it is; a side door's refusal is seen in the routing)
 FUNCTION_LINES_MAX = 13160
 =======
 LINES_MAX = 13380
