@@ -23,10 +23,6 @@ RULE = "# " + "=" * 98
 # The aim for the finished gateway is 6,000: what a change adds, a later one must earn back.
 LINES_MAX = 13380
 FUNCTION_LINES_MAX = 13160
-=======
-LINES_MAX = 13380
-FUNCTION_LINES_MAX = 60
->>>>>>> 6517c1a (tests: the length as it is; a side door's refusal is seen in the routing)
 LONG_FUNCTIONS: set[str] = set()
 PACKAGES = {"certifi", "h11", "truststore"}
 SECRET = re.compile(r"(_token|_secret|api_key)$")
