@@ -2019,11 +2019,11 @@ class Audit:
 
     def _file(self, event: str, args: tuple[Any, ...]) -> None:
         paths = [os.fsdecode(one) for one in args[:2] if isinstance(one, str | bytes | Path)]
+        opened = self._here.__dict__.pop("opened", None)
         if event == "open":
             path, mode, flags = args
-            is_known = mode is None and self._here.__dict__.pop("opened", None) == path
-            if paths and flags & _WRITES and path != os.devnull and not is_known:
-                self._here.opened = path if mode else None  # its `opener` is no second opening
+            if paths and flags & _WRITES and path not in (os.devnull, opened):
+                self._here.opened = mode and path  # an `opener` of it is no second opening
                 self._written("writes", paths[:1])
         elif event in _CHANGES:
             if event in ("os.remove", "os.rmdir") and args[1] != -1:  # seen from an open folder

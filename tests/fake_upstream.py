@@ -1266,6 +1266,7 @@ class FakeUpstream:
     codes                  code -> what it was given out for; a used one is None
     devices                user code -> "pending", "approved" or "used"
     web                    the ChatGPT web site and its pictures
+    issuer                 the address by which azt knows this server as the issuer
     """
 
     def __init__(self, port: int = 0) -> None:
@@ -1294,6 +1295,7 @@ class FakeUpstream:
         self.codes: dict[str, Json | None] = {}
         self.devices: dict[str, str] = {}
         self.web = WebSite(self.url)
+        self.issuer = self.url
         self.revoked: set[str] = set()
         self.turn_states: dict[str, str | None] = {}
         self._used: set[str] = set()
@@ -1567,7 +1569,7 @@ class FakeUpstream:
         verifier, grant = _new_id("device_verifier_" + "v" * 40), _new_id("ac_device")
         self.codes[grant] = {
             "challenge": challenge_of(verifier),
-            "redirect_uri": f"{self.url}/deviceauth/callback",
+            "redirect_uri": f"{self.issuer}/deviceauth/callback",
             "person": self.person,
         }
         return Reply(

@@ -8,6 +8,7 @@ with Server(answer(b"hi"), hang) as server:      # the first connection, then ev
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import ssl
 import struct
@@ -232,3 +233,27 @@ def _copy(source: socket.socket, target: socket.socket, kept: bytearray) -> None
             target.sendall(data)
     with contextlib.suppress(OSError):
         target.shutdown(socket.SHUT_WR)
+
+
+class Internet(Server):
+    """All hosts there are, as a proxy: every tunnel ends in TLS and then in one server's hands."""
+
+    def __init__(self, url: str, tls: ssl.SSLContext) -> None:
+        super().__init__(self._tunnel)
+        self._target, self._certificates = ("127.0.0.1", int(url.rpartition(":")[2])), tls
+        self.called: set[str] = set()
+
+    def _tunnel(self, peer: Peer) -> None:
+        self.called.add(peer.read_request().split(b" ")[1].decode())
+        peer.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        secure = self._certificates.wrap_socket(peer.sock, server_side=True)
+        self._socks.append(secure)
+        with secure, socket.create_connection(self._target) as plain:
+            other: dict[socket.socket, socket.socket] = {secure: plain, plain: secure}
+            while True:
+                ready = [secure] if secure.pending() else select.select([*other], [], [])[0]
+                for source in ready:
+                    data = source.recv(65536)
+                    if not data:
+                        return
+                    other[source].sendall(data)
