@@ -302,6 +302,20 @@ def mask(text: str) -> str:
     return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
+_PERSON = re.compile(r"[^\s\"'<>(),;:@]+@[^\s\"'<>(),;:@]+|\bacc_\w+")
+
+
+def anonymous(text: str) -> str:
+    """`mask` for what a stranger may read: no e-mail, no id of an account, no name of the home."""
+    home = os.path.expanduser("~")
+    text = _PERSON.sub(lambda one: unnamed(one[0]), mask(text))
+    return text.replace(home, "~") if home.strip("/") else text
+
+
+def unnamed(name: str) -> str:
+    return "id-" + hashlib.sha256(name.encode()).hexdigest()[:10]
+
+
 class _MaskingFormatter(logging.Formatter):
     """Scrubs every line. Those of a traceback are indented: none can pass for a log line."""
 
@@ -1363,13 +1377,24 @@ class ConnectionPool:
                 sock.close()
 
 
+def _has_roots() -> bool:
+    places = ssl.get_default_verify_paths()
+    found = places.cafile or (places.capath and any(Path(places.capath).glob("*.0")))
+    return sys.platform != "linux" or bool(found)
+
+
+def trust_store(ca_file: str) -> str:
+    """In words, what `_tls_context` trusts."""
+    if ca_file:
+        return f"the system's roots, those of certifi, and AZT_CA_FILE {ca_file}"
+    return "the system's roots" if _has_roots() else "the roots of certifi: the system has none"
+
+
 def _tls_context(ca_file: str) -> ssl.SSLContext:
     """What is trusted: the system's roots, else certifi's; with AZT_CA_FILE both and that file."""
     import certifi
     import truststore
 
-    places = ssl.get_default_verify_paths()
-    has_roots = places.cafile or (places.capath and any(Path(places.capath).glob("*.0")))
     context: ssl.SSLContext
     if ca_file:
         # truststore asks the system alone on some systems: the file joins certifi's list instead.
@@ -1381,7 +1406,7 @@ def _tls_context(ca_file: str) -> ssl.SSLContext:
             reason = getattr(error, "reason", "") or error.strerror
             text = f"AZT_CA_FILE {ca_file} holds no usable certificate ({reason})."
             raise UpstreamError(502, "upstream_tls", text, fault="network") from None
-    elif sys.platform == "linux" and not has_roots:
+    elif not _has_roots():
         context = ssl.create_default_context(cafile=certifi.where())
     else:
         context = truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -8305,6 +8330,8 @@ class Gateway:
         self.started_at = time.time()
         # The calls of the API that are being answered, told by who serves.
         self.running: Callable[[], list[RequestRecord]] = list
+        # Drain for so many seconds, then start anew; None for a gateway that a command has started.
+        self.restart: Callable[[float], None] | None = None
         self.usage = UsageStats()
         self.requests = RequestLog(0)
         self.events = Events()
@@ -8329,9 +8356,7 @@ class Gateway:
         """The address of this gateway for programs on this machine, running or not."""
         host, port = self.settings.text("server.host"), self.settings.number("server.port")
         host, port = self.listening[0] if self.listening else (host, port)
-        is_here = host == "localhost" or host.startswith("127.") or host == "::1"
-        host = host if is_here else "::1" if host == "::" else "127.0.0.1"
-        return f"http://{_address(host, port)}"
+        return f"http://{_near(host, port)}"
 
     async def with_codex(self, work: Callable[..., Json], *arguments: Any) -> Json:
         """One piece of work on Codex's files, in the thread that all file work shares."""
@@ -8745,6 +8770,12 @@ def own_interfaces() -> list[Interface]:
             text = f"{ipaddress.IPv6Address(bytes.fromhex(address))}/{int(size, 16)}"
             found.append((name, ipaddress.IPv6Interface(text)))
     return found
+
+
+def _near(host: str, port: int) -> str:
+    """By what address programs on this machine reach who listens there."""
+    is_here = host == "localhost" or host.startswith("127.") or host == "::1"
+    return _address(host if is_here else "::1" if host == "::" else "127.0.0.1", port)
 
 
 def _egress(environment: Environment, settings: Settings) -> Egress:
@@ -11368,6 +11399,7 @@ def admin_get_state(gw: Gateway, request: Request) -> Json:
         "codexBaseUrl": f"{base}/codex/v1",
         "adminUrl": f"{base}/",
         "stateDir": str(gw.paths.state),
+        "restartSupported": gw.restart is not None,
         "lanApi": gw.settings.flag("server.lanApi"),
         "keys": len(gw.keys),
     }
@@ -11954,6 +11986,208 @@ async def admin_post_backup(gw: Gateway, request: Request) -> Reply:
     return _private_reply(done)
 
 
+# -- the gateway itself: its way out, its version, its restart, what can be told of it
+
+
+async def admin_post_network_test(gw: Gateway, request: Request) -> Reply:
+    """Call the upstream's hosts, and no other, by the saved way out or by the one that is sent."""
+    sent = (await read_object(gw, request)).get("networkProxy") or {}
+    if not isinstance(sent, dict):
+        raise BadRequest("Send the proxy's settings as an object.", "networkProxy", "bad_field")
+    changes = {f"networkProxy.{key}": value for key, value in sent.items() if key != "hasPassword"}
+    changes = {key: check_setting(key, value) for key, value in changes.items()}
+    environment, settings = gw.environment, gw.settings
+    settings = replace(settings, values={**settings.values, **changes})
+    pool, steps = ConnectionPool(_egress(environment, settings)), list[Json]()
+    bases = environment.auth_base_url, environment.chatgpt_base_url, environment.codex_base_url
+    urls = {urllib.parse.urlsplit(base).netloc: base for base in bases}
+    via = "proxy" if pool.egress.proxy_url else "direct"
+
+    async def work(url: str) -> Json:
+        steps.append(await try_route(pool, gw.calls, url))
+        pool.close()
+        return {"steps": steps, "via": via}
+
+    job = gw.start_job("network_test", list(urls.values()), work, len(urls))
+    return _private_reply({"job": _job_view(job)}, 202)
+
+
+async def admin_post_version_check(gw: Gateway, request: Request) -> Reply:
+    """Ask PyPI for the newest azt. Only a person does that: nothing else calls this."""
+    await read_object(gw, request)
+    call = Call("GET", VERSIONS_URL, OWN_HEADERS, head_timeout_s=CONNECT_TIMEOUT_S)
+    answer = await open_answer(gw.pool, gw.calls, call)
+    answer.close()
+    latest = _as_object((parse_event(answer.body) or {}).get("info")).get("version")
+    if answer.status != 200 or not isinstance(latest, str) or not latest[:1].isdecimal():
+        text = f"pypi.org names no version of azt (status {answer.status}). Try again later."
+        raise UpstreamError(502, "upstream_error", text)
+    numbers = [[int(n) for n in re.findall(r"\d+", one)] for one in (latest, VERSION)]
+    told = {"current": VERSION, "latest": latest[:40], "newer": numbers[0] > numbers[1]}
+    return _private_reply(told | {"checkedAt": _ms(time.time())})
+
+
+async def admin_post_restart(gw: Gateway, request: Request) -> Reply:
+    """Let running requests end for `drainMs`, then begin anew, at the address set by now."""
+    drain_ms = (await read_object(gw, request)).get("drainMs", 10_000)
+    if type(drain_ms) is not int or not 0 <= drain_ms <= 600_000:
+        raise BadRequest("It is a number of milliseconds, to 600000.", "drainMs", "bad_field")
+    if gw.restart is None:
+        text = "Only a gateway of `azt start` starts anew."
+        raise AztError(501, "not_supported", text)
+    now, host, port = gw.listening[0], gw.settings.text("server.host"), gw.settings["server.port"]
+    if port not in (0, now[1]):
+        try:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            socket.create_server((host, port), family=family).close()
+        except OSError as error:
+            text = f"azt could not listen on {_address(host, port)} then ({error.strerror})."
+            raise AztError(422, "port_in_use", text) from None
+    log.info("audit: a restart was asked for")
+    gw.restart(drain_ms / 1000)
+    return _private_reply({"from": _near(*now), "to": _near(host, port or now[1])}, 202)
+
+
+# Who calls, as the table of decisions shows it. An address is as good as any of its kind.
+_HERE, _PAGE = Caller("own", "127.0.0.1", marked=True), "http://localhost:3000"
+_CALLERS = {
+    "a program on this machine": _HERE,
+    "the same with the admin token": replace(_HERE, proof=True),
+    "azt's own page": replace(_HERE, origin="http://127.0.0.1", own_origin=True),
+    "a page of localhost": replace(_HERE, origin=_PAGE, marked=False),
+    "any other page": replace(_HERE, origin="https://a.example", marked=False),
+    "through a proxy here": replace(_HERE, peer="relayed"),
+    "your network": replace(_HERE, peer="lan", host="192.168.1.2"),
+    "your network, with a key": replace(_HERE, peer="lan", host="192.168.1.2", key="good"),
+    "the internet": replace(_HERE, peer="public", host="192.168.1.2"),
+    "the internet, with a key": replace(_HERE, peer="public", host="192.168.1.2", key="good"),
+}
+
+
+def _decisions(policy: Policy) -> Json:
+    """caller -> class of routes -> null, or the code of the refusal: what `may` says right now."""
+    found: Json = {}
+    for name, caller in _CALLERS.items():
+        for access in sorted({route.access for route in ROUTES}):
+            method = "GET" if access in ("admin_read", "health", "metrics", "page") else "POST"
+            fault = may(caller, access, method, policy)
+            told = fault and {"status": fault.status, "code": fault.code}
+            found.setdefault(name, {})[access] = told
+    return found
+
+
+@blocking
+def _findings(gw: Gateway) -> Iterator[tuple[str, str, str, str]]:
+    """(what, how it is, what to do about it, how bad that is) of everything but the network."""
+    from importlib.metadata import version  # only here: it takes 20 ms
+
+    packages = ", ".join(f"{name} {version(name)}" for name in ("h11", "certifi", "truststore"))
+    yield "version", f"azt {VERSION}, {_PYTHON}, {packages}", "", ""
+    state, me = gw.paths.state, os.getuid()
+    stats = [(one.name, one.lstat()) for one in (state, *state.rglob("*")) if one.exists()]
+    loose = [name for name, one in stats if one.st_uid != me or one.st_mode & 0o077]
+    advice = f"others can read {', '.join(loose[:5])}: chmod -R go= {state}" if loose else ""
+    yield "state", f"{state}, {len(stats)} files", advice, "bad"
+    for name in gw.damaged:
+        yield "state", f"{name} was kept when its copy took over", "look at it, delete it", "warn"
+    if why := gw.renewals.unsaved:
+        yield "state", f"the accounts cannot be saved: {why}", "make room on the disk", "bad"
+    host, port = gw.settings.text("server.host"), gw.settings.number("server.port")
+    listens = ", ".join(_address(*one) for one in gw.listening)
+    holder = "" if listens else port_holder(port)
+    where = f"azt listens on {listens}" if listens else f"{_address(host, port)} is free"
+    advice = "stop it, or set another server.port" if holder else ""
+    yield "port", f"{port} is held by {holder}" if holder else where, advice, "warn"
+    few = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    advice = "raise `ulimit -n` to 4096 or more" if 0 <= few < 1024 else ""
+    yield "open files", f"at most {few if few >= 0 else 'any number'}", advice, "warn"
+    egress = gw.pool.egress
+    yield "proxy", mask(egress.proxy_url) or "none: hosts are called directly", "", ""
+    try:
+        gw.pool.tls()
+        yield "TLS", f"azt trusts {trust_store(egress.ca_file)}", "", ""
+    except UpstreamError as error:
+        yield "TLS", error.message, "correct AZT_CA_FILE", "bad"
+    zstd = find_zstd()
+    advice = "" if zstd else "use Python 3.14, or install backports.zstd"
+    what = f"{zstd.__name__} looks into compressed bodies" if zstd else "no zstd: compressed bodies"
+    yield "zstd", what + ("" if zstd else " are relayed only"), advice, "warn"
+    codex = gw.codex_seen
+    route = codex["takeover"]
+    is_lost = route["on"] and not route["matchesGateway"]
+    what = codex["problem"] or f"requests go to {route['baseUrl'] or route['provider']}"
+    what = what if codex["installed"] else f"there is no {codex['home']}"
+    advice = "run `azt codex takeover`, azt is elsewhere" if is_lost else ""
+    yield "Codex", what, "mend the file" if codex["problem"] else advice, "warn"
+    yield from _account_findings(gw)
+
+
+def _account_findings(gw: Gateway) -> Iterator[tuple[str, str, str, str]]:
+    now, able = time.time(), 0
+    for one in gw.store.accounts.values():
+        status, params = _account_status(gw, one, now)
+        is_lost = status in ("auth_error", "login_rejected")
+        able += not is_lost
+        until = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.expires_at))
+        what = f"{one.id} is {' '.join((status, params.get('reason', '')))}".strip()
+        advice = "run `azt login` with this account" if is_lost else ""
+        yield "account", f"{what}, {one.plan}, its token lasts until {until}", advice, "warn"
+    if not able:
+        yield "accounts", "no account can serve", "run `azt login`", "bad"
+
+
+async def _report(gw: Gateway) -> Json:
+    found = await in_thread(gw.short, lambda: list(_findings(gw)))
+    checks = [
+        {"name": name, "level": level if advice else "ok", "text": text, "advice": advice or None}
+        for name, text, advice, level in found
+    ]
+    return {"checks": checks, "decisions": _decisions(policy_source(gw)())}
+
+
+async def admin_get_doctor(gw: Gateway, request: Request) -> Reply:
+    return _private_reply(await _report(gw))
+
+
+def _without_names(value: Any) -> Any:
+    """JSON for strangers: no secret, and what names a person or a device becomes a hash."""
+    if isinstance(value, list):
+        return list(map(_without_names, value))
+    if not isinstance(value, dict):
+        return anonymous(value) if isinstance(value, str) else value
+    names = ("account", "accountId", "email", "label", "remote")
+    return {
+        key: unnamed(one) if key in names and isinstance(one, str) else _without_names(one)
+        for key, one in value.items()
+    }
+
+
+async def admin_get_diagnostics(gw: Gateway, request: Request) -> Reply:
+    """A ZIP to hand on: how azt is and what it did lately, without a secret or a person's name."""
+    await gw.counted()
+    settings = parse_event(cast(bytes, (await admin_get_settings(gw, request)).body))
+    parts: dict[str, list[Any]] = {
+        "accounts.json": [[_account_view(gw, one) for one in gw.store.accounts.values()]],
+        "doctor.json": [await _report(gw)],
+        "jobs.json": [[_job_view(job) for job in gw.jobs.values()]],
+        "requests.jsonl": [*itertools.islice(gw.requests.rows(), 200)],
+        "settings.json": [settings],
+    }
+
+    @blocking
+    def pack() -> bytes:
+        packed = io.BytesIO()
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, values in parts.items():
+                lines = (json.dumps(_without_names(one), ensure_ascii=False) for one in values)
+                archive.writestr(name, "".join(f"{line}\n" for line in lines))
+        return packed.getvalue()
+
+    log.info("audit: diagnostics were handed out")
+    name = time.strftime("azt-diagnostics-%Y-%m-%d.zip")
+    return _file_reply(await in_thread(gw.short, pack), "application/zip", name)
+
+
 get_health = _view(lambda gw, request: {"ok": True})
 
 
@@ -12019,6 +12253,11 @@ ROUTES: list[Route] = sorted(
         Route("GET", "/v1/responses/{id}/input_items", get_response_input_items, "api"),
         Route("GET", "/metrics", get_metrics, "metrics"),
         Route("DELETE", f"{ADMIN}/requests", admin_delete_requests, "admin_write"),
+        Route("GET", f"{ADMIN}/diagnostics", admin_get_diagnostics, "admin_proof"),
+        Route("GET", f"{ADMIN}/doctor", admin_get_doctor, "admin_read"),
+        Route("POST", f"{ADMIN}/gateway/restart", admin_post_restart, "admin_write"),
+        Route("POST", f"{ADMIN}/network/test", admin_post_network_test, "admin_write"),
+        Route("POST", f"{ADMIN}/version/check", admin_post_version_check, "admin_write"),
         Route("GET", f"{ADMIN}/events", admin_get_events, "admin_read"),
         Route("GET", f"{ADMIN}/requests", admin_get_requests, "admin_read"),
         Route("GET", f"{ADMIN}/requests/export", admin_get_requests_export, "admin_read"),
@@ -12498,12 +12737,31 @@ async def _serving(gw: Gateway, host: str, port: int) -> AsyncIterator[tuple[Htt
         gw.pool.close()
 
 
-async def _serve(gw: Gateway, lock: HomeLock, opens_browser: bool) -> None:
-    """Listen until a signal; then finish what runs, for at most DRAIN_S or until the next one."""
+_Again = list[str] | None
+"""Arguments to start anew with, beside those of now; None: this was the end."""
+
+
+@blocking
+def _acquire(lock: HomeLock) -> Json | None:
+    """As `lock.acquire`; a command that is at work is waited for, as it takes a moment."""
+    for _ in range(50):
+        holder = lock.acquire()
+        if holder is None or holder.get("url"):
+            break
+        time.sleep(0.1)
+    return holder
+
+
+async def _serve(gw: Gateway, lock: HomeLock, opens_browser: bool) -> _Again:
+    """Listen until a signal; then finish what runs, for at most DRAIN_S or until the next one.
+
+    The administration may ask for the same, and for a new start after it.
+    """
     loop = asyncio.get_running_loop()
-    signals: asyncio.Queue[int] = asyncio.Queue()
+    signals: asyncio.Queue[tuple[float, bool]] = asyncio.Queue()  # how long to drain, if to return
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, signals.put_nowait, number)
+        loop.add_signal_handler(number, signals.put_nowait, (DRAIN_S, False))
+    gw.restart = lambda drain_s: signals.put_nowait((drain_s, True))
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a closed terminal does not end the gateway
     settings = gw.settings
     where = settings.text("server.host"), settings.number("server.port")
@@ -12524,12 +12782,16 @@ async def _serve(gw: Gateway, lock: HomeLock, opens_browser: bool) -> None:
         if opens_browser:
             await in_thread(gw.short, _browse, (await gw.open_page())[1].as_uri())
         watching = asyncio.create_task(gw.watch_quotas())
-        await signals.get()
+        drain_s, returns = await signals.get()
         watching.cancel()
-        gw.events.publish("gateway", _gateway_told(gw, "draining"))
+        gw.restart = None
+        # To a port of its own choice it would not return, and who watches would not find it.
+        further = [] if gw.settings["server.port"] else ["--port", url.rpartition(":")[2]]
+        gw.events.publish("gateway", _gateway_told(gw, "restarting" if returns else "draining"))
         gw.events.end("shutdown")  # no stream of events keeps the gateway waiting
         log.info("stopping: %d requests are still running", len(gw.running()))
-        ends = {asyncio.ensure_future(server.drain(DRAIN_S)), asyncio.ensure_future(signals.get())}
+        drain = asyncio.ensure_future(server.drain(drain_s))
+        ends: set[asyncio.Future[Any]] = {drain, asyncio.ensure_future(signals.get())}
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         for task in ends:
             task.cancel()
@@ -12537,27 +12799,28 @@ async def _serve(gw: Gateway, lock: HomeLock, opens_browser: bool) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         # It ends by itself now: a late signal must not turn exit 0 into a kill.
         loop.remove_signal_handler(number)
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_DFL if returns else signal.SIG_IGN)
+    return further if returns else None
 
 
-async def _run(environment: Environment, flags: Json, opens_browser: bool) -> None:
+async def _run(environment: Environment, flags: Json, opens_browser: bool) -> _Again:
     gw = Gateway(environment, flags)
     start_logging(gw.settings.text("log.level"))
     lock = HomeLock(gw.paths.lock)
     await in_thread(gw.files, prepare_home, gw.paths)
-    holder = await in_thread(gw.files, lock.acquire)
+    holder = await in_thread(gw.files, _acquire, lock)
     if holder is not None:
         does, url = "works on", holder.get("url")  # a command: `azt login` waits for its browser
         message = f"Another azt (pid {holder['pid']}) {f'serves at {url}' if url else does}"
         raise StateError(f"{message}, in this home. Use it, or stop it first.")
     try:
         await in_thread(gw.files, gw.load)
-        await _serve(gw, lock, opens_browser)
+        return await _serve(gw, lock, opens_browser)
     finally:
         lock.release()
 
 
-async def _run_demo(environment: Environment, flags: Json, opens_browser: bool) -> None:
+async def _run_demo(environment: Environment, flags: Json, opens_browser: bool) -> _Again:
     """The gateway with the embedded upstream, in a throw-away home: touches no file of yours."""
     demo, files = DemoUpstream(), WorkerPool("file", 1)
     base = await demo.start()
@@ -12576,7 +12839,7 @@ async def _run_demo(environment: Environment, flags: Json, opens_browser: bool) 
         start_logging("info")
         log.info("a demo: gone at its end; commands need AI_ZERO_TOKEN_HOME=%s", folder + "/home")
         try:
-            await _run(environment, flags, opens_browser)
+            return await _run(environment, flags, opens_browser)
         finally:
             await demo.stop()
 
@@ -12592,7 +12855,10 @@ def _start(args: argparse.Namespace) -> int:
     if args.audit:
         paths = environment.paths
         Audit(*([Path(tempfile.gettempdir())] if args.demo else [paths.home, paths.codex_home]))
-    asyncio.run((_run_demo if args.demo else _run)(environment, flags, opens_browser))
+    again = asyncio.run((_run_demo if args.demo else _run)(environment, flags, opens_browser))
+    if again is not None:
+        again += ["--no-open"] * opens_browser  # the page is open
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], *again])
     return EXIT_OK
 
 
@@ -12668,11 +12934,7 @@ def _on_gateway(function: Callable[[_Link], T], must_run: bool = False) -> T:
     environment = read_environment()
     prepare_home(environment.paths)
     lock = HomeLock(environment.paths.lock)
-    for _ in range(50):
-        holder = lock.acquire()
-        if holder is None or holder.get("url"):
-            break
-        time.sleep(0.1)  # another command is at work; it takes a moment
+    holder = _acquire(lock)
     try:
         if holder is None:
             if must_run:
@@ -13139,6 +13401,46 @@ def _log(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def _doctor(args: argparse.Namespace) -> int:
+    paths = read_environment().paths
+    if args.audit:
+        Audit(paths.home, paths.codex_home)
+
+    def look(link: _Link) -> Json:
+        job = link.admin("POST", "/network/test", {})["job"]
+        while job["state"] == "running":
+            time.sleep(0.1)
+            job = link.admin("GET", f"/jobs/{job['id']}")
+        return link.admin("GET", "/doctor") | {"network": job["result"]}
+
+    try:
+        found = _on_gateway(look)
+    except AztError as error:
+        broken = {"name": "azt", "level": "bad", "text": error.message, "advice": None}
+        found = {"checks": [broken], "decisions": {}, "network": {"steps": [], "via": None}}
+    checks = found["checks"]
+    for step in found["network"]["steps"]:
+        spent = ", ".join(f"{one} {step[one]} ms" for one in _STAGES if one in step)
+        text = f"{step['target']} answers {step.get('status')} ({spent})"
+        level, clock_s = "ok" if step["ok"] else "bad", abs(step.get("clockMs", 0)) // 1000
+        checks.append({"name": "network", "level": level, "text": step.get("message", text)})
+        if clock_s > 60:
+            text = f"it differs by {clock_s} s from the one of {step['target']}: set it"
+            checks.append({"name": "clock", "level": "warn", "text": text})
+    rows = []
+    for one in checks:
+        rows.append((one["level"], one["name"], one["text"]))
+        rows += [("", "", f"-> {one['advice']}")] if one.get("advice") else []
+    classes = list(next(iter(found["decisions"].values()), {}))
+    cells = [
+        (name, *("yes" if not told[one] else str(told[one]["status"]) for one in classes))
+        for name, told in found["decisions"].items()
+    ]
+    lines = [*_table(*rows), "", *_table(("WHO MAY CALL", *classes), *cells)]
+    _show(args, *map(_without_names, (found, lines)) if args.report else (found, lines))
+    return EXIT_FAILED if any(one["level"] == "bad" for one in checks) else EXIT_OK
+
+
 _key_lines = _listing(
     "No keys: the API asks for none. `azt keys add NAME` adds one.",
     ("ID", "NAME", "KEY", "MADE", "LAST USED", "REQUESTS", "A DAY", "ENDS", "MODELS"),
@@ -13247,6 +13549,7 @@ _ARGUMENTS: dict[str, str | Json] = {
     "--no-browser": "print the link, open no browser",
     "--no-open": "do not open azt's page in a browser",
     "--port": {"type": int, "help": "port to listen on (default 8787; 0 picks a free one)"},
+    "--report": "leave out what names you, to paste it somewhere",
     "--refresh": "ask the upstream for the current list",
     "--yes": "write without asking",
     "--zip": "a ZIP with one file for each account",
@@ -13298,6 +13601,7 @@ _COMMANDS: dict[str, _Run] = {
     ),
     "codex apply ACCOUNT --dry-run | sign Codex in with this account": _codex_change("/codex/auth"),
     "codex restore BACKUP? | put a file of Codex back as it was": _restore,
+    "doctor --report --audit | check everything, and show who may call what": _doctor,
     "settings get KEY? | show one setting, a group, or all": _settings_get,
     "settings set KEY VALUE | change one setting": _settings_set,
     "keys list | list the keys of clients": _admin("GET", "/keys", _key_lines),

@@ -1413,7 +1413,7 @@ class FakeUpstream:
     def reply_to(self, seen: Seen) -> Reply:
         """The checks of the backend, then the script, then the default answer."""
         try:
-            if not seen.path.startswith(("/oauth/", "/codex/", "/blob/", DEVICE)):
+            if not seen.path.startswith(("/oauth/", "/codex/", "/blob/", "/pypi/", DEVICE)):
                 self._check_token(seen)
                 seen.turn_state = seen.headers.get("x-codex-turn-state", "")
                 check_origin(seen, self)
