@@ -11994,6 +11994,8 @@ async def admin_post_network_test(gw: Gateway, request: Request) -> Reply:
     sent = (await read_object(gw, request)).get("networkProxy") or {}
     if not isinstance(sent, dict):
         raise BadRequest("Send the proxy's settings as an object.", "networkProxy", "bad_field")
+    if sent and not request.is_own:
+        raise _refusal("local_only")
     changes = {f"networkProxy.{key}": value for key, value in sent.items() if key != "hasPassword"}
     changes = {key: check_setting(key, value) for key, value in changes.items()}
     environment, settings = gw.environment, gw.settings
@@ -12056,8 +12058,10 @@ _CALLERS = {
     "azt's own page": replace(_HERE, origin="http://127.0.0.1", own_origin=True),
     "a page of localhost": replace(_HERE, origin=_PAGE, marked=False),
     "any other page": replace(_HERE, origin="https://a.example", marked=False),
+    "another user of this machine": replace(_HERE, peer="neighbour"),
     "through a proxy here": replace(_HERE, peer="relayed"),
     "your network": replace(_HERE, peer="lan", host="192.168.1.2"),
+    "your network, signed in": replace(_HERE, peer="lan", host="192.168.1.2", session="lan"),
     "your network, with a key": replace(_HERE, peer="lan", host="192.168.1.2", key="good"),
     "the internet": replace(_HERE, peer="public", host="192.168.1.2"),
     "the internet, with a key": replace(_HERE, peer="public", host="192.168.1.2", key="good"),
@@ -12066,13 +12070,16 @@ _CALLERS = {
 
 def _decisions(policy: Policy) -> Json:
     """caller -> class of routes -> null, or the code of the refusal: what `may` says right now."""
+    methods = {route.access: route.method for route in sorted(ROUTES, key=lambda one: one.method)}
     found: Json = {}
     for name, caller in _CALLERS.items():
-        for access in sorted({route.access for route in ROUTES}):
-            method = "GET" if access in ("admin_read", "health", "metrics", "page") else "POST"
-            fault = may(caller, access, method, policy)
-            told = fault and {"status": fault.status, "code": fault.code}
-            found.setdefault(name, {})[access] = told
+        faults = {
+            access: may(caller, access, methods[access], policy) for access in sorted(methods)
+        }
+        found[name] = {
+            access: fault and {"status": fault.status, "code": fault.code}
+            for access, fault in faults.items()
+        }
     return found
 
 
@@ -12129,6 +12136,7 @@ def _account_findings(gw: Gateway) -> Iterator[tuple[str, str, str, str]]:
         is_lost = status in ("auth_error", "login_rejected")
         able += not is_lost
         until = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.expires_at))
+        status = "ready" if status == "unknown" else status  # of its quota
         what = f"{one.id} is {' '.join((status, params.get('reason', '')))}".strip()
         advice = "run `azt login` with this account" if is_lost else ""
         yield "account", f"{what}, {one.plan}, its token lasts until {until}", advice, "warn"
@@ -12255,7 +12263,7 @@ ROUTES: list[Route] = sorted(
         Route("DELETE", f"{ADMIN}/requests", admin_delete_requests, "admin_write"),
         Route("GET", f"{ADMIN}/diagnostics", admin_get_diagnostics, "admin_proof"),
         Route("GET", f"{ADMIN}/doctor", admin_get_doctor, "admin_read"),
-        Route("POST", f"{ADMIN}/gateway/restart", admin_post_restart, "admin_write"),
+        Route("POST", f"{ADMIN}/gateway/restart", admin_post_restart, "admin_local"),
         Route("POST", f"{ADMIN}/network/test", admin_post_network_test, "admin_write"),
         Route("POST", f"{ADMIN}/version/check", admin_post_version_check, "admin_write"),
         Route("GET", f"{ADMIN}/events", admin_get_events, "admin_read"),
@@ -12790,10 +12798,13 @@ async def _serve(gw: Gateway, lock: HomeLock, opens_browser: bool) -> _Again:
         gw.events.publish("gateway", _gateway_told(gw, "restarting" if returns else "draining"))
         gw.events.end("shutdown")  # no stream of events keeps the gateway waiting
         log.info("stopping: %d requests are still running", len(gw.running()))
-        drain = asyncio.ensure_future(server.drain(drain_s))
-        ends: set[asyncio.Future[Any]] = {drain, asyncio.ensure_future(signals.get())}
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        for task in ends:
+        drain, again = (
+            asyncio.ensure_future(server.drain(drain_s)),
+            asyncio.create_task(signals.get()),
+        )
+        await asyncio.wait((drain, again), return_when=asyncio.FIRST_COMPLETED)
+        returns = returns and not again.done()
+        for task in (drain, again):
             task.cancel()
         await server.drain(0.0)  # a second signal: what still runs is told, and counted
     for number in (signal.SIGINT, signal.SIGTERM):
