@@ -10,6 +10,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from fake_upstream import account_file, limit_reached, text
+from harness import eventually
 from playwright.sync_api import expect
 
 PEOPLE = [account_file(), account_file("acct-2", "user-2", "lab-02@example.com")]
@@ -221,7 +222,7 @@ def test_a_row_has_its_facts_and_the_call_as_curl(console: Any) -> None:
     expect(sheet.get_by_role("button", name="Copied")).to_be_visible()
     assert "Your prompt here" in page.evaluate("copied") and console.url in page.evaluate("copied")
     sheet.get_by_role("button", name="Copy details").click()
-    page.wait_for_function("() => copied.startsWith('{')")
+    eventually(lambda: page.evaluate("copied").startswith("{"))
     assert json.loads(page.evaluate("copied"))["client"] == "facts"
     assert not KEY_NAME.search(sheet.inner_text().replace("facts.", "")), sheet.inner_text()
 
