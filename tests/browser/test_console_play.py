@@ -56,7 +56,7 @@ def send(page: Any, name: str = "Send") -> None:
 
 
 def finished(page: Any, state: str = "done") -> None:
-    expect(page.locator(".told .facts span").first).to_have_text(state)
+    expect(page.locator(".run-facts span").first).to_have_text(state)
 
 
 def test_18_two_clicks_from_anywhere_to_an_answer_that_grows(console: Any) -> None:
@@ -68,14 +68,14 @@ def test_18_two_clicks_from_anywhere_to_an_answer_that_grows(console: Any) -> No
     said = console.page.locator(".told p.said").last
     expect(said).to_contain_text("one")
     grown = said.inner_text()
-    expect(console.page.locator(".told .facts")).to_contain_text("streaming")
-    expect(console.page.locator(".told .facts")).to_contain_text("first token")
-    expect(console.page.locator(".told .facts")).to_contain_text("by ada@example.com")
+    expect(console.page.locator(".run-facts")).to_contain_text("streaming")
+    expect(console.page.locator(".run-facts")).to_contain_text("first token")
+    expect(console.page.locator(".run-facts")).to_contain_text("by ada@example.com")
     console.upstream.release()
     finished(console.page)
     expect(said).to_have_text("onetwothreefour")
     assert len(grown) < len("onetwothreefour")
-    expect(console.page.locator(".told .facts")).to_contain_text("12 in / 7 out")
+    expect(console.page.locator(".run-facts")).to_contain_text("12 in / 7 out")
     assert console.clicks <= 2  # T18
 
 
@@ -100,7 +100,7 @@ def test_escape_stops_and_control_enter_sends(console: Any) -> None:
     page.get_by_label("Prompt").focus()
 
     page.keyboard.press("Control+Enter")
-    expect(page.locator(".told .facts")).to_contain_text("streaming")
+    expect(page.locator(".run-facts")).to_contain_text("streaming")
     page.keyboard.press("Escape")
 
     finished(page, "stopped")
@@ -151,7 +151,7 @@ def test_a_named_account_answers_and_no_other(console: Any) -> None:
     finished(page)
 
     assert console.upstream.turns[-1].account == "acct-2"
-    expect(page.locator(".told .facts")).to_contain_text("by work@corp.dev")
+    expect(page.locator(".run-facts")).to_contain_text("by work@corp.dev")
 
 
 def test_a_switch_while_it_runs_is_a_line_of_the_answer(gateway_console: Any) -> None:
@@ -368,7 +368,7 @@ def test_another_language_or_page_loses_neither_text_nor_answer(console: Any) ->
     page.evaluate("import('/js/i18n.js').then((i18n) => i18n.setLang('zh-CN'))")
     expect(page.locator("html")).to_have_attribute("lang", "zh-CN")
     expect(page.locator(".told p.said").last).to_have_text("You said: kept")
-    expect(page.locator(".told .facts span").first).to_have_text("完成")
+    expect(page.locator(".run-facts span").first).to_have_text("完成")
     shown = page.inner_text("#main")
     page.goto(f"{console.url}/#/overview")
     page.goto(f"{console.url}/#/playground")

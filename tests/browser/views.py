@@ -34,7 +34,7 @@ def _open_box(page: Any) -> None:
 
 def _answer(page: Any) -> None:
     page.get_by_role("button", name=re.compile("^(Send|发送)$")).click()
-    page.locator(".facts span", has_text=re.compile("^(done|完成)$")).wait_for()
+    page.locator(".run-facts span", has_text=re.compile("^(done|完成)$")).wait_for()
 
 
 def _open_failure(page: Any) -> None:

@@ -205,7 +205,7 @@ function mount(root, { route }) {
   for (const [type, is] of [['pointerenter', true], ['pointerleave', false]]) {
     rows.addEventListener(type, () => { view.hovers = is; letIn(); });
   }
-  fill(root, h('div', { class: 'log' }, h('div', { class: 'toolbar' }, view.results, search, others), view.filters,
+  fill(root, h('div', { class: 'log' }, h('div', { class: 'log-head' }, view.results, search, others), view.filters,
     rows, view.more));
   const end = new IntersectionObserver(([one]) => one.isIntersecting && view.next && load(true), { rootMargin: '400px' });
   end.observe(view.more);

@@ -295,7 +295,7 @@ function onKey(event) {
 function buildAnswer() {
   const said = document.createTextNode(''), thought = document.createTextNode('');
   const parts = { said, thought, empty: ui.empty('play', t('play.nothing')), thinking: ui.details(t('play.thought'), h('p', { class: 'said' },
-    thought)), tools: h('div'), img: h('img', { alt: t('play.picture') }), step: h('figcaption'), end: h('div', { class: 'end' }) };
+    thought)), tools: h('div'), img: h('img', { alt: t('play.picture') }), step: h('figcaption'), end: h('div', { class: 'run-end' }) };
   parts.figure = h('figure', { class: 'frame' }, parts.img, parts.step);
   const sheet = h('div', { class: 'roll' }), chosen = ui.codeBlock('', { label: t('play.event') }), code = ui.codeBlock('', { label: t('play.tab.request') });
   const list = h('div', { class: 'roller', tabindex: '0', role: 'group', 'aria-label': t('play.tab.events'), on: { scroll: paintSoon } }, sheet);
@@ -307,7 +307,7 @@ function buildAnswer() {
   for (const name of TABS) panes[name] = h('div', { class: `pane ${name}` }, panes[name]);
   const tabs = ui.segmented(t('play.tabs'), TABS.map((one) => [one, t(`play.tab.${one}`)]), '', (tab) => setQuery({ tab }));
   const stop = ui.button(t('play.stop'), { icon: 'stop', kind: 'danger', hidden: true, on: () => run.stopper.abort() });
-  return { parts, sheet, list, chosen, code, panes, tabs, stop, facts: h('p', { class: 'facts' }) };
+  return { parts, sheet, list, chosen, code, panes, tabs, stop, facts: h('p', { class: 'run-facts' }) };
 }
 
 function mount(root, { route }) {
@@ -316,8 +316,8 @@ function mount(root, { route }) {
   for (const name of ['model', 'account']) form[name] = route.query[name] ?? form[name];
   const modes = ui.segmented(t('play.mode'), MODES.map((one) => [one, t(`play.${one}`)]), '', (mode) => setQuery({ mode }));
   view = { ...buildForm(), ...buildAnswer() };
-  view.told = ui.card({ class: 'told' }, h('div', { class: 'toolbar' }, view.tabs, view.stop), view.facts, Object.values(view.panes));
-  fill(root, h('div', { class: 'play' }, modes, h('div', { class: 'two' }, view.form, view.told)));
+  view.told = ui.card({ class: 'told' }, h('div', { class: 'run-head' }, view.tabs, view.stop), view.facts, Object.values(view.panes));
+  fill(root, h('div', { class: 'play' }, modes, h('div', { class: 'play-two' }, view.form, view.told)));
   const off = [store.on('models', loadModels), store.on('recent', explain), store.on('accounts', () => view.controls.contains(document.activeElement) || paintForm())];
   document.addEventListener('keydown', onKey);
   loadModels().catch(ui.fail);
