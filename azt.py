@@ -12408,6 +12408,17 @@ _DEMO_HELP = (
     "demo:tool, demo:reason, demo:image, demo:limit, demo:overload, demo:cut, demo:incomplete, "
     "demo:slow or demo:refuse to see how your program takes it."
 )
+# Account id -> e-mail, plan, percent used of both windows. The first serves, one is dead, and the
+# last is who signs in at the demo.
+_DEMO_ACCOUNTS = {
+    "demo-account": ("demo@example.com", "plus", 12, 31),
+    "demo-team": ("team@example.com", "team", 84, 55),
+    "demo-night": ("night@example.com", "plus", 100, 64),
+    "demo-old": ("old-laptop@example.com", "plus", 40, 72),
+    "demo-guest": ("guest@example.com", "free", 45, 20),
+    "demo-new": ("new@example.com", "pro", 1, 3),
+}
+_DEMO_CALLS, _DEMO_CLAIM = 80, "https://api.openai.com/auth"
 _DEMO_ETAG = 'W/"azt-demo-1"'
 _DEMO_MODELS = {entry["slug"]: entry for entry in Catalogue.read(None, None).entries}
 # A few of what the real backend refuses: codex-upstream.md 3.6.
@@ -12438,20 +12449,27 @@ class DemoUpstream:
     """Serves the Codex backend, wham/usage and /oauth/token on a free loopback port."""
 
     def __init__(self, pace_s: float = _DEMO_PACE_S) -> None:
-        now = int(time.time())
+        self._since = int(time.time())
         self._pace_s = pace_s
         self._server: asyncio.Server
         self._tasks: set[asyncio.Task[None]] = set()
-        self._windows: Json = {
-            "primary": {"used_percent": 12, "window_minutes": 300, "reset_at": now + 9_000},
-            "secondary": {"used_percent": 31, "window_minutes": 10_080, "reset_at": now + 300_000},
+
+    def _windows(self, ident: str) -> Json:
+        _, _, primary, secondary = _DEMO_ACCOUNTS[ident]
+        ends = self._since + 9_000, self._since + 300_000
+        return {
+            "primary": {"used_percent": primary, "window_minutes": 300, "reset_at": ends[0]},
+            "secondary": {"used_percent": secondary, "window_minutes": 10_080, "reset_at": ends[1]},
         }
-        # Sent with every answer, whichever the real backend sends them with.
-        self._headers = {"etag": _DEMO_ETAG, "x-models-etag": _DEMO_ETAG}
-        self._headers["x-codex-plan-type"] = "plus"
-        for window, state in self._windows.items():
+
+    def headers(self, ident: str) -> dict[str, str]:
+        """Sent with every answer, whichever the real backend sends them with."""
+        headers = {"etag": _DEMO_ETAG, "x-models-etag": _DEMO_ETAG}
+        headers["x-codex-plan-type"] = _DEMO_ACCOUNTS[ident][1]
+        for window, state in self._windows(ident).items():
             for name, value in state.items():
-                self._headers[f"x-codex-{window}-{name.replace('_', '-')}"] = str(value)
+                headers[f"x-codex-{window}-{name.replace('_', '-')}"] = str(value)
+        return headers
 
     async def start(self) -> str:
         """Listen; the base URL (`http://127.0.0.1:PORT`)."""
@@ -12476,42 +12494,57 @@ class DemoUpstream:
             head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
             headers = {name.lower(): value for name, value in re.findall(r"(\S+): *(.*)\r\n", head)}
             data = await reader.readexactly(int(headers.get("content-length", 0)))
-            body = parse_event(data) or {}
-            status, answer = self._answer(re.split(r"\?| HTTP", head)[0], headers, body)
+            call, _, query = head.partition(" HTTP")[0].partition("?")
+            form = dict(urllib.parse.parse_qsl(data.decode("latin-1") or query))
+            claims = token_claims(headers.get("authorization", ""))
+            ident = str(_as_object(claims.get(_DEMO_CLAIM)).get("chatgpt_account_id"))
+            ident = ident if ident in _DEMO_ACCOUNTS else "demo-account"
+            status, answer = self._answer(call, headers, parse_event(data) or form, ident)
             kind = "text/event-stream" if answer is None else "application/json"
-            fields = self._headers | {"content-type": kind, "connection": "close"}
+            fields = self.headers(ident) | {"content-type": kind, "connection": "close"}
+            if status == 302 and answer:
+                fields["location"] = answer["location"]
             lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
             writer.write(f"HTTP/1.1 {status} Demo\r\n{lines}\r\n".encode())
             if answer is None:
-                await self._stream(body, writer)
+                await self._stream(parse_event(data) or {}, writer, ident)
             elif status != 304:
                 writer.write(encode_json(answer))
 
-    def _answer(self, call: str, headers: Json, body: Json) -> tuple[int, Json | None]:
+    def _answer(self, call: str, headers: Json, body: Json, ident: str) -> tuple[int, Json | None]:
         """(status, JSON to send); None: the events of a turn instead."""
         if "/backend-api/" in call and "authorization" not in headers:
             return 401, {"detail": "Unauthorized"}
+        windows = self._windows(ident)
         if call == "POST /backend-api/codex/responses":
-            return _demo_refusal(body)
+            full = windows["primary"]["used_percent"] >= 100
+            return _demo_refusal(body, windows["primary"]["reset_at"] if full else 0)
         if call == "GET /backend-api/codex/models":
             is_known = headers.get("if-none-match") == _DEMO_ETAG
             return 304 if is_known else 200, {"models": list(_DEMO_MODELS.values())}
         if call == "GET /backend-api/wham/usage":
             windows = {
                 f"{name}_window": state | {"limit_window_seconds": state["window_minutes"] * 60}
-                for name, state in self._windows.items()
+                for name, state in windows.items()
             }
-            return 200, {"plan_type": "plus", "rate_limit": windows}
+            return 200, {"plan_type": _DEMO_ACCOUNTS[ident][1], "rate_limit": windows}
+        back = str(body.get("redirect_uri"))
+        if call == "GET /oauth/authorize" and back.startswith("http://localhost:"):
+            code = urllib.parse.urlencode({"code": "demo-new", "state": body.get("state", "")})
+            return 302, {"location": f"{back}?{code}"}
         if call != "POST /oauth/token":
             return 404, {"detail": "Not Found"}
-        if str(body.get("refresh_token")).startswith("rt_demo"):
-            return 200, demo_account(time.time()) | {"expires_in": _DEMO_TOKEN_S}
+        _, mark, whose = str(body.get("refresh_token")).partition("rt_demo")
+        ident = str(body.get("code") or whose.partition("-")[2] or "demo-account")
+        if (mark or "code" in body) and ident in _DEMO_ACCOUNTS and ident != "demo-old":
+            return 200, demo_account(time.time(), ident) | {"expires_in": _DEMO_TOKEN_S}
         return 401, {"error": {"code": "refresh_token_invalidated", "message": "Not a demo token."}}
 
-    async def _stream(self, body: Json, writer: asyncio.StreamWriter) -> None:
+    async def _stream(self, body: Json, writer: asyncio.StreamWriter, ident: str) -> None:
         """The events of one turn at the pace of a model, or as far as `demo:cut` lets them."""
         _said, word = _demo_said(body)
-        limits = {"type": "codex.rate_limits", "plan_type": "plus", "rate_limits": self._windows}
+        limits = {"type": "codex.rate_limits", "rate_limits": self._windows(ident)}
+        limits["plan_type"] = _DEMO_ACCOUNTS[ident][1]
         words = 0
         for number, event in enumerate((limits, *_demo_events(body, word))):
             writer.write(encode_event(event | {"sequence_number": number}))
@@ -12523,7 +12556,7 @@ class DemoUpstream:
                 await asyncio.sleep(_DEMO_SLOW_PACE_S if word == "slow" else self._pace_s)
 
 
-def _demo_refusal(body: Json) -> tuple[int, Json | None]:
+def _demo_refusal(body: Json, empty_until: int) -> tuple[int, Json | None]:
     """What the backend refuses before any stream: faulty calls (codex-upstream.md 3.6), a limit."""
     model = body.get("model")
     faults = {
@@ -12535,10 +12568,10 @@ def _demo_refusal(body: Json) -> tuple[int, Json | None]:
     }
     if fault := next((detail for detail, is_fault in faults.items() if is_fault), None):
         return 400, {"detail": fault}
-    if _demo_said(body)[1] != "limit":
+    if _demo_said(body)[1] != "limit" and not empty_until:
         return 200, None
     error = {"type": "usage_limit_reached", "message": "The usage limit has been reached"}
-    return 429, {"error": error | {"resets_at": int(time.time()) + _DEMO_REST_S}}
+    return 429, {"error": error | {"resets_at": empty_until or int(time.time()) + _DEMO_REST_S}}
 
 
 def _demo_said(body: Json) -> tuple[str, str]:
@@ -12656,14 +12689,55 @@ def _demo_value(schema: Json, root: Json, name: str = "demo", depth: int = 0) ->
     return {"integer": number, "number": number, "boolean": True, "null": None}.get(kind, text)
 
 
-def demo_account(now: float) -> Json:
-    """The demo's account as `azt accounts import` takes it: unsigned, worthless elsewhere."""
-    auth = {"chatgpt_account_id": "demo-account", "chatgpt_plan_type": "plus"}
-    person = {"email": "demo@example.com", "https://api.openai.com/auth": auth}
-    claims = person | {"exp": int(now) + _DEMO_TOKEN_S}
+def demo_account(now: float, ident: str = "demo-account") -> Json:
+    """A demo account as `azt accounts import` takes it: unsigned, worthless elsewhere."""
+    email_, plan, *_ = _DEMO_ACCOUNTS[ident]
+    auth = {"chatgpt_account_id": ident, "chatgpt_plan_type": plan}
+    claims = {"email": email_, _DEMO_CLAIM: auth, "exp": int(now) + _DEMO_TOKEN_S}
     parts = (encode_json({"alg": "none"}), encode_json(claims), b"unsigned")
     token = ".".join(base64.urlsafe_b64encode(part).rstrip(b"=").decode() for part in parts)
-    return {"access_token": token, "refresh_token": f"rt_demo{int(now)}", "id_token": token}
+    refresh_token = f"rt_demo{int(now)}-{ident}"
+    return {"access_token": token, "refresh_token": refresh_token, "id_token": token}
+
+
+def demo_store(demo: DemoUpstream, now: float) -> AccountStore:
+    """The accounts that a demo begins with: ready, low, empty, rejected and free."""
+    store = AccountStore()
+    for ident in [*_DEMO_ACCOUNTS][:-1]:
+        [account] = to_accounts([demo_account(now, ident)], now)
+        learn_quota(account, quota_from_headers(demo.headers(ident), now))
+        account.rejected = "refresh_token_invalidated" if ident == "demo-old" else ""
+        store.add(account)
+    return store
+
+
+def demo_past(store: AccountStore, now: float) -> Batch:
+    """Two days of calls that nobody made, as they would have been recorded."""
+    dice, records = random.Random(5), []
+    able = [one for one in store.accounts.values() if not one.rejected]
+    routes = {"Codex": "/codex/v1/responses", "OpenAI/Python": "/v1/responses"}
+    for number in range(_DEMO_CALLS, 0, -1):
+        client, account = dice.choice([*routes, "Cline", "Open WebUI"]), dice.choice(able)
+        route = routes.get(client, "/v1/chat/completions")
+        name, at = f"req_demo{number:03}", now - 40 * number**1.9
+        record = RequestRecord(name, "POST", route, 0.0, at, 0.0, 200, route, client, "127.0.0.1")
+        record.account, record.account_id, record.plan = account.name, account.id, account.plan
+        record.model = record.asked_model = dice.choice([*_DEMO_MODELS])
+        record.attempts, record.streams = 1, True
+        record.head_ms, record.ttft_ms = 240, dice.randint(400, 1500)
+        record.total_ms = record.ttft_ms + dice.randint(300, 9000)
+        one_try = {"accountId": account.id, "account": account.name, "status": 200}
+        record.tries = [one_try | {"startedAt": int(at * 1000), "durationMs": record.total_ms}]
+        read, written = dice.randint(200, 30_000), dice.randint(20, 1500)
+        cached = {"cached_tokens": read * 2 // 3}
+        record.usage = {"input_tokens": read, "input_tokens_details": cached}
+        record.usage |= {"output_tokens": written, "total_tokens": read + written}
+        record.result = "ok"
+        if number % 13 == 0:
+            record.result, record.status, record.usage = "failed", 429, None
+            record.error_code = record.tries[0]["errorType"] = "usage_limit_reached"
+        records.append(record)
+    return Batch(records)
 
 
 # ==================================================================================================
@@ -12843,10 +12917,12 @@ async def _run_demo(environment: Environment, flags: Json, opens_browser: bool) 
             chatgpt_base_url=f"{base}/backend-api",
             auth_base_url=base,
         )
-        seed = AccountStore()
-        seed.add(to_accounts([demo_account(time.time())], time.time())[0])
-        await in_thread(files, prepare_home, environment.paths)
-        await in_thread(files, write_json, environment.paths.accounts, seed.to_json())
+        paths, store = environment.paths, demo_store(demo, time.time())
+        past = demo_past(store, time.time())
+        await in_thread(files, prepare_home, paths)
+        await in_thread(files, write_json, paths.accounts, store.to_json())
+        await in_thread(files, UsageStats().save, paths, past.lines, ())
+        await in_thread(files, RequestLog(0).save, paths.requests, past.rows, past.rows)
         start_logging("info")
         log.info("a demo: gone at its end; commands need AI_ZERO_TOKEN_HOME=%s", folder + "/home")
         try:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import termios
 import time
+import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,7 +33,7 @@ from fake_upstream import (
     message,
     text,
 )
-from harness import READY, ROOT, Client, Gateway, Stream, chat_body
+from harness import READY, ROOT, Client, Gateway, Stream, chat_body, eventually
 
 import azt
 
@@ -344,6 +345,33 @@ def test_the_demo_answers_and_touches_no_home(tmp_path: Path, new: NewGateway) -
     assert files == {".ai-zero-token/.state/accounts.json", ".codex/auth.json", "azt.log"}
     assert all(LOG_LINE.fullmatch(line) for line in demo.log().splitlines()), demo.log()
     assert "a demo: " in demo.log()
+
+
+def test_the_demo_is_alive_and_signs_in_without_leaving_the_machine(
+    tmp_path: Path, new: NewGateway, ports: None
+) -> None:
+    demo = new(tmp_path, {"TMPDIR": str(tmp_path)}, "--demo").start()
+    client, mark = Client(demo.url), {"X-AZT-Admin": "1"}
+
+    def admin(method: str, path: str, json: object = None) -> Any:
+        return client.request(method, f"/_gateway/admin{path}", json, headers=mark).json
+
+    begun = admin("GET", "/state")
+    flow = admin("POST", "/login", {"method": "browser"})
+    admin("POST", f"/login/{flow['flowId']}/open", {})
+    with urllib.request.urlopen(flow["authorizeUrl"]) as page:
+        assert b"Signed in" in page.read()
+    account = admin("GET", f"/login/{flow['flowId']}")["account"]
+    job = admin("POST", "/accounts/refresh-quotas", {})["job"]
+    eventually(lambda: admin("GET", f"/jobs/{job['id']}")["state"] != "running")
+    states = [one["status"] for one in admin("GET", "/state")["accounts"]]
+
+    assert [one["status"] for one in begun["accounts"]] == states[:-1]
+    assert states == ["ready", "low", "empty", "login_rejected", "ready", "ready"]
+    assert begun["today"]["requestCount"] > 5
+    assert len({row["client"] for row in begun["recent"]}) > 1
+    assert account["email"] == "new@example.com"
+    assert client.chat("demo:image").status == 200
 
 
 # -- Signals and lost terminals -------------------------------------------------------------------

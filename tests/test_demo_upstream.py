@@ -409,6 +409,39 @@ def test_the_demo_account_carries_the_claims_of_a_plus_plan() -> None:
     assert account.expires_at == 1_800_000_000 + 864_000
 
 
+def bearer(ident: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {azt.demo_account(0.0, ident)['access_token']}"}
+
+
+def test_each_account_has_a_quota_of_its_own(demo: Demo) -> None:
+    left = {}
+    for ident, (_, plan, primary, _) in azt._DEMO_ACCOUNTS.items():
+        _, headers, data = demo.send("GET", "/backend-api/wham/usage", headers=bearer(ident))
+        told = json.loads(data)
+        left[ident] = told["rate_limit"]["primary_window"]["used_percent"]
+        assert (told["plan_type"], left[ident]) == (plan, primary)
+        assert headers["x-codex-primary-used-percent"] == str(primary)
+    status, _, data = demo.send("POST", RESPONSES, turn("hi"), bearer("demo-night"))
+
+    assert len(set(left.values())) == len(left)
+    assert status == 429
+    assert json.loads(data)["error"]["type"] == "usage_limit_reached"
+
+
+def test_who_signs_in_comes_back_with_an_account_and_goes_nowhere_else(demo: Demo) -> None:
+    back = "http://localhost:1455/auth/callback"
+    query = f"redirect_uri={back}&state=abc"
+    status, headers, _ = demo.send("GET", f"/oauth/authorize?{query}", headers={})
+    elsewhere, _, _ = demo.send("GET", "/oauth/authorize?redirect_uri=http://evil/", headers={})
+    form = b"grant_type=authorization_code&code=demo-new"
+    _, _, data = demo.send("POST", "/oauth/token", form, {})
+
+    assert (status, headers["location"]) == (302, f"{back}?code=demo-new&state=abc")
+    assert elsewhere == 404
+    [account] = azt.to_accounts([json.loads(data)], 0.0)
+    assert account.account_id == "demo-new"
+
+
 def test_stopping_ends_running_streams() -> None:
     demo = Demo(pace_s=5)
     connection = demo.connect()
