@@ -136,6 +136,7 @@ function onpage(page, made) {
 
 function onroute(route, moved) {
   if (route.page === 'log') unseen = 0;
+  document.body.classList.toggle('bare', route.page === 'signin' && get('session').signedIn !== true);
   for (const link of document.querySelectorAll('[data-page]')) {
     link.ariaCurrent = link.dataset.page === route.page ? 'page' : null;
   }

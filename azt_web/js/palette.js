@@ -44,7 +44,7 @@ function entries(pages) {
       run: async () => { if (await copy(get('gateway').baseUrl)) toast(t('act.copied')); } },
     { icon: 'refresh', words: t('acc.refreshAll'), run: () => send('POST', '/accounts/refresh-quotas') },
     ...get('accounts').flatMap((one) => [
-      { icon: 'switch', words: t('box.serve', { name: nameOf(one) }), hint: one.email, run: () => activate(one) },
+      { icon: 'switch', words: t('box.serve', { name: nameOf(one) }), hint: one.label && one.email, run: () => activate(one) },
       { icon: 'accounts', words: nameOf(one), hint: t('box.account'), run: () => go(hash('accounts', [one.id])) },
     ]),
     ...CLIENTS.map(({ id }) => page('connect', t('box.connect', { name: t(`client.${id}`) }), ['connect', [id]])),

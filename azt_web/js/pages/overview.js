@@ -181,7 +181,7 @@ function traffic() {
 
 function recent() {
   const list = h('tbody'), none = h('div');
-  const table = h('table', { class: 'rows' }, h('caption', { class: 'vh' }, t('ov.recent')), list);
+  const table = h('table', { class: 'rows brief' }, h('caption', { class: 'vh' }, t('ov.recent')), list);
   const patch = (row, one) => {
     const [, status, what, model, took] = row.children;
     const words = one.result !== 'running' && one.status || t(`res.${one.result}`);
@@ -214,7 +214,7 @@ function pool() {
     const back = soonest(one), time = h('span', { class: 'note', title: back < Infinity ? exact(back) : '' });
     const words = one.status === 'empty' ? 'ov.backIn' : 'quota.resetsIn';
     if (back < Infinity) ticking(time, back, () => t(words, { d: wait(back - now()) }));
-    return h('li', null, nameLink(one), tag(one.plan), pill(one), h('b', null, least(one)), time);
+    return h('li', null, nameLink(one), pill(one), h('b', null, least(one)), time);
   };
   const update = () => {
     text(count, t('ov.poolNote', { n: num(get('accounts').length) }));
