@@ -6,6 +6,7 @@ A page joins by a line in `VIEWS`. `prepare` gets the open page and does what le
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,11 +59,37 @@ def _unsaved(page: Any) -> None:
     page.locator(".dirty").wait_for()
 
 
+def _choose_two(page: Any) -> None:
+    page.get_by_role("radio").last.click()
+    for box in page.locator(".accounts tbody input").all()[:2]:
+        box.click()
+    page.locator(".bulk").wait_for()
+
+
+def _open_sheet(page: Any) -> None:
+    page.locator(".accounts a.name").first.click()
+    page.locator("dialog summary").first.click()
+    page.locator("dialog .facts").wait_for()
+
+
+def _paste_accounts(page: Any) -> None:
+    pasted = [account_file("acct-77", "user-77", "new@example.com", "team"), {"no": "account"}]
+    page.locator("textarea").fill(json.dumps(pasted))
+    page.locator("dialog .found table").wait_for()
+
+
 VIEWS = [
     View("overview", "overview", ".figures + .cols .plot svg"),
     View("overview-first-run", "overview", ".first .btn.primary", empty=True),
     View("overview-offline", "overview", ".figures", _cut_off),
     View("command-box", "overview", ".figures", _open_box),
+    View("accounts", "accounts", ".accounts .meter.ok"),
+    View("accounts-table", "accounts", ".accounts .meter.ok", _choose_two),
+    View("accounts-none", "accounts", ".empty", empty=True),
+    View("account-sheet", "accounts", ".accounts .meter.ok", _open_sheet),
+    View("add-browser", "accounts/add/browser", "dialog .btn.primary"),
+    View("add-device", "accounts/add/device", "dialog .steps"),
+    View("add-import", "accounts/add/import", "dialog textarea", _paste_accounts),
     View("usage", "usage", ".usage .plot svg"),
     View("connect", "connect/python", ".connect-page .code"),
     View("connect-codex", "connect/codex", ".codex .line", _codex_diff),

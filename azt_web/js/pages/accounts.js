@@ -1,6 +1,7 @@
 // The pool of accounts: filters, cards or table, selection with its bulk bar, and the sheet of one account.
 import { download, get, send } from '../api.js';
 import { sparkline } from '../charts.js';
+import { useInCodex } from '../codex_panel.js';
 import { fill, h, icon, keyed, text } from '../dom.js';
 import { num, timeEl } from '../format.js';
 import { plural, pref, setPref, t } from '../i18n.js';
@@ -10,7 +11,7 @@ import { accountOf, canDo, nameOf, statusCounts, store } from '../store.js';
 import * as ui from '../ui.js';
 
 const TABLE_ABOVE = 24; // accounts; above it the table is the default
-const CHUNK = 60; // rows made in one frame: 300 accounts never hold up a key press
+const CHUNK = 40; // rows; more follow as the person scrolls, so that 300 accounts never hold up a key press
 const TYPED_ABOVE = 10; // a larger removal asks for its number
 const DAY_MIN = 1440; // minutes; the windows above it are the weekly ones
 const REJECTED = ['login_rejected', 'auth_error', 'expired'];
@@ -52,24 +53,6 @@ const again = (one) => hash('accounts', ['add', 'browser'], { account: one.id })
 /** Names that stay few: the first five, and how many more. */
 const named = (chosen) => h('ul', null, chosen.slice(0, 5).map((one) => h('li', null, nameOf(one))),
   chosen.length > 5 && h('li', null, plural('acc.andMore', chosen.length - 5)));
-
-/** Looks first, then writes; looks again when the file was changed between the two. */
-async function useInCodex(one, note = '') {
-  const name = nameOf(one), seen = await send('POST', '/codex/auth', { accountId: one.id, dryRun: true });
-  const lines = [['-', seen.from ? nameOf(seen.from) : t('acc.cdx.nobody')], ['+', name]];
-  const body = [warning(note), h('p', null, h('code', null, seen.path)),
-    h('ul', { class: 'diff' }, lines.map(([op, who]) => h('li', { 'data-op': op }, `${op} ${who}`))),
-    paragraph(t(seen.willBackup ? 'acc.cdx.backup' : 'acc.cdx.same')),
-    paragraph(store.get('codex').takeover?.on && t('acc.cdx.takeover'))];
-  if (!(await ui.confirm({ title: t('acc.cdx.title', { name }), body, action: t('acc.cdx.write') }))) return;
-  try {
-    const { backup } = await send('POST', '/codex/auth', { accountId: one.id, dryRun: false, base: seen.base });
-    done(t('acc.cdx.done', { name }), backup && (() => send('POST', `/codex/backups/${backup.id}/restore`)));
-  } catch (error) {
-    if (error.code !== 'file_changed') throw error;
-    await useInCodex(one, t('err.file_changed'));
-  }
-}
 
 const refreshOne = async (one) => saved(await send('POST', where(one, '/refresh-quota')));
 
@@ -116,9 +99,11 @@ function exportThem(chosen) {
     done(t('exp.done'));
   };
   const kinds = ui.segmented(t('exp.format'), [['json', 'JSON'], ['zip', 'ZIP']], format, (one) => { format = one; });
-  const save1 = ui.button(t('exp.download'), { icon: 'download', kind: 'primary', on: save, disabled: !canDo('export') });
-  const box = ui.dialog({ title: plural('exp.title', chosen.length), body: [warning(t('exp.warn')), named(chosen), kinds],
-    footer: [ui.button(t('act.cancel'), { on: () => box.close() }), save1] });
+  const how = { icon: 'download', kind: 'primary', on: save, disabled: !canDo('export') };
+  const box = ui.dialog({
+    title: plural('exp.title', chosen.length), body: [warning(t('exp.warn')), named(chosen), kinds],
+    footer: [ui.button(t('act.cancel'), { on: () => box.close() }), ui.button(t('exp.download'), how)],
+  });
 }
 
 const actions = (one) => [
@@ -137,12 +122,14 @@ const actions = (one) => [
 /** The live parts of one account. `patch(one)` changes what differs and never makes a control anew. */
 function pieces(pick) {
   let one = null;
-  const serves = () => store.get('routing').activeId === one.id, applied = () => store.get('codex').authAccountId === one.id;
+  const serves = () => store.get('routing').activeId === one.id;
+  const applied = () => store.get('codex').authAccountId === one.id;
   const role = (isOn, work) => ui.button(' ', { kind: 'small', on: () => (isOn() ? null : work(one)) });
   const at = {
-    box: h('input', { type: 'checkbox', on: { click: (event) => pick?.(one, event.shiftKey) } }), name: h('a', { class: 'name' }),
-    login: ui.button(t('login.again'), { kind: 'small', href: '#/accounts' }), api: role(serves, activate),
-    codex: role(applied, useInCodex), refresh: ui.iconButton('refresh', '', () => refreshOne(one)),
+    box: h('input', { type: 'checkbox', on: { click: (event) => pick?.(one, event.shiftKey) } }),
+    name: h('a', { class: 'name' }), login: ui.button(t('login.again'), { kind: 'small', href: '#' }),
+    api: role(serves, activate), codex: role(applied, useInCodex),
+    refresh: ui.iconButton('refresh', '', () => refreshOne(one)),
     menu: ui.iconButton('more', '', (event) => { ui.menu(event.currentTarget, actions(one)); }),
   };
   for (const name of ['state', 'short', 'long', 'extra', 'reset', 'used', 'seen']) at[name] = h('div', { class: name });
@@ -206,17 +193,18 @@ function past(one) {
 
 /** What a person may set; each field is sent as soon as it is left. */
 function controls(one, change) {
-  const input = (name, props) => h('input', { ...props, value: one[name], on: { change: ({ target: { value } }) =>
-    change({ [name]: props.type === 'number' ? Number(value) : value }) } });
-  return [ui.field(t('acc.label'), input('label', { type: 'text', maxlength: 64 })),
-    ui.field(t('acc.priority'), input('priority', { type: 'number', min: 0, max: 1000 }), { help: t('acc.priorityHelp') }),
+  const input = (name, props, read) => h('input', { ...props, value: one[name],
+    on: { change: ({ target }) => change({ [name]: read(target.value) }) } });
+  const priority = input('priority', { type: 'number', min: 0, max: 1000 }, Number);
+  return [ui.field(t('acc.label'), input('label', { type: 'text', maxlength: 64 }, String)),
+    ui.field(t('acc.priority'), priority, { help: t('acc.priorityHelp') }),
     ui.toggle(t('acc.rotation'), !one.excluded, (isOn) => exclude([one], !isOn), t('acc.rotationHelp'))];
 }
 
 function identity(one) {
-  const copied = one.accountId && ui.copyButton(one.accountId, '', { kind: 'ghost square', 'aria-label': t('act.copy') });
+  const copied = ui.copyButton(one.accountId, '', { kind: 'ghost square', 'aria-label': t('act.copy') });
   const when = (ms) => ms > 0 && timeEl(ms, 'when');
-  const facts = { email: nameOf({ ...one, label: '' }), id: copied && [h('code', null, one.accountId), copied],
+  const facts = { email: nameOf({ ...one, label: '' }), id: one.accountId && [h('code', null, one.accountId), copied],
     renews: when(one.tokenExpiresAt), added: when(one.createdAt),
     can: t(one.images?.ok ? 'acc.canImages' : 'acc.canText', { n: num(store.get('models').count) }) };
   return ui.details(t('acc.identity'), h('dl', { class: 'facts' }, Object.entries(facts).map(([name, value]) => value
@@ -239,11 +227,12 @@ function openSheet(id, gone) {
     const isEdited = own.contains(document.activeElement);
     return isEdited || fill(own, controls(one, (values) => change(values).catch(ui.fail)));
   };
-  const load = () => get(where(one)).then((all) => fill(more, past(all)), (error) => fill(more, ui.errorPanel(error, load)));
+  const load = () => get(where(one)).then((all) => fill(more, identity(all), past(all)),
+    (error) => fill(more, ui.errorPanel(error, load)));
   const off = ['accounts', 'codex', 'routing'].map((slice) => store.on(slice, show));
   const box = ui.dialog({ title: nameOf(one), sheet: true, onclose: () => { off.forEach((stop) => stop()); gone(); },
-    body: [h('div', { class: 'row' }, at.state, at.seen, at.refresh), roles(at), at.short, at.long, at.extra, own,
-      identity(one), more],
+    body: [h('div', { class: 'row' }, at.state, at.seen, at.refresh), roles(at), at.short, at.long, at.extra,
+      own, more],
     footer: [ui.button(t('acc.remove'), { kind: 'danger', on: () => remove([one]) }),
       ui.button(t('acc.export'), { icon: 'download', on: () => exportThem([one]) })] });
   show();
@@ -253,26 +242,29 @@ function openSheet(id, gone) {
 
 // -- The page
 
-const isOver = (job) => job.failures?.length > 0 && !dismissed.has(job.id) && !['queued', 'running'].includes(job.state);
+const RUNNING = ['queued', 'running'];
+const isOver = (job) => job.failures?.length > 0 && !dismissed.has(job.id) && !RUNNING.includes(job.state);
 
 /** A job that ended with failures says which and why, and tries those again. Running ones stand above the page. */
-function jobView({ id, kind, failures }) {
+function jobView({ id, failures }) {
   const close = () => { dismissed.add(id); store.set('jobs', store.get('jobs')); };
   const retry = () => { close(); return refreshMany(failures.map((it) => it.id)); };
   const lines = failures.map((it) => h('li', null, `${nameOf(accountOf(it.id)) || it.id}: `, ui.wording(it)));
-  return h('div', { class: 'notice warn' }, icon('warn'), h('div', null, plural('acc.failed', lines.length), h('ul', null, lines)),
-    kind === 'refresh_quotas' && ui.button(t('acc.retryFailed'), { on: retry }), ui.iconButton('close', t('act.close'), close));
+  const told = h('div', null, plural('acc.failed', lines.length), h('ul', null, lines));
+  return h('div', { class: 'notice warn' }, icon('warn'), told, ui.button(t('acc.retryFailed'), { on: retry }),
+    ui.iconButton('close', t('act.close'), close));
 }
 
 function mount(root) {
   let limit = CHUNK, shown = [], anchor = -1, sheet = null;
   const made = new Map(); // id -> its pieces and their row, also while it is filtered out
   const chosen = () => store.get('accounts').filter((one) => selected.has(one.id));
+  const ask = (changes) => { limit = CHUNK; setQuery(changes); };
   const clear = () => { selected.clear(); draw(); };
   const every = () => { shown.forEach((one) => selected.add(one.id)); draw(); };
   const search = h('input', { type: 'search', placeholder: t('acc.search'), 'aria-label': t('acc.search'),
-    on: { input: () => setQuery({ q: search.value }) } });
-  const chips = ui.chips(t('acc.status'), [], '', (status) => setQuery({ status }));
+    on: { input: () => ask({ q: search.value }) } });
+  const chips = ui.chips(t('acc.status'), [], '', (status) => ask({ status }));
   const views = ['cards', 'table'].map((one) => [one, t(`acc.${one}`)]);
   const view = ui.segmented(t('acc.view'), views, '', (one) => { setPref('accounts.view', one); draw(); });
   const [jobs, none, gone, selects] = ['stack', 'none', 'stack', 'row'].map((name) => h('div', { class: name }));
@@ -280,7 +272,8 @@ function mount(root) {
   const all = h('input', { type: 'checkbox', 'aria-label': t('acc.selectAll'),
     on: { click: () => (all.checked ? every() : clear()) } });
   const heads = COLUMNS.map((name) => h('th', { scope: 'col', class: `c-${name}` }, t(`acc.col.${name}`)));
-  const table = h('table', null, h('thead', null, h('tr', null, h('td', { class: 'c-box' }, all), heads, h('td'))), items);
+  const top = h('thead', null, h('tr', null, h('td', { class: 'c-box' }, all), heads, h('td')));
+  const table = h('table', null, top, items);
   const tool = (words, shape, work) => ui.button(t(words), { icon: shape, on: () => work(chosen()) });
   const bulk = h('div', { class: 'bulk', role: 'toolbar', 'aria-label': t('acc.bulk') }, count,
     tool('act.refresh', 'refresh', (some) => refreshMany(idsOf(some))), tool('acc.export', 'download', exportThem),
@@ -288,8 +281,11 @@ function mount(root) {
     tool('acc.remove', 'trash', remove), more, ui.button(t('acc.clear'), { kind: 'ghost', on: clear }));
   const primary = [ui.button(t('acc.refreshAll'), { icon: 'refresh', on: () => refreshMany() }),
     ui.button(t('acc.add'), { icon: 'plus', kind: 'primary', href: '#/accounts/add' })];
-  const drop = h('div', { class: 'drop' }, icon('upload'), h('p', null, t('acc.drop')), h('p', { class: 'note' }, t('acc.dropNote')),
-    ui.button(t('acc.importFiles'), { href: '#/accounts/add/import' }));
+  const drop = h('div', { class: 'drop' }, icon('upload'), h('p', null, t('acc.drop')),
+    h('p', { class: 'note' }, t('acc.dropNote')), ui.button(t('acc.importFiles'), { href: '#/accounts/add/import' }));
+
+  const grow = ([it]) => { if (it.isIntersecting) { limit += CHUNK; draw(); } };
+  const below = new IntersectionObserver(grow, { rootMargin: '800px' });
 
   function pick(one, isRange) {
     const at = shown.findIndex((it) => it.id === one.id), isOn = !selected.has(one.id);
@@ -316,11 +312,13 @@ function mount(root) {
 
   function drawChoices(accounts, { status = '', plan = '', sort = 'reset' }) {
     const counts = statusCounts(), plans = [...new Set(accounts.map((one) => one.plan))].sort();
-    const states = STATUSES.filter((one) => counts[one] || one === status).map((one) => [one, t(`acc.st.${one}`), counts[one]]);
-    chips.patch([['', t('acc.all'), counts.all], ...states], status);
+    const states = STATUSES.filter((one) => counts[one] || one === status);
+    const chip = (one) => [one, t(`acc.st.${one}`), counts[one]];
+    chips.patch([['', t('acc.all'), counts.all], ...states.map(chip)], status);
     if (selects.contains(document.activeElement)) return;
-    const choice = (name, options, value) => ui.select(t(`acc.${name}`), options, value, (one) => setQuery({ [name]: one }));
-    fill(selects, plans[1] && choice('plan', [['', t('acc.anyPlan')], ...plans.map((one) => [one, one])], plan),
+    const choice = (name, options, value) => ui.select(t(`acc.${name}`), options, value, (one) => ask({ [name]: one }));
+    const named = (one) => [one, ui.tag(one)?.textContent];
+    fill(selects, plans[1] && choice('plan', [['', t('acc.anyPlan')], ...plans.map(named)], plan),
       choice('sort', Object.keys(SORTS).map((one) => [one, t(`acc.sort.${one}`)]), sort));
   }
 
@@ -344,7 +342,8 @@ function mount(root) {
     table.className = `accounts as-${mode}`;
     table.hidden = !shown[0];
     keyed(items, shown.slice(0, limit), (one) => one.id, make, patch);
-    if (shown.length > limit) requestAnimationFrame(() => { limit += CHUNK; draw(); });
+    below.disconnect();
+    if (shown.length > limit) below.observe(drop);
     const anyway = accounts[0] ? ['search', t('ui.nothing'), ui.button(t('act.clearFilters'), { href: '#/accounts' })]
       : ['accounts', t('acc.none'), ui.button(t('acc.add'), { kind: 'primary', href: '#/accounts/add' })];
     fill(none, !shown[0] && ui.empty(...anyway));
@@ -355,7 +354,8 @@ function mount(root) {
   const drawGone = () => fill(gone, store.get('removed').map((one) => h('p', { class: 'notice' }, icon('trash'),
     h('span', null, plural('acc.gone', one.count ?? 1, { name: one.label ?? '' }), ' ', timeEl(one.expiresAt, 'until')),
     ui.button(t('act.undo'), { icon: 'undo', on: () => restore(one) }))));
-  const tools = h('div', { class: 'toolbar' }, h('div', { class: 'search' }, icon('search'), search), chips, selects, view);
+  const find = h('div', { class: 'search' }, icon('search'), search);
+  const tools = h('div', { class: 'toolbar' }, find, chips, selects, view);
   fill(root, h('div', { class: 'stack' }, tools, jobs, table, none, gone, drop, bulk));
   const off = ['accounts', 'codex', 'routing'].map((slice) => store.on(slice, draw));
   off.push(store.on('jobs', drawJobs), store.on('removed', drawGone));
@@ -372,10 +372,12 @@ function mount(root) {
       const wanted = id === 'add' ? undefined : id;
       if (sheet?.id === wanted) return;
       sheet?.box.close();
-      sheet = wanted && { id, box: openSheet(id, () => { if (sheet?.id === id) go(hash('accounts', [], current().query)); }) };
+      const leave = () => { if (sheet?.id === id) go(hash('accounts', [], current().query)); };
+      sheet = wanted && { id, box: openSheet(id, leave) };
     },
     unmount() {
       off.forEach((stop) => stop());
+      below.disconnect();
       sheet = sheet?.box.close();
     },
   };

@@ -1,4 +1,4 @@
-// Add an account, or sign in again: a dialog with three ways (browser, device code, import), and the drop zone of the window.
+// Add an account, or sign in again: a dialog with three ways, and the drop zone of the whole window.
 import { ApiError, get, send, stream, upload } from '../api.js';
 import { fill, h, icon, text } from '../dom.js';
 import { bytes, num, now, ticking, wait } from '../format.js';
@@ -23,7 +23,7 @@ const paragraph = (words) => h('p', null, words);
 /** A link out of the console. Whoever follows or copies it, in whatever way, is expected back. */
 const outward = (href, label, opened, props) => h('a', { ...props, href, target: '_blank', rel: 'noopener noreferrer',
   on: { click: opened, auxclick: opened, contextmenu: opened } }, label, icon('external'));
-const left = (ms) => ticking(h('span', { class: 'note' }), ms, () => t('login.left', { d: wait(Math.max(0, ms - now())) }));
+const left = (ms) => ticking(h('span', { class: 'note' }), ms, () => t('login.left', { d: wait(ms - now()) }));
 
 // -- Signing in
 
@@ -52,10 +52,13 @@ function ready(account, words, isMany = false) {
   };
   const test = ui.button(t('play.test'), { kind: 'primary', icon: 'play', on: () => testCall(account.id, answer) });
   const serve = ui.button(t('acc.useApi'), { on: () => send('POST', `/accounts/${account.id}/activate`) });
-  const off = ['accounts', 'routing'].map((slice) => store.on(slice, () => (meters.isConnected ? show() : off.forEach((stop) => stop()))));
+  const another = ui.button(t('login.another'), { on: () => { go('#/accounts/add/browser'); sync(true); } });
+  const patch = () => (meters.isConnected ? show() : off.forEach((stop) => stop()));
+  const off = ['accounts', 'routing'].map((slice) => store.on(slice, patch));
+  const said = h('p', { class: 'good', role: 'status' }, icon('check'), h('strong', null, words),
+    !isMany && ui.tag(account.plan));
   show();
-  return [h('p', { class: 'good', role: 'status' }, icon('check'), h('strong', null, words), !isMany && ui.tag(account.plan)), meters,
-    h('div', { class: 'row' }, test, serve, ui.button(t('login.another'), { on: () => { go('#/accounts/add/browser'); sync(true); } })), answer];
+  return [said, meters, h('div', { class: 'row' }, test, serve, another), answer];
 }
 
 /** A sign-in, shown in `host` until it ends. Returns what gives it up. */
@@ -80,7 +83,8 @@ function signIn(host, method, wanted) {
     if (!flow || now?.flowId !== flow.flowId) return;
     flow = { ...flow, ...now };
     if (isOpen()) view.patch(flow);
-    else fill(host, flow.status === 'done' ? ready(flow.account, t('login.done', { name: nameOf(flow.account) })) : ended());
+    else if (flow.status === 'done') fill(host, ready(flow.account, t('login.done', { name: nameOf(flow.account) })));
+    else fill(host, ended());
   };
   const ended = () => {
     if (flow.error?.code !== 'account_mismatch') {
@@ -89,9 +93,10 @@ function signIn(host, method, wanted) {
         ui.button(t(flow.error ? 'act.tryAgain' : 'login.newLink'), { kind: 'primary', on: start }));
     }
     const keep = async () => take(await send('POST', path('/callback'), { keep: true }));
-    return h('div', { role: 'alert' }, paragraph(t('login.mismatch', { came: nameOf(flow.account), wanted: nameOf(accountOf(wanted)) })),
-      h('div', { class: 'row' }, ui.button(t('login.discard'), { on: () => box.close() }),
-        ui.button(t('login.keep'), { kind: 'primary', on: keep })));
+    const names = { came: nameOf(flow.account), wanted: nameOf(accountOf(wanted)) };
+    const discard = ui.button(t('login.discard'), { on: () => box.close() });
+    return h('div', { class: 'stack', role: 'alert' }, paragraph(t('login.mismatch', names)),
+      h('div', { class: 'row' }, discard, ui.button(t('login.keep'), { kind: 'primary', on: keep })));
   };
   const off = store.on('login', (last, flows) => flows.forEach(take));
   const look = () => isOpen() && store.get('connection').state !== 'live' && get(path()).then(take, () => {});
@@ -106,8 +111,9 @@ function signIn(host, method, wanted) {
 
 function browserWay(flow, take, path) {
   const opened = () => send('POST', path('/open'), {}, { keepalive: true }).then(take, ui.fail);
-  const state = h('span', { role: 'status' }), input = h('input', { type: 'text', autocomplete: 'off', spellcheck: 'false',
-    placeholder: `${flow.redirectUri}?code=…` }), address = ui.field(t('login.address'), input), why = paragraph('');
+  const state = h('span', { role: 'status' }), why = paragraph(''), placeholder = `${flow.redirectUri}?code=…`;
+  const input = h('input', { type: 'text', autocomplete: 'off', spellcheck: 'false', placeholder });
+  const address = ui.field(t('login.address'), input);
   const finish = async (event) => {
     event.preventDefault();
     address.error('');
@@ -137,13 +143,15 @@ function browserWay(flow, take, path) {
 }
 
 function deviceWay(flow) {
-  const state = h('span', { role: 'status' }), ghost = { kind: 'ghost square', 'aria-label': t('act.copy'), title: t('act.copy') };
-  const link = outward(flow.verificationUrl, flow.verificationUrl.replace('https://', ''), () => {});
+  const { verificationUrl: url, userCode, intervalMs, expiresAt } = flow, state = h('span', { role: 'status' });
+  const copy = (words) => ui.copyButton(words, '', { kind: 'ghost square', 'aria-label': t('act.copy') });
+  const code = h('code', { class: 'big' }, userCode);
   return {
-    parts: [h('ol', { class: 'steps' }, h('li', null, t('login.deviceOpen'), ' ', link, ui.copyButton(flow.verificationUrl, '', ghost)),
-      h('li', null, t('login.deviceCode'), ' ', h('code', { class: 'big' }, flow.userCode), ui.copyButton(flow.userCode, '', ghost)),
-      h('li', null, t('login.deviceBack', { n: num(Math.round(flow.intervalMs / 1000)) }))),
-    h('div', { class: 'row' }, state, left(flow.expiresAt))],
+    parts: [h('ol', { class: 'steps' },
+      h('li', null, t('login.deviceOpen'), ' ', outward(url, url.replace('https://', ''), () => {}), copy(url)),
+      h('li', null, t('login.deviceCode'), ' ', code, copy(userCode)),
+      h('li', null, t('login.deviceBack', { n: num(Math.round(intervalMs / 1000)) }))),
+    h('div', { class: 'row' }, state, left(expiresAt))],
     patch: ({ status }) => text(state, t(`login.${status}`)),
   };
 }
@@ -153,7 +161,7 @@ function deviceWay(flow) {
 /** Files or text -> what an import would do -> the import. */
 function importing(host, files) {
   let timer = 0;
-  const picker = h('input', { type: 'file', multiple: true, accept: '.json,.zip', class: 'vh', 'aria-label': t('imp.choose'), tabindex: '-1',
+  const picker = h('input', { type: 'file', multiple: true, accept: '.json,.zip', hidden: true,
     on: { change: () => ofFiles([...picker.files]) } });
   const area = h('textarea', { rows: '4', spellcheck: 'false', autocomplete: 'off', on: { input: () => {
     clearTimeout(timer);
@@ -183,11 +191,12 @@ function importing(host, files) {
       fill(found);
       if (payload) look(() => send('POST', '/accounts/import', { payload }, { query: { dryRun: 1 } }), t('imp.pasted'));
     } catch {
-      pasted.error(t('err.bad_json'));
+      pasted.error(t('imp.notJson'));
     }
   };
-  fill(host, h('div', { class: 'row' }, ui.button(t('imp.choose'), { icon: 'upload', kind: 'primary', on: () => picker.click() }), picker,
-    h('span', { class: 'note' }, t('imp.anywhere'))), pasted, h('div', null, ui.button(t('imp.example'), { kind: 'ghost', on: example })), found);
+  const choose = ui.button(t('imp.choose'), { icon: 'upload', kind: 'primary', on: () => picker.click() });
+  fill(host, h('div', { class: 'row' }, choose, picker, h('span', { class: 'note' }, t('imp.anywhere'))), pasted,
+    h('div', null, ui.button(t('imp.example'), { kind: 'ghost', on: example })), found);
   if (files.length) ofFiles(files);
   return () => clearTimeout(timer);
 }
@@ -197,25 +206,34 @@ function preview({ previewId, summary, items }, what, host) {
   const chosen = new Set(items.filter((one) => RESULTS[one.result][2]).map((one) => one.index));
   let check = false;
   const run = async () => {
-    const reply = await send('POST', '/accounts/import', { previewId, indexes: [...chosen], check });
-    if (reply.job && !store.get('jobs').some((one) => one.id === reply.job.id)) store.set('jobs', [...store.get('jobs'), reply.job]);
-    fill(host, ready(reply.items[0], plural('imp.done', reply.items.length, { name: nameOf(reply.items[0]) }), reply.items.length > 1));
+    const done = await send('POST', '/accounts/import', { previewId, indexes: [...chosen], check });
+    const [first, second] = done.items, words = plural('imp.done', done.items.length, { name: nameOf(first) });
+    fill(host, ready(first, words, Boolean(second)));
   };
-  const go = ui.button(' ', { kind: 'primary', on: run });
-  const count = () => { text(go.firstChild, plural('imp.go', chosen.size)); go.disabled = !chosen.size; };
-  const pick = (one) => h('input', { type: 'checkbox', checked: chosen.has(one.index), 'aria-label': t('acc.boxOf', { name: nameOf(one) }),
+  const start = ui.button(' ', { kind: 'primary', on: run });
+  const count = () => { text(start.firstChild, plural('imp.go', chosen.size)); start.disabled = !chosen.size; };
+  const pick = (one) => h('input', { type: 'checkbox', checked: chosen.has(one.index),
+    'aria-label': t('acc.boxOf', { name: nameOf(one) }),
     on: { change: ({ target }) => { chosen[target.checked ? 'add' : 'delete'](one.index); count(); } } });
-  const verdict = ({ result, code, message }) => h('span', { class: `pill ${RESULTS[result][0]}`, title: message }, icon(RESULTS[result][1]),
-    code ? (known(`imp.${code}`) ? t(`imp.${code}`) : message) : t(`imp.${result}`));
-  const cells = (one) => [RESULTS[one.result].length > 2 && pick(one), one.file ?? '–', nameOf(one) || '–', ui.tag(one.plan), verdict(one)];
+  const verdict = (name, words, title) => {
+    const [colour, shape] = RESULTS[name];
+    return h('span', { class: `pill ${colour}`, title }, icon(shape), words);
+  };
+  const row = (one) => {
+    const { result, file, plan, message } = one, key = `imp.${one.code ?? result}`;
+    const told = verdict(result, known(key) ? t(key) : message, message);
+    const cells = [RESULTS[result].length > 2 && pick(one), file ?? '–', nameOf(one) || '–', ui.tag(plan), told];
+    return h('tr', null, cells.map((cell) => h('td', null, cell)));
+  };
+  const heads = ['file', 'account', 'plan', 'result'].map((name) => h('th', { scope: 'col' }, t(`imp.col.${name}`)));
+  const sums = Object.keys(RESULTS).map((name) => summary[name] > 0
+    && verdict(name, [num(summary[name]), ' ', t(`imp.${name}`)]));
   count();
-  return [h('h3', null, what), h('div', { class: 'row', role: 'status' }, Object.entries(RESULTS).map(([name, [colour, shape]]) => summary[name] > 0
-      && h('span', { class: `pill ${colour}` }, icon(shape), num(summary[name]), ' ', t(`imp.${name}`)))),
-  h('div', { class: 'scroll', tabindex: '0', role: 'group', 'aria-label': what }, h('table', null, h('thead', null, h('tr', null, h('td'),
-    ['file', 'account', 'plan', 'result'].map((name) => h('th', { scope: 'col' }, t(`imp.col.${name}`))))),
-  h('tbody', null, items.map((one) => h('tr', null, cells(one).map((cell) => h('td', null, cell))))))),
-  ui.toggle(t('imp.check'), false, (is) => { check = is; }),
-  h('div', { class: 'row end' }, ui.button(t('act.cancel'), { on: () => box.close() }), go)];
+  return [h('h3', null, what), h('div', { class: 'row', role: 'status' }, sums),
+    h('div', { class: 'scroll', tabindex: '0', role: 'group', 'aria-label': what },
+      h('table', null, h('thead', null, h('tr', null, h('td'), heads)), h('tbody', null, items.map(row)))),
+    ui.toggle(t('imp.check'), false, (is) => { check = is; }),
+    h('div', { class: 'row end' }, ui.button(t('act.cancel'), { on: () => box.close() }), start)];
 }
 
 // -- The dialog and the drop zone
@@ -238,14 +256,17 @@ function sync(anew = false) {
 
 function opened(wanted) {
   const ways = METHODS.slice(0, wanted ? 2 : 3).map((one) => [one, t(`add.${one}`)]), host = h('div', { class: 'add' });
-  const tabs = ui.segmented(t('add.way'), ways, '', (one) => go(hash('accounts', ['add', one], parse(location.hash).query)));
-  const made = ui.dialog({ title: wanted ? t('add.again', { name: nameOf(wanted) }) : t('acc.add'), wide: true, body: [tabs, host], onclose: () => {
+  const to = (one) => go(hash('accounts', ['add', one], parse(location.hash).query));
+  const tabs = ui.segmented(t('add.way'), ways, '', to);
+  const onclose = () => {
     box = null;
     leave();
     leave = () => {};
     const { page, parts, query } = parse(location.hash);
     if (page === 'accounts' && parts[0] === 'add') go(hash('accounts', [], { ...query, account: null }));
-  } });
+  };
+  const title = wanted ? t('add.again', { name: nameOf(wanted) }) : t('acc.add');
+  const made = ui.dialog({ title, wide: true, body: [tabs, host], onclose });
   return { ...made, host, tabs, way: null };
 }
 
