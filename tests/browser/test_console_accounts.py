@@ -469,7 +469,7 @@ def test_three_hundred_accounts_stay_quick(gateway_console: Any) -> None:
 @pytest.mark.parametrize("view", ["Cards", "Table"])
 def test_axe_finds_nothing_serious_on_the_accounts(pool: Any, theme: str, view: str) -> None:
     page = pool.page
-    page.emulate_media(color_scheme=theme)
+    page.emulate_media(color_scheme=theme, reduced_motion="reduce")
     page.get_by_role("radio", name=view).click()
     rows(pool).first.get_by_role("checkbox").click()
     assert pool.axe() == []

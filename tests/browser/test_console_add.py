@@ -386,7 +386,7 @@ def test_axe_finds_nothing_serious_in_the_dialog(console: Any, way: str) -> None
     else:
         dialog(console).get_by_text(re.compile(r"\d+ min left")).wait_for()
     for theme in ("light", "dark"):
-        console.page.emulate_media(color_scheme=theme)
+        console.page.emulate_media(color_scheme=theme, reduced_motion="reduce")
         assert console.axe() == []
 
 
