@@ -8716,8 +8716,10 @@ class Gateway:
         if latest > self._uses_saved_ms:
             self._uses_saved_ms = latest
             with contextlib.suppress(AztError):  # said in the log by the next change
-                await self.change_keys(list)
-                await self.change_sessions(list)
+                if self.keys:
+                    await self.change_keys(list)
+                if self.sessions:
+                    await self.change_sessions(list)
 
     async def open_page(self) -> tuple[Json, Path]:
         """A code of `azt open`, and the file that takes a browser of this machine there: in no
@@ -9241,8 +9243,8 @@ def read_caller(
     hashes = [hashlib.sha256(value.encode()).hexdigest() for value in sent if value]
     # Each with every other, in constant time.
     known = [key for one in hashes for key in policy.keys if hmac.compare_digest(one, key)]
-    session, session_hash = None, ""
-    for session_hash in map(hashed, _COOKIE.findall(headers.get("cookie", ""))):
+    session, session_hash, cookie = None, "", headers.get("cookie")
+    for session_hash in map(hashed, _COOKIE.findall(cookie) if cookie else ()):
         session = policy.sessions.get(session_hash)
         if session and session["createdAt"] / 1000 + SESSION_LIFE_S > now:
             break
@@ -9278,7 +9280,8 @@ def may(caller: Caller, access: Access, method: str, policy: Policy) -> AztError
     needs_key = (calls or access == "metrics") and not open_api and not exempt
     # Who may come to the console from elsewhere, and sign in there.
     guest = policy.lan_console and peer != "public"
-    known = caller.proven or caller.session != "none" or (own and not policy.token_on_loopback)
+    by_place = own and (caller.proof or not policy.token_on_loopback)
+    known = not admin or access == "admin_session" or caller.session != "none" or by_place
     here_only = access in ("admin_local", "admin_proof")
     page = access in ("page", "asset")
     rows = (
@@ -9287,7 +9290,7 @@ def may(caller: Caller, access: Access, method: str, policy: Policy) -> AztError
         ("local_only", admin and not own and (here_only or (policy.lan_console and not guest))),
         ("lan_console_off", admin and not own and not guest),  # 10
         ("csrf_header_missing", admin and changes and not caller.marked),  # 7
-        ("not_signed_in", admin and access != "admin_session" and not known),  # 6, 7, 10
+        ("not_signed_in", not known),  # 6, 7, 10
         ("proof_needed", access == "admin_proof" and not caller.proven),  # 8, 9
         ("page_not_here", page and peer not in ("own", "lan") and not guest),  # 14
         ("lan_console_off", access == "asset" and not own and not guest),  # 14
@@ -9987,7 +9990,8 @@ class HttpServer:
             # It carries no proof: the question is whether the call with it would be allowed.
             caller = replace(caller, key="good", proof=True, marked=True, session="local")
         fault = may(caller, access, method, policy)
-        if fault is None and caller.peer == "own" and not exchange.connection.owner_known:
+        is_exempt = caller.proof or policy.loopback_exempt or access not in ("api", "codex")
+        if not fault and caller.own and is_exempt and not exchange.connection.owner_known:
             # Whose connection it is matters only where another user would get less.
             fault = may(replace(caller, peer="neighbour"), access, method, policy)
             if fault is not None and exchange.connection.is_own():

@@ -1338,6 +1338,33 @@ def test_connections_of_one_peer_are_capped(
     assert ask(server, "GET", "/v1/echo").status == 200
 
 
+def test_connections_of_one_network_address_are_capped(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(azt, "MAX_CONNECTIONS_PER_PEER", 1)
+    monkeypatch.setattr(azt, "_LOOPBACK_NETWORKS", (ipaddress.ip_network("127.0.0.1/32"),))
+    server.policy = replace(POLICY, own_networks=(ipaddress.ip_network("127.0.0.0/8"),))
+    with Client(server, "127.0.0.2") as first:
+        first.sendall(GET)
+        assert first.read_answer().status == 200
+        with Client(server, "127.0.0.2") as second, Client(server, "127.0.0.3") as other:
+            refused = second.read_all()
+            assert refused.startswith(b"HTTP/1.1 503 ")
+            assert b"retry-after: 5\r\n" in refused
+            other.sendall(GET)
+            assert other.read_answer().status == 200
+
+
+def test_connections_together_are_capped(server: Server) -> None:
+    server.http.connections_max = 2
+    with Client(server) as first, Client(server) as second:
+        for client in (first, second):
+            client.sendall(GET)
+            assert client.read_answer().status == 200
+        with Client(server) as third:
+            assert third.read_all().startswith(b"HTTP/1.1 503 ")
+
+
 def test_requests_of_one_network_address_are_capped(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
