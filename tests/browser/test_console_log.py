@@ -149,6 +149,24 @@ def test_a_running_call_is_there_and_ends_in_place(console: Any) -> None:
     expect(page.locator("tbody tr").first).to_contain_text("200")
 
 
+def test_what_was_missed_is_fetched_when_the_events_begin_anew(console: Any) -> None:
+    say(console, "before/1")
+    page = console.open("log")
+    expect(row(page, "before").first).to_be_visible()
+
+    with page.expect_response(re.compile(r"/admin/requests\?")):
+        page.evaluate("import('/js/live.js').then((live) => live.refetch())")
+
+    expect(row(page, "before").first).to_be_visible()
+
+
+def test_the_network_is_tested_from_the_row(console: Any) -> None:
+    page = console.open("settings/network?test=1")
+
+    expect(page.locator(".settings table")).to_be_visible()
+    expect(page).to_have_url(re.compile("#/settings/network$"))
+
+
 def test_filters_are_in_the_address_and_survive_a_reload(console: Any) -> None:
     console.upstream.script(status=429, json=limit_reached(60))
     say(console, "filtered/1")

@@ -209,7 +209,9 @@ function mount(root, { route }) {
     rows, view.more));
   const end = new IntersectionObserver(([one]) => one.isIntersecting && view.next && load(true), { rootMargin: '400px' });
   end.observe(view.more);
-  const off = [store.on('request', (value, changes) => { changes.forEach(saw); letIn(); }), store.on('accounts', paintFilters)];
+  const off = [store.on('request', (value, changes) => { changes.forEach(saw); letIn(); }), store.on('accounts', paintFilters),
+    // All of the state came anew: events were missed.
+    store.on('recent', (value, changes) => { if (view.loaded && changes.some(Array.isArray)) load(); })];
   return {
     primary: null, search, refresh: () => load(), rows: { list: () => [...view.body.rows] },
     update({ parts, query }) {
