@@ -955,6 +955,18 @@ def port_holder(port: int) -> str:
     return f"a program of the user {next(iter(found.values()))}" if found else ""
 
 
+def memory_limit() -> int:
+    """How many bytes the control group of this process may have, where there is one (Linux)."""
+    limits = [1 << 62]
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kind, group = line.split(":", 2)
+            file = f"memory{group}/memory.limit_in_bytes" if kind else f"{group}/memory.max"
+            with contextlib.suppress(OSError, ValueError):  # "max"; or of another kind
+                limits.append(int(Path(f"/sys/fs/cgroup/{file}").read_text()))
+    return min(limits)
+
+
 @blocking
 def process_figures() -> dict[str, int]:
     """What this process holds, where the system tells (Linux): memory, open files, threads."""
@@ -9473,7 +9485,7 @@ class _Exchange:
         """Account for body memory. Raises AztError 503 when all bodies together exceed the cap."""
         self._held += size
         self.server.bodies_bytes += size
-        if size > 0 and self.server.bodies_bytes > MAX_BODIES_BYTES:
+        if size > 0 and self.server.bodies_bytes > min(MAX_BODIES_BYTES, self.server.bodies_max):
             raise _refusal("overloaded", things="large requests")
 
     # -- the answer
@@ -9947,7 +9959,7 @@ class HttpServer:
         self.workers = WorkerPool("inflate", 4)
         self.guard = Guard()  # against wrong API keys
         self.draining = False
-        self.bodies_bytes = 0
+        self.bodies_bytes, self.bodies_max = 0, memory_limit() // 4  # a parsed one takes more
         self.running = 0
         self.changed = asyncio.Event()  # fewer exchanges or connections than before
         self.common_headers = ""
@@ -12109,9 +12121,6 @@ def _findings(gw: Gateway) -> Iterator[tuple[str, str, str, str]]:
     where = f"azt listens on {listens}" if listens else f"{_address(host, port)} is free"
     advice = "stop it, or set another server.port" if holder else ""
     yield "port", f"{port} is held by {holder}" if holder else where, advice, "warn"
-    few = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    advice = "raise `ulimit -n` to 4096 or more" if 0 <= few < 1024 else ""
-    yield "open files", f"at most {few if few >= 0 else 'any number'}", advice, "warn"
     egress = gw.pool.egress
     yield "proxy", mask(egress.proxy_url) or "none: hosts are called directly", "", ""
     try:
@@ -12899,9 +12908,10 @@ async def _run(environment: Environment, flags: Json, opens_browser: bool) -> _A
     await in_thread(gw.files, prepare_home, gw.paths)
     holder = await in_thread(gw.files, _acquire, lock)
     if holder is not None:
-        does, url = "works on", holder.get("url")  # a command: `azt login` waits for its browser
-        message = f"Another azt (pid {holder['pid']}) {f'serves at {url}' if url else does}"
-        raise StateError(f"{message}, in this home. Use it, or stop it first.")
+        url = holder.get("url")  # None: of a command, say `azt login` that waits for its browser
+        does = f"serves this home at {url}" if url else "is at work in this home"
+        message = f"Another azt (pid {holder['pid']}) {does}. Use it, or stop it first."
+        raise StateError(message)
     try:
         await in_thread(gw.files, gw.load)
         return await _serve(gw, lock, opens_browser)

@@ -263,6 +263,58 @@ def test_idle_and_reset_connections_leave_no_file_behind(idle: Gateway) -> None:
     eventually(lambda: figure(idle, "open_fds") <= before, 30)
 
 
+# -- F65: little memory ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_group() -> Iterator[Path]:
+    """A control group of 300 MB."""
+    for base, limit in (("memory", "memory.limit_in_bytes"), ("", "memory.max")):
+        folder = Path("/sys/fs/cgroup", base, f"azt-test-{os.getpid()}")
+        with contextlib.suppress(OSError):
+            folder.mkdir()
+            if (folder / limit).exists():
+                (folder / limit).write_text(str(300 << 20))
+                break
+            folder.rmdir()
+    else:
+        pytest.skip("no control group may be made here")
+    yield folder
+    eventually(lambda: not (folder / "cgroup.procs").read_text())
+    folder.rmdir()
+
+
+@on_linux
+def test_large_bodies_are_refused_before_the_memory_of_its_group_is_full(
+    small_group: Path, home: Path, upstream: FakeUpstream
+) -> None:
+    join = f'echo $$ > {small_group}/cgroup.procs; exec "$@"'
+    gateway = Gateway(home, upstream.environment(), ["--host", "127.0.0.1", "--port", "0"])
+    gateway.program = ["sh", "-c", join, "sh", *gateway.program]
+    gateway.start()
+    address = gateway.url.removeprefix("http://").split(":")
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+    socks = [socket.create_connection((address[0], int(address[1])), 20) for _ in range(8)]
+
+    def sent(sock: socket.socket) -> bytes:
+        with contextlib.suppress(OSError):
+            sock.sendall(head % (60 << 20) + b" " * (50 << 20))
+        sock.settimeout(0.5)
+        with contextlib.suppress(OSError):
+            return sock.recv(4096)
+        return b""
+
+    answers = [sent(sock) for sock in socks]
+    status = Client(gateway.url).get("/_gateway/health").status
+    for sock in socks:
+        sock.close()
+
+    assert answers.count(b"") == 1  # the first fits
+    assert sum(b" 503 " in one and b"retry-after" in one.lower() for one in answers) >= 6
+    assert status == 200
+    assert gateway.stop() == 0
+
+
 # -- F67: files that have grown beyond use --------------------------------------------------------
 
 
@@ -405,3 +457,18 @@ def test_a_core_of_it_is_never_written() -> None:
 
 def test_the_figures_of_a_process_are_its_own() -> None:
     assert azt.process_figures()["threads"] >= 1
+
+
+# -- A command at work ----------------------------------------------------------------------------
+
+
+def test_a_start_waits_a_while_for_a_command_and_then_names_it(idle: Gateway) -> None:
+    idle.azt("keys", "list")
+    lock = azt.HomeLock(idle.state / "lock")
+    assert lock.acquire() is None
+    try:
+        said = complaint(idle.azt("start", "--no-open", *idle.arguments), 2)
+    finally:
+        lock.release()
+
+    assert f"(pid {os.getpid()}) is at work in this home" in said
