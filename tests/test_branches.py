@@ -1,0 +1,97 @@
+"""The code that guards tokens and files has no branch that no test takes.
+
+The tests of these functions run once more, in a process of their own, under coverage.py.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from harness import ROOT, Claim
+
+# Part of azt -> the tests that back it, and its functions: names, classes, or all of a room.
+PARTS: dict[str, tuple[str, str]] = {
+    "policy": (
+        "test_policy.py test_decision_table.py",
+        "may _knows_host _admits_page read_caller peer_place is_relayed _host_kind policy_source",
+    ),
+    "gate": (
+        "test_gate.py test_outbound.py test_http_server.py",
+        "find_head read_head read_fields _is_host read_path content_codings Framing _take_chunks "
+        "_refuse_oddities _cors_headers",
+    ),
+    "state": ("test_state_files.py test_faults.py", "room 4"),
+    "refresh": (
+        "test_renewals.py test_oauth.py test_rotation.py test_faults.py",
+        "Renewals _take_tokens _fingerprint refresh_tokens _sign_in_again",
+    ),
+}
+LINES = (ROOT / "azt.py").read_text().splitlines()
+
+
+def functions_of(names: str) -> dict[str, range]:
+    """The functions, by their name in the report, and their lines."""
+    first, last = 1, len(LINES)
+    if names.startswith("room "):
+        number = int(names.split()[1])
+        first = next(n for n, line in enumerate(LINES, 1) if line.startswith(f"# {number}. "))
+        last = next(n for n, line in enumerate(LINES, 1) if line.startswith(f"# {number + 1}. "))
+    found: dict[str, range] = {}
+    for node in ast.parse("\n".join(LINES)).body:
+        inside = node.body if isinstance(node, ast.ClassDef) else [node]
+        for one in inside:
+            if isinstance(one, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                wanted = names.startswith("room ") or getattr(node, "name", "") in names.split()
+                if wanted and first <= one.lineno <= last:
+                    prefix = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
+                    found[prefix + one.name] = range(one.lineno, (one.end_lineno or 0) + 1)
+    return found
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_branch_is_taken_by_a_test(
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    claim: Callable[[int, str], Claim],
+    many: Callable[[int, int], int],
+    part: str,
+) -> None:
+    if part != "policy" and not many(0, 1):
+        pytest.skip("with --trust: the tests run a second time")
+    tests, names = PARTS[part]
+    branches = claim(18, "branches of policy, gate, state and refresh: taken by a test")
+    functions = functions_of(names)
+    missing_names = set(names.split()) - {name.split(".")[0] for name in functions}
+    assert names.startswith("room ") or not missing_names
+    run = [sys.executable, "-m", "coverage"]
+    where = {**os.environ, "COVERAGE_FILE": str(tmp_path / "data"), "PYTHONPATH": str(ROOT)}
+    options = ["--branch", f"--include={ROOT / 'azt.py'}", "--concurrency=thread"]
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=600"]
+    files = [str(ROOT / "tests" / name) for name in tests.split()]
+    done = subprocess.run(
+        [*run, "run", *options, *command, *files],
+        cwd=ROOT,
+        env=where,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    report = tmp_path / "report.json"
+    subprocess.run([*run, "json", "-q", "-o", str(report)], cwd=ROOT, env=where, check=True)
+    (seen,) = json.loads(report.read_text())["files"].values()
+    for name, lines in functions.items():
+        taken = [pair for pair in seen["executed_branches"] if pair[0] in lines]
+        missing = [pair for pair in seen["missing_branches"] if pair[0] in lines]
+        unseen = [line for line in seen["missing_lines"] if line in lines]
+        for pair in taken:
+            branches.check(True, pair)
+        for start, end in missing:
+            branches.check(False, f"{name}: line {start} -> {end}: {LINES[start - 1].strip()}")
+        branches.check(not unseen, f"{name}: lines {unseen}")
