@@ -3134,6 +3134,7 @@ class CodexFiles:
         return told | {"changed": changed, "willBackup": changed}
 
     @blocking
+    @disk_errors()
     def route(self, mode: str, own_url: str, moves: bool, base: str) -> Json:
         """Take over, or release ("" for `mode`). `base` as in `_change`. Raises AztError."""
         path, saved = self._paths.codex_config, self._saved()
@@ -3174,6 +3175,7 @@ class CodexFiles:
         return done | {"diff": diff, **further}
 
     @blocking
+    @disk_errors()
     def apply(self, account: Account, base: str) -> Json:
         """Sign Codex in with this account. `base` as in `_change`. Raises AztError."""
         path, raw = self._paths.codex_auth, find_foreign(self._paths.codex_auth)
@@ -7930,6 +7932,7 @@ class UsageStats:
         return lifetime, {"version": 1, "days": days}
 
     @blocking
+    @disk_errors()
     def load(self, paths: Paths) -> None:
         """The sums as they were saved, and every event since."""
         for sums in (paths.usage_lifetime, paths.usage_daily):
@@ -8085,6 +8088,7 @@ class RequestLog:
         return map(json.loads, reversed(list(self.lines)))
 
     @blocking
+    @disk_errors()
     def load(self, path: Path, since_ms: int) -> None:
         size, most = path.stat().st_size if path.exists() else 0, self.lines.maxlen or 0
         start = max(0, size - max(most, 100) * 16 * KIB)

@@ -26,6 +26,8 @@ import azt
 
 Json = dict[str, Any]
 NOW = 1_800_000_000
+URL = "http://127.0.0.1:8787/codex/v1"
+CONFIG = 'model = "gpt-5.5"  # mine\n\n[projects."/srv"]\ntrust_level = "trusted"\n'
 FILES = ("accounts.json", "keys.json", "models.json", "renewals.json", "settings.json")
 
 
@@ -72,8 +74,86 @@ def make_state(folder: Path) -> None:
     for name in FILES:
         azt.write_json(where.state / name, content(name, "old"))
     azt.read_or_make_secret(where.admin_token)
+    for part in ("usage", "sums", "requests"):
+        RECORDS[part]("old")(folder)
+    where.codex_home.mkdir()
+    where.codex_config.write_text(CONFIG)
+    where.codex_auth.write_text(json.dumps({"tokens": account_file(), "mine": 1}))
     where.lock.write_text(json.dumps({"pid": 1, "url": None}))
     where.lock.chmod(0o600)
+
+
+def batch(word: str) -> azt.Batch:
+    """What one request leaves in the usage and in the log."""
+    record = azt.RequestRecord(
+        f"req_{word}", "POST", "/v1/responses", 1.0, NOW, route="/v1/responses"
+    )
+    record.status, record.model = 200, "gpt-5.5"
+    record.end(2.0)
+    return azt.Batch([record])
+
+
+def record_usage(word: str, with_sums: bool = False) -> Callable[[Path], None]:
+    """Append the event of a request, or write the sums over those that are there."""
+
+    def write(folder: Path) -> None:
+        usage = azt.UsageStats()
+        usage.load(paths(folder))
+        if not with_sums:
+            usage.add(batch(word))
+        usage.save(paths(folder), usage.pending, usage.snapshot() if with_sums else ())
+
+    return write
+
+
+def record_request(word: str, rows_max: int = 2000) -> Callable[[Path], None]:
+    """Append to the request log, or write it anew because most of it is too much."""
+
+    def write(folder: Path) -> None:
+        log = azt.RequestLog(rows_max)
+        log.load(paths(folder).requests, 0)
+        log.add(batch(word).rows)
+        if rows_max < 100:
+            log.written = 1 << 30
+        log.save(paths(folder).requests, log.pending, list(log.lines))
+
+    return write
+
+
+RECORDS: dict[str, Callable[[str], Callable[[Path], None]]] = {
+    "usage": record_usage,
+    "sums": lambda word: record_usage(word, with_sums=True),
+    "requests": record_request,
+}
+
+
+def route(mode: str) -> Callable[[Path], None]:
+    """Send Codex through azt in this mode; "": give its config back."""
+
+    def change(folder: Path) -> None:
+        files = azt.CodexFiles(paths(folder))
+        files.route(mode, URL, False, files.route(mode, URL, False, "")["base"])
+
+    return change
+
+
+def sign_codex_in(folder: Path) -> None:
+    files, [one] = azt.CodexFiles(paths(folder)), azt.to_accounts([account_file("acct-9")], NOW)
+    files.apply(one, files.apply(one, "")["base"])
+
+
+def codex_state(folder: Path) -> Json:
+    """Codex's files, and the config that a release leaves: the one from before the take-over."""
+    where = paths(folder)
+    if not where.codex_home.exists():
+        return {}
+    config, auth = where.codex_config.read_text(), json.loads(where.codex_auth.read_text())
+    route("")(folder)
+    return {
+        "codex config": config,
+        "codex account": [auth["tokens"]["account_id"], auth["mine"]],
+        "codex config, released": where.codex_config.read_text(),
+    }
 
 
 def gateway(folder: Path) -> azt.Gateway:
@@ -174,6 +254,7 @@ def state(folder: Path) -> Json:
         models = azt.read_json(where.models, 1)
     finally:
         lock.release()
+    codex = codex_state(folder)
     files = [one for one in where.state.rglob("*") if one.is_file()]
     loose = [one.name for one in files if one.stat().st_mode & 0o177]
     return {
@@ -182,6 +263,12 @@ def state(folder: Path) -> Json:
         "settings": found.settings.text("defaultModel"),
         "models": models and models["etag"],
         "has a secret": len(found.admin_token) > 32,
+        "requests": [json.loads(line)["id"] for line in found.requests.lines],
+        "usage": found.usage.lifetime.total["requestCount"],
+        "usage by day": {
+            day: found.usage.day(day).total["requestCount"] for day in found.usage.days
+        },
+        **codex,
         "left behind": [one.name for one in where.state.rglob(".*")] + loose,
     }
 
@@ -196,6 +283,13 @@ WRITERS: dict[str, tuple[Callable[[Path], None], Callable[[Path], object]]] = {
     **{f"{name} is saved first": (remove(name, f"{name}.bak"), save(name)) for name in FILES},
     **{f"{name} is damaged": (damage(name), read(name)) for name in FILES},
     "a key is removed": (nothing, change_keys),
+    "a request is counted": (nothing, record_usage("new")),
+    "a request is logged": (nothing, record_request("new")),
+    "the request log is written anew": (nothing, record_request("new", 1)),
+    "the sums of the usage are saved": (record_usage("new"), RECORDS["sums"]("new")),
+    **{f"Codex is sent through azt, {mode}": (nothing, route(mode)) for mode in azt.CODEX_MODES},
+    **{f"Codex is released, {mode}": (route(mode), route("")) for mode in azt.CODEX_MODES},
+    "Codex is signed in": (nothing, sign_codex_in),
     "a secret is made": (
         remove("admin-token"),
         lambda folder: azt.read_or_make_secret(paths(folder).admin_token),

@@ -368,6 +368,28 @@ def test_what_is_no_json_is_a_value_error_in_pieces_too(body: bytes) -> None:
         azt.parse_json(body)
 
 
+def marks_of(value: Any) -> int:
+    """Strings, openings and commas of its JSON."""
+    if isinstance(value, str):
+        return 1
+    if not isinstance(value, (dict, list)):
+        return 0
+    inner = [*value, *value.values()] if isinstance(value, dict) else value
+    return max(1, len(value)) + sum(map(marks_of, inner))
+
+
+@settings(max_examples=300)
+@given(JSON, st.sampled_from([1, 2, 7, 64]))
+def test_values_are_counted_exactly_whatever_stands_in_strings(value: Any, size: int) -> None:
+    body, marks = json.dumps(value).encode(), marks_of(value)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(azt, "MIB", size)
+        patch.setattr(azt, "MAX_JSON_MARKS", marks)
+        assert not azt._has_too_many_marks(body)
+        patch.setattr(azt, "MAX_JSON_MARKS", marks - 1)
+        assert azt._has_too_many_marks(body)
+
+
 @pytest.mark.parametrize("opening, closing", [("[", "]"), ('{"a":', "}"), ('[{"a":', "}]")])
 def test_depth_64_is_the_limit(opening: str, closing: str) -> None:
     levels = 64 // opening.replace('"a":', "").__len__()
