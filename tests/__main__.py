@@ -2,6 +2,7 @@
 
 Arguments go to pytest, and then only pytest runs: `python3 tests -k stream`. With `--trust` the
 tests that back a number of the README's claims run with their full counts, and a table ends it.
+With `--soak [MINUTES]` nothing but a long run under load is made (tests/soak.py).
 With `--screenshots` no test runs: every view of the console becomes a picture, to be looked at.
 
 The environment lies in `.azt-test-env` in the checkout (ignored by git) and is made anew when
@@ -60,6 +61,9 @@ def main(arguments: list[str]) -> int:
         names = [one for one in arguments if one != "--screenshots"]
         pictures = [BIN / "python", ROOT / "tests/browser/screenshots.py", *names]
         return subprocess.run(pictures, cwd=ROOT, env=variables()).returncode
+    if arguments[:1] == ["--soak"]:
+        command = [BIN / "python", ROOT / "tests" / "soak.py", *arguments[1:]]
+        return subprocess.run(command, cwd=ROOT, env=variables()).returncode
     failed = [] if arguments else run_checks()
     with tempfile.TemporaryDirectory(prefix="azt-claims-") as claims:
         command = [BIN / "pytest", *pytest_options(arguments), f"--claims={claims}"]
