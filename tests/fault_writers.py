@@ -28,7 +28,14 @@ Json = dict[str, Any]
 NOW = 1_800_000_000
 URL = "http://127.0.0.1:8787/codex/v1"
 CONFIG = 'model = "gpt-5.5"  # mine\n\n[projects."/srv"]\ntrust_level = "trusted"\n'
-FILES = ("accounts.json", "keys.json", "models.json", "renewals.json", "settings.json")
+FILES = (
+    "accounts.json",
+    "keys.json",
+    "models.json",
+    "renewals.json",
+    "sessions.json",
+    "settings.json",
+)
 
 
 def account(word: str) -> azt.Account:
@@ -48,7 +55,10 @@ def content(name: str, word: str) -> Json:
     if name == "accounts.json":
         return accounts("old", *(["new"] if word == "new" else []))
     if name == "keys.json":
-        return {"version": 1, "keys": [{"id": f"key_{word}", "name": word, "sha256": "0" * 64}]}
+        return {"version": 1, "keys": [{"id": f"key_{word}", "name": word, "hash": "0" * 64}]}
+    if name == "sessions.json":
+        one = {"id": f"ses_{word}", "hash": "0" * 64, "scope": "local", "createdAt": NOW * 1000}
+        return {"version": 1, "sessions": [one]}
     if name == "renewals.json":
         return {"version": 1, "lines": [] if word == "old" else journal_lines()}
     if name == "settings.json":
@@ -228,6 +238,11 @@ def change_keys(folder: Path) -> None:
     alike(made, made.change_keys(lambda keys: []), lambda: made.keys)
 
 
+def end_sessions(folder: Path) -> None:
+    made = gateway(folder)
+    alike(made, made.change_sessions(lambda sessions: []), lambda: made.sessions)
+
+
 def alike(made: azt.Gateway, change: Any, memory: Callable[[], object]) -> None:
     """A change that fails leaves what is in force as it was."""
     before, loop = memory(), asyncio.new_event_loop()  # never closed: the process ends here
@@ -260,6 +275,7 @@ def state(folder: Path) -> Json:
     return {
         "accounts": {one.id: one.refresh_token for one in found.store.accounts.values()},
         "keys": [key["id"] for key in found.keys],
+        "sessions": [one["id"] for one in found.sessions],
         "settings": found.settings.text("defaultModel"),
         "models": models and models["etag"],
         "has a secret": len(found.admin_token) > 32,
@@ -283,6 +299,7 @@ WRITERS: dict[str, tuple[Callable[[Path], None], Callable[[Path], object]]] = {
     **{f"{name} is saved first": (remove(name, f"{name}.bak"), save(name)) for name in FILES},
     **{f"{name} is damaged": (damage(name), read(name)) for name in FILES},
     "a key is removed": (nothing, change_keys),
+    "a session is ended": (nothing, end_sessions),
     "a request is counted": (nothing, record_usage("new")),
     "a request is logged": (nothing, record_request("new")),
     "the request log is written anew": (nothing, record_request("new", 1)),

@@ -2,7 +2,7 @@
 
 100,000 requests (as many a second in a shorter run), streaming or not, one in twenty with a
 fault of the upstream or a client that leaves. Open files, threads and memory of the gateway are
-read all along; the run fails when one of them grows, or an answer is not what belongs to its request.
+read all along; the run fails when one grows, or an answer is not what belongs to its request.
 """
 
 from __future__ import annotations

@@ -253,6 +253,7 @@ DAMAGED = {
     "accounts.json": azt.AccountStore.from_json,
     "keys.json": lambda saved: [*saved["keys"]],
     "renewals.json": lambda saved: [one["used"] for one in saved["lines"]],
+    "sessions.json": lambda saved: [one["hash"] for one in saved["sessions"]],
     "settings.json": lambda saved: saved["values"].items(),
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import base64
 import json
 import os
@@ -85,32 +84,3 @@ def test_every_kind_of_example_is_there() -> None:
     assert len(examples("sh")) >= 3
     assert len(examples("python")) >= 2
     assert len(examples("js")) >= 1
-
-
-# -- What was tried --------------------------------------------------------------------------------
-
-ROWS = re.findall(r"^\| (\d+) \| (.+?) \| ([\d,]+) \| (\d+) \| (.+?) \|$", README, re.MULTILINE)
-
-
-def claims_made() -> dict[int, set[str]]:
-    """Row -> the tests that count a claim of it, as `file::test`."""
-    found: dict[int, set[str]] = {}
-    for file in (ROOT / "tests").glob("test_*.py"):
-        for node in ast.parse(file.read_text()).body:
-            for call in ast.walk(node) if isinstance(node, ast.FunctionDef) else ():
-                if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "claim":
-                    row = ast.literal_eval(call.args[0])
-                    found.setdefault(row, set()).add(f"{file.name}::{node.name}")
-    return found
-
-
-def test_the_table_of_claims_has_the_eighteen_rows_and_nothing_wrong() -> None:
-    assert [int(row) for row, *_ in ROWS] == list(range(1, 19))
-    assert all(int(tried.replace(",", "")) > 0 for _, _, tried, _, _ in ROWS)
-    assert {wrong for _, _, _, wrong, _ in ROWS} == {"0"}
-
-
-@pytest.mark.parametrize(("row", "tests"), [(int(row), tests) for row, *_, tests in ROWS])
-def test_each_claim_is_backed_by_the_tests_that_it_names(row: int, tests: str) -> None:
-    named = set(re.findall(r"`(test_\w+\.py)`", tests))
-    assert named == {test.partition("::")[0] for test in claims_made()[row]}
