@@ -10989,7 +10989,7 @@ _SORTS: dict[str, Callable[[Json], Any]] = {
     "reset": lambda view: _by_windows(view, "resetsAt", math.inf),
     "used": lambda view: -(view["lastUsedAt"] or 0),
 }
-_SERVES = ("ready", "low", "unknown")
+_SERVES = ("ready", "low", "unknown", "expired")  # the last one is renewed on the way
 _STATUSES = "ready low empty unknown login_rejected auth_error expired excluded".split()
 
 
