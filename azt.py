@@ -2528,7 +2528,7 @@ class AccountStore:
             return found[0]
         text = "Several accounts match" if found else "No account matches"
         text += f" {name!r}. `azt accounts list` shows their ids."
-        raise AztError(404, "account_not_found", text)
+        raise AztError(404, "account_not_found", text, extra={"params": {"id": name}})
 
     def to_json(self) -> Json:
         entries = [
@@ -10965,15 +10965,15 @@ def _account_view(gw: Gateway, account: Account) -> Json:
     }
 
 
-_NOT_LISTED = "accountId createdAt credits source tokenExpiresAt usedPercent".split()
+_NOT_LISTED = {"accountId", "createdAt", "credits", "source", "tokenExpiresAt", "usedPercent"}
 
 
 def _slim(view: Any) -> Any:
     """What the list of everything needs (console.md 6.2): nothing empty, no details."""
     if isinstance(view, dict):
-        kept = ((k, v) for k, v in view.items() if v not in (None, {}, []) and k not in _NOT_LISTED)
-        return {name: _slim(value) for name, value in kept}
-    return [_slim(one) for one in view] if isinstance(view, list) else view
+        kept = ((k, v) for k, v in view.items() if (v or v == 0) and k not in _NOT_LISTED)
+        return {k: _slim(v) if isinstance(v, (dict, list)) else v for k, v in kept}
+    return [_slim(one) for one in view]
 
 
 def _by_windows(view: Json, name: str, missing: float) -> float:
@@ -11341,6 +11341,7 @@ def _models_view(gw: Gateway) -> Json:
             "input": entry.get("input_modalities") or ["text"],
             "default": entry["slug"] == gw.default_model,
             "efforts": gw.catalogue.efforts[entry["slug"]],
+            "source": "built_in" if gw.catalogue.source == "built-in" else "synced",
         }
         for entry in gw.catalogue.listed
     ]

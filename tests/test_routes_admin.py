@@ -590,6 +590,7 @@ def test_models_are_listed_and_refreshed(admin: Admin, upstream: FakeUpstream) -
         "input": ["text", "image"],
         "default": True,
         "efforts": ["low", "medium", "high"],
+        "source": "synced",
     }
     listed = [one["id"] for one in admin.get("/v1/models").json["data"]]
     assert listed == ["gpt-5.5", "gpt-5.4", "gpt-image-2"]
