@@ -63,7 +63,7 @@ export function stacked(first) {
         svg('text', { x: AXIS.left - 8, y: y(n) + 4, 'text-anchor': 'end' }, show(n)));
     }
     const hours = bucketMs < 86400000 && points.length > 48 && bucketMs >= 3600000; // days are named, at their midnight
-    const named = hours ? points.filter((point) => clock(point.t).startsWith('00:00')) : points;
+    const named = hours ? points.filter((point) => minute(point.t) === '00:00') : points;
     const every = Math.ceil(named.length / Math.max(2, Math.floor((width - AXIS.left) / 90)));
     const names = named.filter((point, i) => i % every === 0 && x(point.t) < width - 30).map((point) => svg('text',
       { x: x(point.t), y: HEIGHT - 4 }, hours ? day(point.t) : bucketName(point.t, bucketMs)));

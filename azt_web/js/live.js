@@ -1,7 +1,7 @@
 // The one stream of events: kept open, taken up again after a break, closed in a hidden tab.
 import * as api from './api.js';
 import { setNow } from './format.js';
-import { get, load, reducers, set } from './store.js';
+import { load, reducers, set } from './store.js';
 
 const PAUSES_S = [1, 2, 4, 8, 15];
 const HIDDEN_MS = 30000;

@@ -2,11 +2,11 @@
 import { send } from './api.js';
 import { fill, h, icon } from './dom.js';
 import { clock, isMasking, setMasking } from './format.js';
-import { lang, setLang, t } from './i18n.js';
+import { lang, pref, setLang, setPref, t } from './i18n.js';
 import { go, hash, remount } from './router.js';
 import { CLIENTS } from './snippets.js';
 import { get, nameOf, reducers } from './store.js';
-import { copy, dialog, fail, isDark, messages, setTheme, toast } from './ui.js';
+import { copy, dialog, fail, isDark, messages, setTheme, toast, toggle } from './ui.js';
 
 const SECTIONS = ['general', 'routing', 'codex', 'images', 'network', 'sharing', 'data', 'about'];
 const KEYS = [['Ctrl K', 'keys.box'], ['/', 'keys.search'], ['g o', 'nav.overview'], ['g a', 'nav.accounts'],
@@ -24,8 +24,10 @@ export async function activate(account) {
 }
 
 export function showShortcuts() {
-  dialog({ title: t('keys.list'), body: h('dl', { class: 'keys' }, KEYS.map(([keys, words]) => h('div', null,
-    h('dt', null, keys.split(' ').map((key) => h('kbd', null, key))), h('dd', null, t(words))))) });
+  const row = ([keys, words]) => h('div', null, h('dt', null, keys.split(' ').map((key) => h('kbd', null, key))),
+    h('dd', null, t(words)));
+  const single = toggle(t('keys.single'), pref('keys') !== 'off', (on) => setPref('keys', on ? null : 'off'));
+  dialog({ title: t('keys.list'), body: [h('dl', { class: 'keys' }, KEYS.map(row)), single] });
 }
 
 function showMessages() {

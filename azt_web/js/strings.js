@@ -47,6 +47,7 @@ export const STRINGS = {
   'keys.refresh': ['Refresh what the page shows', '刷新本页内容'],
   'keys.send': ['Send, in the Playground', '在测试台中发送'],
   'keys.close': ['Close, or stop a running answer', '关闭，或停止正在生成的回答'],
+  'keys.single': ['Single letters are shortcuts', '启用单字母快捷键'],
   'keys.list': ['Keyboard shortcuts', '键盘快捷键'],
   'toast.switched': ['Now serving with {name}', '已切换到 {name}'],
   'toast.autoSwitched': ['Switched from {a} to {b}: {why}', '已从 {a} 切换到 {b}：{why}'],

@@ -51,6 +51,22 @@ def test_from_nothing_to_a_streamed_answer_in_two_clicks(first: Any, upstream: A
     assert first.clicks == 2
 
 
+def test_the_first_call_is_made_by_keyboard_alone(first: Any) -> None:
+    """35 (T1)."""
+    page = first.page
+    page.get_by_role("link", name="Open sign-in page").focus()
+    with page.expect_popup() as popup:
+        page.keyboard.press("Enter")
+    popup.value.get_by_role("button", name="Continue").focus()
+    popup.value.keyboard.press("Enter")
+    send = page.get_by_role("button", name="Send a test call")
+    send.focus()
+    page.keyboard.press("Enter")
+
+    expect(page.locator(".answer")).to_have_text("You said: Say OK")
+    expect(page.get_by_text("done in")).to_be_visible()
+
+
 def test_the_three_steps_can_be_dismissed_and_stay_so(gateway_console: Any) -> None:
     console = gateway_console()
     console.click("Dismiss")
@@ -283,6 +299,19 @@ def test_the_command_box_finds_pages_accounts_and_actions(console: Any) -> None:
     page.keyboard.press("?")
     expect(page.get_by_role("dialog")).to_contain_text("Keyboard shortcuts")
     page.keyboard.press("Escape")
+    page.keyboard.press("n")
+    expect(page.get_by_role("dialog")).to_contain_text("Add account")
+    page.keyboard.press("Escape")
+    page.keyboard.press("g")
+    page.keyboard.press("u")
+    expect(page.get_by_role("heading", level=1)).to_have_text("Usage")
+    page.keyboard.press("?")
+    page.get_by_role("switch", name="Single letters").click()
+    page.keyboard.press("Escape")
+    page.keyboard.press("g")
+    page.keyboard.press("o")
+    expect(page.get_by_role("heading", level=1)).to_have_text("Usage")
+    page.evaluate("localStorage.clear()")
     page.keyboard.press("g")
     page.keyboard.press("a")
 
