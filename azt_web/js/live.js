@@ -57,8 +57,8 @@ function again() {
   failures += 1;
   set('connection', { state: leaving ? 'restarting' : 'offline', retryAt: Date.now() + pause });
   const port = leaving.split(':').at(-1);
-  // It comes back at another port: this page can ask nothing there, it can only go there.
-  if (failures > 1 && leaving && port !== location.port) location.port = port;
+  // It comes back at another port: this page can ask nothing there, only go there when it should be up.
+  if (failures > 3 && leaving && port !== location.port) location.port = port;
   else timer = setTimeout(run, pause);
 }
 
