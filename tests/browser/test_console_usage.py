@@ -85,9 +85,8 @@ def test_axe_finds_nothing_serious_on_usage(console: Any, theme: str) -> None:
 # 37. A browser in Shanghai and a gateway in UTC: a call at 20:00 UTC was made on the day after.
 
 
-@pytest.fixture
-def evening(home: Path) -> datetime:
-    """Three calls of two evenings ago, 20:00 UTC, that the gateway finds when it starts."""
+def evening(console: Console) -> datetime:
+    """Three calls of two evenings ago, 20:00 UTC, as this gateway would have noted them."""
     at = datetime.now(UTC).replace(hour=20, minute=0, second=0, microsecond=0) - timedelta(days=2)
     tokens = {"input": 10, "cached": 0, "output": 5, "reasoning": 0, "total": 15}
     event: Json = {
@@ -95,19 +94,18 @@ def evening(home: Path) -> datetime:
         **{"accountId": "", "model": "gpt-5.4", "method": "POST", "endpoint": "/v1/responses"},
         **{"errorType": None, "imageRoute": "none", "client": "curl", "attempts": 1},
     }
-    folder = home / ".ai-zero-token" / ".state" / "usage" / "events"
-    folder.mkdir(parents=True)
+    folder = console.gateway.state / "usage" / "events"
+    folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({**event, "at": int(at.timestamp() * 1000) + n}) for n in range(3)]
     (folder / f"{at:%Y-%m-%d}.jsonl").write_text("\n".join(lines) + "\n")
     return at
 
 
-def test_days_of_the_browser_agree_in_figures_chart_and_table(
-    gateway_console: Any, evening: datetime
-) -> None:
+def test_days_of_the_browser_agree_in_figures_chart_and_table(gateway_console: Any) -> None:
     console: Console = gateway_console(variables={"TZ": "UTC"})
+    at = evening(console)
     for zone in ("Asia/Shanghai", "UTC"):
-        day = evening.astimezone(ZoneInfo(zone))
+        day = at.astimezone(ZoneInfo(zone))
         page = console.open("usage?range=30d&measure=requests&by=client", timezone_id=zone)
         expect(figure(page, "Requests")).to_have_text("3")
         page.get_by_role("button", name="Show as table").click()
