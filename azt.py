@@ -10009,16 +10009,7 @@ class HttpServer:
         if is_preflight:
             # It carries no proof: the question is whether the call with it would be allowed.
             caller = replace(caller, key="good", proof=True, marked=True, session="local")
-        fault = may(caller, access, method, policy)
-        is_exempt = caller.proof or policy.loopback_exempt or access not in ("api", "codex")
-        if not fault and caller.own and is_exempt and not exchange.connection.owner_known:
-            # Whose connection it is matters only where another user would get less.
-            fault = may(replace(caller, peer="neighbour"), access, method, policy)
-            if fault is not None and exchange.connection.is_own():
-                fault = None
-        if fault is not None and fault.code == "api_key_spent":
-            ends = datetime.combine(datetime.fromtimestamp(request.record.at), dt_time.max)
-            fault.headers = {"retry-after": str(int(ends.timestamp() - request.record.at) + 1)}
+        fault = self._judge(exchange, caller, access, method, policy)
         if caller.key_hash:
             self.guard.forgive(request.who)
         if caller.origin and access == "api" and not (fault and fault.status == 403):
@@ -10044,6 +10035,22 @@ class HttpServer:
         if not is_preflight or (method and not match):
             raise _refusal("method_not_supported", {"allow": allow}, allow=allow, **words)
         exchange.cors.append(("allow", allow))
+
+    def _judge(
+        self, exchange: _Exchange, caller: Caller, access: Access, method: str, policy: Policy
+    ) -> AztError | None:
+        fault = may(caller, access, method, policy)
+        is_exempt = caller.proof or policy.loopback_exempt or access not in ("api", "codex")
+        if not fault and caller.own and is_exempt and not exchange.connection.owner_known:
+            # Whose connection it is matters only where another user would get less.
+            fault = may(replace(caller, peer="neighbour"), access, method, policy)
+            if fault is not None and exchange.connection.is_own():
+                fault = None
+        if fault is not None and fault.code == "api_key_spent":
+            at = exchange.request.record.at
+            ends = datetime.combine(datetime.fromtimestamp(at), dt_time.max)
+            fault.headers = {"retry-after": str(int(ends.timestamp() - at) + 1)}
+        return fault
 
     def _accept_body(self, exchange: _Exchange, route: Route, policy: Policy) -> None:
         headers = exchange.request.headers
