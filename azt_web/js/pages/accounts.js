@@ -279,8 +279,9 @@ function mount(root) {
     tool('act.refresh', 'refresh', (some) => refreshMany(idsOf(some))), tool('acc.export', 'download', exportThem),
     tool('acc.out', 'pause', (some) => exclude(some, true)), tool('acc.in', 'play', (some) => exclude(some, false)),
     tool('acc.remove', 'trash', remove), more, ui.button(t('acc.clear'), { kind: 'ghost', on: clear }));
-  const primary = [ui.button(t('acc.refreshAll'), { icon: 'refresh', on: () => refreshMany() }),
-    ui.button(t('acc.add'), { icon: 'plus', kind: 'primary', href: '#/accounts/add' })];
+  const iconic = (key, props) => ui.button(t(key), { 'aria-label': t(key), ...props }); // a phone shows the icon alone
+  const primary = [iconic('acc.refreshAll', { icon: 'refresh', on: () => refreshMany() }),
+    iconic('acc.add', { icon: 'plus', kind: 'primary', href: '#/accounts/add' })];
   const drop = h('div', { class: 'drop' }, icon('upload'), h('p', null, t('acc.drop')),
     h('p', { class: 'note' }, t('acc.dropNote')), ui.button(t('acc.importFiles'), { href: '#/accounts/add/import' }));
 
@@ -317,8 +318,8 @@ function mount(root) {
     chips.patch([['', t('acc.all'), counts.all], ...states.map(chip)], status);
     if (selects.contains(document.activeElement)) return;
     const choice = (name, options, value) => ui.select(t(`acc.${name}`), options, value, (one) => ask({ [name]: one }));
-    const named = (one) => [one, ui.tag(one)?.textContent];
-    fill(selects, plans[1] && choice('plan', [['', t('acc.anyPlan')], ...plans.map(named)], plan),
+    const option = (one) => [one, ui.tag(one)?.textContent];
+    fill(selects, plans[1] && choice('plan', [['', t('acc.anyPlan')], ...plans.map(option)], plan),
       choice('sort', Object.keys(SORTS).map((one) => [one, t(`acc.sort.${one}`)]), sort));
   }
 
