@@ -11412,7 +11412,11 @@ def _models_told(gw: Gateway) -> Json:
 
 def _gateway_told(gw: Gateway, status: str = "running") -> Json:
     listen = [_address(*one) for one in gw.listening]
-    return {"status": status, "running": len(gw.running()), "listen": listen}
+    told = {"status": status, "running": len(gw.running()), "listen": listen}
+    if status == "restarting":  # who watches goes where it will be
+        host, port = gw.settings.text("server.host"), gw.settings.number("server.port")
+        told["to"] = _near(host, port or gw.listening[0][1])
+    return told
 
 
 def _today(gw: Gateway) -> Json:
