@@ -11,7 +11,7 @@ import { button, card, codeBlock, confirm, details, errorPanel, fail, menu, skel
 const MODES = ['openai', 'ai-zero-token'];
 const COLOURS = { '+': 'plus', '-': 'minus' };
 const note = (...words) => h('p', { class: 'note' }, words);
-const warning = (words, shape = 'warn') => h('p', { class: 'notice warn' }, icon(shape), words);
+const warning = (words, shape = 'warn') => h('div', { class: 'notice warn' }, icon(shape), h('p', null, words));
 const who = (one) => (one ? mask(one.email) : t('cdx.nobody'));
 
 const look = () => set('codex', { ...get('codex') }); // the panel reads anew, before the watcher of the files tells

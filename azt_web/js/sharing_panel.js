@@ -11,6 +11,7 @@ import { button, card, confirm, copyButton, details, dialog, errorPanel, field, 
 const HIDE_MS = 60000;
 let pairing = null; // {code, url, expiresAt, address}: it outlives a change of the settings around it
 
+const row = (...children) => h('div', { class: 'row' }, children);
 const note = (words) => h('p', { class: 'note' }, words);
 const bullets = (items) => h('ul', { class: 'bullets' }, items.map((one) => h('li', null, one)));
 /** Only on the computer that runs azt. */
@@ -28,10 +29,9 @@ function qr(words, label) {
 /** A secret, once: it is gone with the dialog. `scan`: what its QR code says, which is shown on request. */
 function once(title, secret, scan) {
   const place = h('div', { class: 'stack' });
-  const hide = () => fill(place, scan && h('div', { class: 'row' }, button(t('share.showQr'), { icon: 'key',
-    on: show })));
+  const hide = () => fill(place, scan && row(button(t('share.showQr'), { icon: 'key', on: show })));
   const show = () => {
-    fill(place, qr(scan, t('share.keyQr')), h('div', { class: 'row' }, button(t('share.hide'), { on: hide })));
+    fill(place, qr(scan, t('share.keyQr')), row(button(t('share.hide'), { on: hide })));
     setTimeout(hide, HIDE_MS);
   };
   hide();
@@ -42,6 +42,7 @@ function once(title, secret, scan) {
 /** {el, unmount()}; `server` are its settings as they are saved, `reload()` reads them anew. */
 export function sharingPanel(server, reload) {
   const place = h('div', { class: 'stack' });
+  const open = !/^(127\.|::1$|localhost$)/.test(server.host);
   let share = { addresses: [] }, keys = [], sessions = [];
   const addresses = (kind) => bullets(share.addresses.map((one) => [h('code', null, one[kind]), ' ', one.label]));
   const pair = async (address = share.addresses[0]?.host) => {
@@ -50,22 +51,22 @@ export function sharingPanel(server, reload) {
 
   /** A switch that opens something says first which addresses will answer. */
   function opening(name, kind, words) {
-    const is = server[name], ask = () => confirm({ title: t(`share.${name}.title`), action: t('share.turnOn'),
-      body: [h('p', null, t(words)), addresses(kind)] });
+    const is = server[name], answers = is && open, body = () => [h('p', null, t(words)), addresses(kind)];
+    const ask = () => confirm({ title: t(`share.${name}.title`), action: t('share.turnOn'), body: body() });
     const el = toggle(t(`share.${name}`), is, async (wanted) => {
       if (wanted && !await ask()) return el.set(false);
       await send('PATCH', '/settings', { values: { [`server.${name}`]: wanted } });
       if (name === 'lanConsole') pairing = null;
       if (name === 'lanConsole' && wanted) await pair();
       return reload();
-    }, t(`share.${name}.${is ? 'on' : 'off'}`));
+    }, t(`share.${name}.${answers ? 'on' : 'off'}`));
     el.control.disabled = !isLocal();
-    return [el, is && addresses(kind)];
+    return [el, answers && addresses(kind)];
   }
 
   async function newKey() {
-    const input = h('input', { type: 'text', maxlength: '64', autocomplete: 'off' }), named = field(t('share.keyName'),
-      input);
+    const input = h('input', { type: 'text', maxlength: '64', autocomplete: 'off' });
+    const named = field(t('share.keyName'), input), words = t(keys.length ? 'share.newKeyText' : 'share.firstKeyText');
     const make = async () => {
       try {
         const { item, key } = await send('POST', '/keys', { name: input.value.trim() });
@@ -78,10 +79,8 @@ export function sharingPanel(server, reload) {
         named.error(t('share.keyNameWrong'));
       }
     };
-    const made = dialog({ title: t('share.newKey'), body: [h('p', null, t(keys.length ? 'share.newKeyText'
-      : 'share.firstKeyText')),
-      named], footer: [button(t('act.cancel'), { on: () => made.close() }), button(t('share.newKey'),
-        { kind: 'primary', on: make })] });
+    const made = dialog({ title: t('share.newKey'), body: [h('p', null, words), named], footer: [
+      button(t('act.cancel'), { on: () => made.close() }), button(t('share.newKey'), { kind: 'primary', on: make })] });
     input.focus();
   }
 
@@ -104,42 +103,37 @@ export function sharingPanel(server, reload) {
     const left = () => (expiresAt > now() ? t('login.left', { d: wait(expiresAt - now()) }) : t('share.codeOver'));
     const hide = () => { pairing = null; draw(); };
     const hosts = share.addresses.map((one) => [one.host, [one.host, one.label].filter(Boolean).join(' · ')]);
-    return card({ title: t('share.pair') }, h('p', null, t('share.pairText')), expiresAt > now() ? [qr(url,
-      t('share.pairQr')),
-      h('div', { class: 'row' }, ticking(h('span'), expiresAt, left), copyButton(url), button(t('share.hide'),
-        { on: hide }),
-        hosts.length > 1 && select(t('share.address'), hosts, address, again))]
-      : h('div', { class: 'row' }, local(t('share.pair'), { icon: 'key', disabled: !server.lanConsole,
-        on: () => again() })),
-    !server.lanConsole && note(t('share.pairOff')));
+    const shown = () => [qr(url, t('share.pairQr')), row(ticking(h('span'), expiresAt, left), copyButton(url),
+      button(t('share.hide'), { on: hide }), hosts.length > 1 && select(t('share.address'), hosts, address, again))];
+    const off = { icon: 'key', disabled: !server.lanConsole, on: () => again() };
+    return card({ title: t('share.pair') }, h('p', null, t('share.pairText')),
+      expiresAt > now() ? shown() : row(local(t('share.pair'), off)), !server.lanConsole && note(t('share.pairOff')));
   }
 
   /** A card with a row for each of `items`: `cells(item)`, the last of which is a button. */
-  const list = ({ title, words, action, items, cells }) => card({ title: t(title), note: t(words), actions: action,
-    class: items.length ? 'flush' : 'bare' }, items.length > 0 && h('div', { class: 'scroll' }, h('table', null,
-      h('tbody', null,
-    items.map((item) => h('tr', null, cells(item).map((one, i) => h(i ? 'td' : 'th', i ? null : { scope: 'row' },
-      one))))))));
+  function list({ title, words, action, items, cells }) {
+    const cell = (one, i) => (i ? h('td', null, one) : h('th', { scope: 'row' }, one));
+    const line = (item) => h('tr', null, cells(item).map(cell));
+    return card({ title: t(title), note: t(words), actions: action, class: items.length ? 'flush' : 'bare' },
+      items.length > 0 && h('div', { class: 'scroll' }, h('table', null, h('tbody', null, items.map(line)))));
+  }
+  const key = ({ id, name, prefix, lastUsedAt, requests }) => [name, h('code', null, `${prefix}…`),
+    lastUsedAt ? timeEl(lastUsedAt) : t('share.unused'), requests !== undefined && num(requests),
+    revoke(`/keys/${id}`, t('share.revokeKey', { name }), t(keys[1] ? 'share.revokeBody' : 'share.revokeLast'))];
+  const browser = ({ id, agent, current, address, via, lastUsedAt }) => [
+    [agent, ' ', current && h('span', { class: 'tag' }, t('share.thisOne'))], address, t(`share.via.${via}`),
+    timeEl(lastUsedAt), revoke(`/sessions/${id}`, t('share.endSession'), t('share.endBody'))];
 
   function draw() {
-    const open = !/^(127\.|::1$|localhost$)/.test(server.host);
     fill(place, card({ title: t('share.title'), class: 'form' }, h('p', null, t(open ? 'share.truth' : 'share.off')),
       opening('lanApi', 'baseUrl', keys.length ? 'share.lanApi.key' : 'share.lanApi.noKey'),
       opening('lanConsole', 'consoleUrl', 'share.lanConsole.body'),
-      h('p', { class: 'notice warn' }, icon('warn'), t('share.http')),
+      h('div', { class: 'notice warn' }, icon('warn'), h('p', null, t('share.http'))),
       details(t('share.safer'), bullets(t('share.saferText').split('|'))), !isLocal() && note(t('share.localOnly'))),
-    list({ title: 'share.keys', words: keys.length ? 'share.keysNote' : 'share.keysNone', items: keys,
-      action: local(t('share.newKey'), { icon: 'plus', on: newKey }), cells: ({ id, name, prefix, lastUsedAt,
-        requests }) => [name,
-        h('code', null, `${prefix}…`), lastUsedAt ? timeEl(lastUsedAt) : t('share.unused'), requests !== undefined
-          && num(requests),
-        revoke(`/keys/${id}`, t('share.revokeKey', { name }), t(keys.length > 1 ? 'share.revokeBody'
-          : 'share.revokeLast'))] }),
-    pairCard(), list({ title: 'share.browsers', words: 'share.browsersNote', items: sessions,
-      action: local(t('share.rotate'), { on: rotate }), cells: ({ id, agent, current, address, via, lastUsedAt }) => [
-        [agent, ' ', current && h('span', { class: 'tag' }, t('share.thisOne'))], address, t(`share.via.${via}`),
-          timeEl(lastUsedAt),
-        revoke(`/sessions/${id}`, t('share.endSession'), t('share.endBody'))] }));
+    list({ title: 'share.keys', words: keys.length ? 'share.keysNote' : 'share.keysNone', items: keys, cells: key,
+      action: local(t('share.newKey'), { icon: 'plus', on: newKey }) }), pairCard(),
+    list({ title: 'share.browsers', words: 'share.browsersNote', items: sessions, cells: browser,
+      action: local(t('share.rotate'), { on: rotate }) }));
   }
 
   async function load() {

@@ -110,6 +110,7 @@ export const page = {
       shown = wanted;
       if (route.parts[0]) setPref('client', client.id);
       links.forEach((link) => link.toggleAttribute('aria-current', link.dataset.id === client.id));
+      links.find((link) => link.dataset.id === client.id).scrollIntoView({ block: 'nearest', inline: 'center' });
       check?.stop();
       build(client);
     }

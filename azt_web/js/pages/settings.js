@@ -23,14 +23,13 @@ const FIELDS = {
     ['limits.bodyMb', 'number', 1, 4096]],
   sharing: [['server.host', 'text'], ['server.port', 'number', 0, 65535], ['server.tokenOnLoopback', 'switch'],
     ['apiKeys.loopbackExempt', 'switch'], ['server.allowedHosts', 'list'], ['server.corsOrigins', 'list']],
-  data: [['log.keepRows', 'number', 0, 100000], ['log.keepDays', 'number', 1, 3650], ['usage.keepDays', 'number', 1,
-    3650],
-    ['usage.keepMb', 'number', 1, 100000], ['log.level', 'choice', 'debug', 'info', 'warning', 'error']],
+  data: [['log.keepRows', 'number', 0, 100000], ['log.keepDays', 'number', 1, 3650],
+    ['usage.keepDays', 'number', 1, 3650], ['usage.keepMb', 'number', 1, 100000],
+    ['log.level', 'choice', 'debug', 'info', 'warning', 'error']],
   about: [],
 };
 const LOCAL = /^(server|apiKeys|networkProxy)\./;
-const ZONES = ['browser', 'gateway', 'UTC', 'Asia/Shanghai', 'Europe/Berlin', 'America/New_York',
-  'America/Los_Angeles'];
+const ZONES = 'browser gateway UTC Asia/Shanghai Europe/Berlin America/New_York America/Los_Angeles'.split(' ');
 const STEPS = ['dns', 'connect', 'tls', 'http'];
 
 let saved = null;
@@ -41,8 +40,11 @@ const valueOf = (key) => (key in draft ? draft[key] : dig(key));
 const same = (a, b) => JSON.stringify(a) === JSON.stringify(b);
 const changed = (section) => FIELDS[section].map(([key]) => key).filter((key) => key in draft);
 const drop = (keys) => keys.forEach((key) => { delete draft[key]; });
-const worded = (key, rest = t) => (known(key) ? rest(key) : key.split('.').at(-1));
+const worded = (key, plain) => [plain, known(`${key}.${plain}`) ? t(`${key}.${plain}`) : plain];
 const row = (...children) => h('div', { class: 'row' }, children);
+const warning = (words, ...more) => h('div', { class: 'notice warn' }, icon('warn'), h('p', null, words), more);
+const facts = (all) => h('dl', { class: 'facts' }, all.map(([key, ...value]) => [h('dt', null, t(key)),
+  h('dd', null, value)]));
 /** Heads, and rows of cells of which the first is a head too. */
 const table = (heads, rows) => h('div', { class: 'scroll' }, h('table', null,
   h('thead', null, h('tr', null, heads.map((one) => h('th', { scope: 'col' }, t(one))))),
@@ -80,10 +82,8 @@ function control([key, kind, ...options], models, touch) {
   if (kind === 'switch') el = ui.toggle(name, value, put, notes);
   else if (kind === 'accounts') el = excluded(name, value, put);
   else if (kind === 'choice' || kind === 'model') {
-    const all = kind === 'model' ? [...new Set([value, ...models])] : options;
-    el = field(name, select(name, all.map((one) => [one, kind === 'model' ? one : worded(`set.${key}.${one}`)]), value,
-      put),
-      { help: notes });
+    const all = (kind === 'model' ? [...new Set([value, ...models])] : options).map((one) => worded(`set.${key}`, one));
+    el = field(name, select(name, all, value, put), { help: notes });
   } else {
     const lists = kind === 'list', read = { number: Number, text: (now) => now.trim(),
       list: (now) => now.split(/\s+/).filter(Boolean) };
@@ -99,23 +99,23 @@ function control([key, kind, ...options], models, touch) {
 }
 
 function excluded(label, ids, put) {
-  const rest = get('accounts').filter((one) => !ids.includes(one.id)), name = (id) => nameOf(accountOf(id)) || id;
-  return h('div', { class: 'field' }, h('span', { class: 'name' }, label), row(ids.map((id) => h('span',
-    { class: 'tag' }, name(id),
-    ui.iconButton('close', t('set.include', { name: name(id) }), () => put(ids.filter((one) => one !== id))))),
-  rest.length > 0 && select(t('set.exclude'), [['', t('set.exclude')], ...rest.map((one) => [one.id, nameOf(one)])], '',
-    (id) => put([...ids, id]))));
+  const name = (id) => nameOf(accountOf(id)) || id, rest = get('accounts').filter((one) => !ids.includes(one.id));
+  const tag = (id) => h('span', { class: 'tag' }, name(id), ui.iconButton('close', t('set.include', { name: name(id) }),
+    () => put(ids.filter((one) => one !== id))));
+  const others = [['', t('set.exclude')], ...rest.map((one) => [one.id, nameOf(one)])];
+  return h('div', { class: 'field' }, h('span', { class: 'name' }, label), row(ids.map(tag),
+    rest.length > 0 && select(t('set.exclude'), others, '', (id) => put([...ids, id]))));
 }
 
 // -- what only some sections have
 
 function general() {
   const own = (key, options, value, onchange) => field(t(key), select(t(key), options, value, onchange));
+  const move = (one) => { setPref('zone', one); remount(); };
   return [own('shell.language', [['en', 'English'], ['zh-CN', '简体中文']], lang(), setLang),
-    own('set.theme', ['system', 'light', 'dark'].map((one) => [one, t(`set.theme.${one}`)]), ui.theme(), ui.setTheme),
-    own('set.zone', ZONES.map((one) => [one, known(`set.zone.${one}`) ? t(`set.zone.${one}`) : one]), pref('zone',
-      'browser'),
-      (one) => { setPref('zone', one); remount(); }), h('p', { class: 'note' }, t('set.browserOnly'))];
+    own('set.theme', ['system', 'light', 'dark'].map((one) => worded('set.theme', one)), ui.theme(), ui.setTheme),
+    own('set.zone', ZONES.map((one) => worded('set.zone', one)), pref('zone', 'browser'), move),
+    h('p', { class: 'note' }, t('set.browserOnly'))];
 }
 
 /** The way to the provider, tried with what stands in the fields. */
@@ -146,27 +146,26 @@ function network() {
 }
 
 function data() {
-  const clear = (key, path, count) => button(t(key), { kind: 'danger', icon: 'trash', disabled: !isLocal(),
-    on: async () => {
-    const body = plural('set.clearBody', await count());
-    if (!await confirm({ title: t(key), body, action: t('set.clear'), danger: true })) return;
-    await send('DELETE', path);
-    ui.toast(t('set.cleared'));
-  } });
-  return [h('dl', { class: 'facts' }, h('dt', null, t('set.stateDir')), h('dd', null, h('code', null,
-    get('gateway').stateDir))),
-    row(button(t('set.diagnostics'), { icon: 'download', disabled: !isLocal(), on: () => download('/diagnostics', {},
-      'GET') }),
-      clear('set.clearLog', '/requests', async () => (await fetchJson('/requests', { limit: 1 })).kept),
-      clear('set.clearUsage', '/usage', async () => (await fetchJson('/usage')).lifetime.requestCount))];
+  const here = { disabled: !isLocal() }, folder = h('code', null, get('gateway').stateDir);
+  const clear = async (key, path, count) => {
+    const body = plural('set.clearBody', count), sure = { title: t(key), body, action: t('set.clear'), danger: true };
+    if (await confirm(sure)) await send('DELETE', path).then(() => ui.toast(t('set.cleared')));
+  };
+  const log = async () => clear('set.clearLog', '/requests', (await fetchJson('/requests', { limit: 1 })).kept);
+  const usage = async () => clear('set.clearUsage', '/usage', (await fetchJson('/usage')).lifetime.requestCount);
+  const bundle = () => download('/diagnostics', {}, 'GET'), danger = { kind: 'danger', icon: 'trash', ...here };
+  return [facts([['set.stateDir', folder]]),
+    row(button(t('set.diagnostics'), { icon: 'download', ...here, on: bundle }),
+    button(t('set.clearLog'), { ...danger, on: log }), button(t('set.clearUsage'), { ...danger, on: usage }))];
 }
 
 function restartButton() {
   const restart = async () => {
-    const waits = h('input', { type: 'checkbox', checked: true }), body = [h('p', null, plural('set.restartBody',
-      get('gateway').running || 0)), h('label', { class: 'row' }, waits, t('set.restartWait'))];
-    const sure = await confirm({ title: t('set.restart'), action: t('set.restart'), body });
-    if (sure) await send('POST', '/gateway/restart', { drainMs: waits.checked ? 60000 : 0 });
+    const waits = h('input', { type: 'checkbox', checked: true }), title = t('set.restart');
+    const body = [h('p', null, plural('set.restartBody', get('gateway').running || 0)),
+      h('label', { class: 'row' }, waits, t('set.restartWait'))];
+    if (!await confirm({ title, action: title, body })) return;
+    await send('POST', '/gateway/restart', { drainMs: waits.checked ? 60000 : 0 });
   };
   return button(t('set.restart'), { icon: 'refresh', disabled: !isLocal(), on: restart });
 }
@@ -177,11 +176,8 @@ function about() {
     const { latest, newer } = await send('POST', '/version/check');
     text(said, newer ? t('set.newer', { latest }) : t('set.newest'));
   };
-  const facts = [['set.version', version], ['set.licence', 'MIT'], ['set.process', [pid, ' · ', timeEl(startedAt,
-    'ago')]],
-    ['set.where', listen.join(', ')]];
-  return [h('dl', { class: 'facts' }, facts.map(([key, value]) => [h('dt', null, t(key)), h('dd', null, value)])),
-    row(button(t('set.checkVersion'), { on: check }), said), row(restartButton())];
+  return [facts([['set.version', version], ['set.licence', 'MIT'], ['set.process', pid, ' · ', timeEl(startedAt)],
+    ['set.where', listen.join(', ')]]), row(button(t('set.checkVersion'), { on: check }), said), row(restartButton())];
 }
 
 const MORE = { general, network, data, about };
@@ -192,22 +188,19 @@ export const page = {
   title: 'nav.settings',
   mount(root) {
     let section = '', models = [], part = null;
-    const tabs = Object.keys(FIELDS).map((one) => h('a', { href: hash('settings', [one]), 'data-section': one },
-      t(`section.${one}`)));
+    const tab = (one) => h('a', { href: hash('settings', [one]), 'data-section': one }, t(`section.${one}`));
+    const tabs = Object.keys(FIELDS).map(tab);
     const place = h('div', { class: 'stack' }), due = h('div'), words = h('p');
     const discard = () => { drop(changed(section)); build(); };
-    const bar = h('div', { class: 'dirty', role: 'status', hidden: true }, words, button(t('act.discard'),
-      { on: discard }),
-      button(t('act.save'), { kind: 'primary', on: store }));
+    const bar = h('div', { class: 'dirty', role: 'status', hidden: true }, words,
+      button(t('act.discard'), { on: discard }), button(t('act.save'), { kind: 'primary', on: store }));
 
     function touch(again) {
       if (again) return build();
       bar.hidden = !changed(section).length;
       text(words, t('set.unsaved', { section: t(`section.${section}`) }));
       const what = (saved.restartNeeded || []).map((key) => t(`set.${key}`)).join(', ');
-      return fill(due, what && h('div', { class: 'notice warn' }, icon('warn'), h('p', null, t('set.restartNeeded',
-        { what })),
-        restartButton()));
+      return fill(due, what && warning(t('set.restartNeeded', { what }), restartButton()));
     }
 
     async function store() {
@@ -223,14 +216,11 @@ export const page = {
 
     function build() {
       part?.unmount();
-      part = section === 'codex' ? codexPanel() : section === 'sharing' ? sharingPanel(saved.values.server, load)
-        : null;
-      const fields = FIELDS[section].filter(([key]) => dig(key) !== undefined).map((one) => control(one, models,
-        touch));
-      const warned = section === 'images' && h('p', { class: 'notice warn' }, icon('warn'), t('set.imagesWarn'));
+      part = { codex: () => codexPanel(), sharing: () => sharingPanel(saved.values.server, load) }[section]?.();
+      const fields = FIELDS[section].filter(([key]) => dig(key) !== undefined);
       fill(place, part?.el, section !== 'codex' && ui.card({ title: t(part ? 'set.listen' : `section.${section}`),
-        class: 'form' },
-        warned, fields, MORE[section]?.()));
+        class: 'form' }, section === 'images' && warning(t('set.imagesWarn')),
+      fields.map((one) => control(one, models, touch)), MORE[section]?.()));
       touch();
     }
 
@@ -247,19 +237,16 @@ export const page = {
       const wanted = parts[0] in FIELDS ? parts[0] : 'general';
       if (wanted === section) return;
       section = wanted;
-      for (const tab of tabs) {
-        const here = tab.dataset.section === section;
-        tab.toggleAttribute('aria-current', here);
-        if (here) tab.scrollIntoView({ block: 'nearest', inline: 'center' });
-      }
+      for (const one of tabs) one.toggleAttribute('aria-current', one.dataset.section === section);
+      tabs.find((one) => one.dataset.section === section).scrollIntoView({ block: 'nearest', inline: 'center' });
       if (saved) build();
       else fill(place, ui.skeleton(4));
     }
     fill(root, h('div', { class: 'settings' }, h('nav', { class: 'tabs', 'aria-label': t('nav.settings') }, tabs), due,
       place, bar));
     load();
-    fetchJson('/models').then(({ items }) => { models = items.map((one) => one.id); if (saved
-      && section === 'general') build(); }, () => {});
+    const offer = ({ items }) => { models = items.map((one) => one.id); if (saved && section === 'general') build(); };
+    fetchJson('/models').then(offer, () => {});
     // Another tab has saved: follow it, but not under what is being typed; saving then asks.
     const off = on('settings', (now) => { if (now.revision !== saved?.revision && !changed(section).length) load(); });
     return { update, primary: null, unmount: () => { off(); part?.unmount(); } };
