@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -184,7 +185,8 @@ def damage(*names: str) -> Callable[[Path], None]:
 def remove(*names: str) -> Callable[[Path], None]:
     def spoil(folder: Path) -> None:
         for name in names:
-            (folder / ".state" / name).unlink()
+            path = folder / ".state" / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     return spoil
 
