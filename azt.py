@@ -3161,17 +3161,19 @@ class CodexFiles:
             saved = saved | {"takeover": new | {"written": [text, after]}}
         if moves and base:
             self._history(moves=True)
+        history = self._history()  # told after the change, which it must not fail then
         wanted = None if after is None else after.encode()
         done = self._change(path, raw, wanted, "takeover" if mode else "release", saved, base)
         if base and taken and not mode:
             if taken["madeFolder"]:
                 with contextlib.suppress(OSError):  # Codex has put something there meanwhile
                     path.parent.rmdir()
-            write_json(self._paths.codex, saved | {"takeover": None})
+            with contextlib.suppress(AztError):  # it is released: an old memory does no harm
+                write_json(self._paths.codex, saved | {"takeover": None})
         texts = text.splitlines(), (after or "").splitlines()
         lines = [*difflib.unified_diff(*texts, n=2, lineterm="")][2:]
         diff = [{"op": line[0], "text": mask(line[1:])} for line in lines if line[0] != "@"]
-        further = {"history": self._history(), "installed": self._paths.codex_home.is_dir()}
+        further = {"history": history, "installed": self._paths.codex_home.is_dir()}
         return done | {"diff": diff, **further}
 
     @blocking
