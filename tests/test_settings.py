@@ -125,7 +125,10 @@ KEYS: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     ),
     "server.host": (("0.0.0.0", "::1", "127.0.0.1"), (None, 5, True, "a\0b")),
     "server.lanApi": YES_NO,
+    "server.lanConsole": YES_NO,
     "server.port": ((0, 1, 8787, 65535), (-1, 65536, "1", 1.0, True, None)),
+    "server.tokenOnLoopback": YES_NO,
+    "ui.maskEmails": (("lan", "always", "never"), ("", "sometimes", True, None)),
     "usage.keepDays": ((1, 365, 3650), (0, 3651, 1.5, "30", True, None)),
     "usage.keepMb": ((1, 512, 100_000), (0, 100_001, 0.5, "5", True, None)),
 }
