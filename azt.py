@@ -2145,13 +2145,14 @@ def _no_constant(name: str) -> Any:
 _DECODER = json.JSONDecoder(parse_constant=_no_constant)
 _SPACE = re.compile(r"[ \t\n\r]*")
 _NO_MARKS = bytes(set(range(256)) - set(b'"[{,'))
+_MARKS_SLICE_BYTES = 1 << 20
 
 
 def _has_too_many_marks(body: bytes | bytearray) -> bool:
     """Strings, and openings and commas outside of them: 128 MiB of "[]," are 3 GiB of lists."""
     count, start, inside = 0.0, 0, 0
     while start < len(body) and count <= MAX_JSON_MARKS:
-        end = start + MIB
+        end = start + _MARKS_SLICE_BYTES
         while body[end - 1 : end] == b"\\":
             end += 1  # never between the two bytes of an escape
         marks = body[start:end].replace(rb"\\", b"").replace(rb"\"", b"")

@@ -383,7 +383,7 @@ def marks_of(value: Any) -> int:
 def test_values_are_counted_exactly_whatever_stands_in_strings(value: Any, size: int) -> None:
     body, marks = json.dumps(value).encode(), marks_of(value)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(azt, "MIB", size)
+        patch.setattr(azt, "_MARKS_SLICE_BYTES", size)
         patch.setattr(azt, "MAX_JSON_MARKS", marks)
         assert not azt._has_too_many_marks(body)
         patch.setattr(azt, "MAX_JSON_MARKS", marks - 1)
