@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import os
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -619,3 +623,30 @@ def test_every_refusal_says_what_to_do_and_names_no_secret(access: Access, polic
             text = azt.error_body(fault)["error"]["message"] if fault else "Nothing is wrong."
             assert text.endswith(".")
             assert "***" not in text
+
+
+def test_a_connection_of_this_user_is_nobody_elses() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        with socket.create_connection(server.getsockname()) as client:
+            here, peer = server.accept()
+            with here:
+                assert not azt.is_other_user(peer, here.getsockname())
+                mapped = [(f"::ffff:{host}", port) for host, port in (peer, client.getpeername())]
+                assert not azt.is_other_user(*mapped)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user too")
+def test_a_connection_of_another_user_is_told() -> None:
+    program = "import socket as s, sys; s.create_connection(('127.0.0.1', sys.argv[1])).recv(1)"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(10)
+        port = str(server.getsockname()[1])
+        with subprocess.Popen([sys.executable, "-c", program, port], user=65534) as other:
+            here, peer = server.accept()
+            with here:
+                assert azt.is_other_user(peer, here.getsockname())
+            assert other.wait(10) == 0
+
+
+def test_a_connection_that_the_system_does_not_know_is_nobody_elses() -> None:
+    assert not azt.is_other_user(("127.0.0.1", 1), ("127.0.0.1", 2))
