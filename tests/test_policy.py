@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -650,3 +651,13 @@ def test_a_connection_of_another_user_is_told() -> None:
 
 def test_a_connection_that_the_system_does_not_know_is_nobody_elses() -> None:
     assert not azt.is_other_user(("127.0.0.1", 1), ("127.0.0.1", 2))
+
+
+def test_who_cannot_be_asked_for_want_of_files_counts_as_another() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        refused = azt.is_other_user(("127.0.0.1", 1), ("127.0.0.1", 2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert refused
