@@ -115,10 +115,21 @@ def shared_gateway(
     gateway.stop()
 
 
+@pytest.fixture(scope="session")
+def quiet_upstream() -> Iterator[FakeUpstream]:
+    with FakeUpstream() as upstream:
+        yield upstream
+
+
 @pytest.fixture
-def upstream(shared_upstream: FakeUpstream) -> FakeUpstream:
-    shared_upstream.reset()
-    return shared_upstream
+def upstream(request: pytest.FixtureRequest) -> FakeUpstream:
+    """One that no other gateway calls: a shared one asks for quotas now and then, by itself."""
+    is_shared = {"shared_gateway", "module_gateway"} & set(request.fixturenames)
+    chosen: FakeUpstream = request.getfixturevalue(
+        "shared_upstream" if is_shared else "quiet_upstream"
+    )
+    chosen.reset()
+    return chosen
 
 
 @pytest.fixture

@@ -58,9 +58,7 @@ GatewayConsole = Callable[..., Console]
 
 
 @pytest.fixture
-def gateway_console(
-    chromium: Any, home: Path, upstream: FakeUpstream, shared_upstream: FakeUpstream
-) -> Iterator[GatewayConsole]:
+def gateway_console(chromium: Any, home: Path, upstream: FakeUpstream) -> Iterator[GatewayConsole]:
     """`gateway_console(accounts=[...], settings={...}, route="log", locale="zh-CN")`."""
     made: list[Console] = []
 

@@ -199,7 +199,7 @@ def test_34_a_request_has_its_address_and_an_unknown_one_says_so(console: Any) -
     page = console.open(f"log/{name}?result=failed")
 
     sheet = page.get_by_role("dialog")
-    expect(sheet).to_contain_text("no-such-model is not available")
+    expect(sheet).to_contain_text("asked for no-such-model, which is not in the list")
     page.keyboard.press("Escape")
     expect(sheet).to_have_count(0)
     expect(page).to_have_url(re.compile(r"#/log\?result=failed$"))
@@ -216,11 +216,11 @@ def test_the_arrows_lead_to_the_other_failures(console: Any) -> None:
     sheet = page.get_by_role("dialog")
 
     sheet.get_by_role("link", name="Older failure").click()
-    expect(sheet).to_contain_text("missing-0 is not")
+    expect(sheet).to_contain_text("asked for missing-0")
     sheet.get_by_role("link", name="Newer failure").click()
-    expect(sheet).to_contain_text("missing-1 is not")
+    expect(sheet).to_contain_text("asked for missing-1")
     page.go_back()
-    expect(sheet).to_contain_text("missing-0 is not")
+    expect(sheet).to_contain_text("asked for missing-0")
 
 
 def test_a_row_has_its_facts_and_the_call_as_curl(console: Any) -> None:
