@@ -1112,6 +1112,7 @@ class Environment:
     proxy_url: str
     no_proxy: str
     fast: bool
+    time_zone: str  # its IANA name, "" where it has none
     pinned: Mapping[str, Any]  # settings that an environment variable fixes
 
 
@@ -1134,12 +1135,22 @@ def read_environment(environ: Mapping[str, str] | None = None) -> Environment:
         proxy_url=first("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"),
         no_proxy=first("NO_PROXY", "no_proxy"),
         fast=env.get("AZT_SLOW_PATHS") != "1",
+        time_zone=_zone_name(first("TZ")),
         pinned={
             key: parse_setting(key, env[setting.env], setting.env)
             for key, setting in SETTINGS.items()
             if setting.env and env.get(setting.env)
         },
     )
+
+
+def _zone_name(chosen: str) -> str:
+    """Of this machine's time zone: as `TZ` says it, as its file is called, or by its hours."""
+    name = chosen.lstrip(":") or os.path.realpath("/etc/localtime").partition("/zoneinfo/")[2]
+    with contextlib.suppress(ValueError, OSError, ZoneInfoNotFoundError):
+        return ZoneInfo(name).key
+    hours, rest = divmod(-time.localtime().tm_gmtoff, 3600)  # to the west, as these are counted
+    return "" if rest else f"Etc/GMT{hours:+d}"
 
 
 def _base_url(env: Mapping[str, str], name: str, default: str) -> str:
@@ -10003,7 +10014,9 @@ class HttpServer:
         match = next((pair for pair in found if pair[0].method == wanted), None)
         # A path that is not there follows the rows of the API: strangers learn nothing from a 404.
         access: Access = (match or found[0])[0].access if found else "api"
-        if access in ("api", "codex"):
+        # What a browser looks for by itself, such as icons, is nobody's call.
+        is_call = found or headers.get("sec-fetch-dest", "empty") == "empty"
+        if access in ("api", "codex") and is_call:
             request.record.route = (match or found[0])[0].path if found else "other"
             request.record.client = client_name(*(headers.get(name, "") for name in CLIENT_HEADERS))
             told = ((name, headers.get(name)) for name in ("user-agent", "content-type"))
@@ -11438,6 +11451,7 @@ def admin_get_state(gw: Gateway, request: Request) -> Json:
         "codexBaseUrl": f"{base}/codex/v1",
         "adminUrl": f"{base}/",
         "stateDir": str(gw.paths.state),
+        "timeZone": gw.environment.time_zone,
         "restartSupported": gw.restart is not None,
         "lanApi": gw.settings.flag("server.lanApi"),
         "keys": len(gw.keys),

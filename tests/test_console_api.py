@@ -157,7 +157,9 @@ STATE: Json = {
     "eventId": NUMBER,
     "now": NUMBER,
     "gateway": {
-        **dict.fromkeys(("version", "baseUrl", "codexBaseUrl", "adminUrl", "stateDir"), WORD),
+        **dict.fromkeys(
+            ("version", "baseUrl", "codexBaseUrl", "adminUrl", "stateDir", "timeZone"), WORD
+        ),
         **dict.fromkeys(("startedAt", "pid", "running"), NUMBER),
         "listen": [WORD],
     },
@@ -426,6 +428,8 @@ def test_errors_name_their_parameters_and_the_request(lived_in: Console) -> None
 
 def test_the_first_run_is_told_by_what_has_happened(new_gateway: NewGateway) -> None:
     console = Console(new_gateway(accounts=[]))
+    browser = {"User-Agent": "Mozilla/5.0 (X11)", "Sec-Fetch-Dest": "image"}
+    console.get("/favicon.ico", headers=browser)
     nothing = console.read("/state")
     console.done("POST", "/accounts/import", {"payload": ADA})
     headers = {"User-Agent": "OpenAI/Python 1.0"}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import zoneinfo
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,21 @@ def test_without_anything_the_defaults_are_in_force() -> None:
     assert settings.values == {key: setting.default for key, setting in azt.SETTINGS.items()}
     assert settings.fixed == {}
     assert settings.revision == 0
+
+
+@pytest.mark.parametrize(
+    ("chosen", "name"),
+    [("Asia/Shanghai", "Asia/Shanghai"), (":Europe/Berlin", "Europe/Berlin")],
+)
+def test_the_time_zone_of_the_machine_has_its_name(chosen: str, name: str) -> None:
+    assert environment(TZ=chosen).time_zone == name
+
+
+@pytest.mark.parametrize("chosen", ["", "CET-1CEST", "/etc/passwd", "../secret"])
+def test_a_time_zone_without_a_name_is_told_by_its_hours(chosen: str) -> None:
+    zone = zoneinfo.ZoneInfo(environment(TZ=chosen).time_zone)
+    now = datetime.datetime.now().astimezone()
+    assert now.astimezone(zone).utcoffset() == now.utcoffset()
 
 
 def test_each_layer_wins_over_the_one_below() -> None:
