@@ -1145,12 +1145,11 @@ def read_environment(environ: Mapping[str, str] | None = None) -> Environment:
 
 
 def _zone_name(chosen: str) -> str:
-    """Of this machine's time zone: as `TZ` says it, as its file is called, or by its hours."""
+    """Of this machine's time zone: as `TZ` says it, or as the system's file is called."""
     name = chosen.lstrip(":") or os.path.realpath("/etc/localtime").partition("/zoneinfo/")[2]
     with contextlib.suppress(ValueError, OSError, ZoneInfoNotFoundError):
         return ZoneInfo(name).key
-    hours, rest = divmod(-time.localtime().tm_gmtoff, 3600)  # to the west, as these are counted
-    return "" if rest else f"Etc/GMT{hours:+d}"
+    return ""
 
 
 def _base_url(env: Mapping[str, str], name: str, default: str) -> str:
@@ -8641,10 +8640,7 @@ class Gateway:
         return job
 
     def refresh_quotas(
-        self,
-        accounts: Iterable[Account],
-        by_person: bool = True,
-        kind: str = "refresh_quotas",
+        self, accounts: Iterable[Account], by_person: bool = True, kind: str = "refresh_quotas"
     ) -> Job:
         """As a job, some accounts at once. Raises AztError 409 while another such job runs."""
         work = functools.partial(self.refresh_quota, by_person=by_person)
@@ -10006,17 +10002,15 @@ class HttpServer:
         request.record.path = request.path[:200]
         _refuse_oddities(request)
         policy, method = self.policy(), request.method
-        is_preflight = method == "OPTIONS"
-        if is_preflight:
+        if is_preflight := method == "OPTIONS":
             method = headers.get("access-control-request-method", "")
         found = self._find(request.path)
         wanted = "GET" if method == "HEAD" else method
         match = next((pair for pair in found if pair[0].method == wanted), None)
         # A path that is not there follows the rows of the API: strangers learn nothing from a 404.
         access: Access = (match or found[0])[0].access if found else "api"
-        # What a browser looks for by itself, such as icons, is nobody's call.
-        is_call = found or headers.get("sec-fetch-dest", "empty") == "empty"
-        if access in ("api", "codex") and is_call:
+        by_itself = not found and headers.get("sec-fetch-dest", "empty") != "empty"  # a tab's icon
+        if access in ("api", "codex") and not by_itself:
             request.record.route = (match or found[0])[0].path if found else "other"
             request.record.client = client_name(*(headers.get(name, "") for name in CLIENT_HEADERS))
             told = ((name, headers.get(name)) for name in ("user-agent", "content-type"))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
 import json
-import zoneinfo
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +37,9 @@ def test_the_time_zone_of_the_machine_has_its_name(chosen: str, name: str) -> No
     assert environment(TZ=chosen).time_zone == name
 
 
-@pytest.mark.parametrize("chosen", ["", "CET-1CEST", "/etc/passwd", "../secret"])
-def test_a_time_zone_without_a_name_is_told_by_its_hours(chosen: str) -> None:
-    zone = zoneinfo.ZoneInfo(environment(TZ=chosen).time_zone)
-    now = datetime.datetime.now().astimezone()
-    assert now.astimezone(zone).utcoffset() == now.utcoffset()
+@pytest.mark.parametrize("chosen", ["CET-1CEST", "/etc/passwd", "../secret"])
+def test_a_time_zone_may_have_none(chosen: str) -> None:
+    assert environment(TZ=chosen).time_zone == ""
 
 
 def test_each_layer_wins_over_the_one_below() -> None:
