@@ -59,6 +59,8 @@ def main(arguments: list[str]) -> int:
         return 2
     if "--screenshots" in arguments:
         names = [one for one in arguments if one != "--screenshots"]
+        fonts = subprocess.run(["fc-list", ":lang=zh"], capture_output=True).stdout
+        install_debian_packages({"fonts-noto-cjk": bool(fonts)})
         pictures = [BIN / "python", ROOT / "tests/browser/screenshots.py", *names]
         return subprocess.run(pictures, cwd=ROOT, env=variables()).returncode
     if arguments[:1] == ["--soak"]:
@@ -85,7 +87,9 @@ def prepare() -> None:
     wanted = fingerprint()
     if stamp.exists() and stamp.read_text() == wanted:
         return
-    install_debian_packages()
+    programs = {name: shutil.which(name) is not None for name in ("chromium", "curl", "strace")}
+    has_venv = importlib.util.find_spec("ensurepip") is not None
+    install_debian_packages({**programs, "python3-venv": has_venv})
     say("Preparing the test environment in .azt-test-env (once).")
     shutil.rmtree(ENVIRONMENT, ignore_errors=True)
     venv.create(ENVIRONMENT, with_pip=True)
@@ -104,14 +108,8 @@ def fingerprint() -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def install_debian_packages() -> None:
-    """In a fresh container: what the tests need and is not there."""
-    needed = {
-        "chromium": shutil.which("chromium") is not None,
-        "curl": shutil.which("curl") is not None,
-        "python3-venv": importlib.util.find_spec("ensurepip") is not None,
-        "strace": shutil.which("strace") is not None,
-    }
+def install_debian_packages(needed: dict[str, bool]) -> None:
+    """In a fresh container: package -> whether what the tests need of it is there already."""
     missing = [package for package, is_there in needed.items() if not is_there]
     if not missing:
         return

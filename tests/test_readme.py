@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import json
 import os
@@ -84,3 +85,42 @@ def test_every_kind_of_example_is_there() -> None:
     assert len(examples("sh")) >= 3
     assert len(examples("python")) >= 2
     assert len(examples("js")) >= 1
+
+
+# -- What was tried --------------------------------------------------------------------------------
+
+ROWS = re.findall(r"^\| (\d+) \| (.+?) \| ([\d,]+) \| (\d+) \| (.+?) \|$", README, re.MULTILINE)
+
+
+def claims_made() -> dict[int, set[str]]:
+    """Row -> the tests that count a claim of it, as `file::test`."""
+    found: dict[int, set[str]] = {}
+    for file in (ROOT / "tests").glob("test_*.py"):
+        for node in ast.parse(file.read_text()).body:
+            for call in ast.walk(node) if isinstance(node, ast.FunctionDef) else ():
+                if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "claim":
+                    row = ast.literal_eval(call.args[0])
+                    found.setdefault(row, set()).add(f"{file.name}::{node.name}")
+    return found
+
+
+def test_the_table_of_claims_has_the_eighteen_rows_and_nothing_wrong() -> None:
+    assert [int(row) for row, *_ in ROWS] == list(range(1, 19))
+    assert all(int(tried.replace(",", "")) > 0 for _, _, tried, _, _ in ROWS)
+    assert {wrong for _, _, _, wrong, _ in ROWS} == {"0"}
+
+
+@pytest.mark.parametrize(("row", "test"), [(int(row), test) for row, *_, test in ROWS])
+def test_each_claim_names_a_test_that_counts_it(row: int, test: str) -> None:
+    assert test.strip("`") in claims_made()[row]
+
+
+# -- The console -----------------------------------------------------------------------------------
+
+
+def test_the_pages_of_the_console_are_those_of_its_menu() -> None:
+    strings = (ROOT / "azt_web" / "js" / "strings.js").read_text(encoding="utf-8")
+    menu = re.findall(r"^  'nav\.(?!more')\w+': \['([^']+)'", strings, re.MULTILINE)
+    table = README.partition("| page | what it is for |")[2].partition("\n\n")[0]
+
+    assert menu == re.findall(r"^\| ([A-Z][\w ]+) \|", table, re.MULTILINE)
