@@ -11,7 +11,7 @@ WEB = ROOT / "azt_web"
 FILES = {path.relative_to(WEB).as_posix(): path for path in WEB.rglob("*") if path.is_file()}
 TEXTS = {name: path.read_text(encoding="utf-8") for name, path in sorted(FILES.items())}
 CODE = {name: text for name, text in TEXTS.items() if name.endswith(".js")}
-LINES_MAX = 5_380  # console.md 9 asks for 3,500: never raise this
+LINES_MAX = 5_245  # console.md 9 asks for 3,500: never raise this
 WIDTH_MAX, WIDE_MAX = 120, 143
 
 
@@ -160,7 +160,7 @@ def test_modules_are_imported_by_relative_path_and_pages_never_import_each_other
 def test_only_one_module_fetches() -> None:
     callers = [name for name, text in CODE.items() if re.search(r"\bfetch\(|EventSource", text)]
 
-    assert callers == ["js/api.js", "js/main.js"]  # main: the icon of the tab, to draw on it
+    assert callers == ["js/api.js"]
 
 
 def test_nothing_from_the_gateway_is_kept_in_the_browser() -> None:

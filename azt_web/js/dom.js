@@ -1,18 +1,18 @@
 // Nodes out of text. Nothing here, or anywhere, takes HTML.
 import { ICONS } from './icons.js';
 
-const SVG = 'http://www.w3.org/2000/svg';
 /** Where a link may lead: the provider's pages, and this computer (the sign-in of the demo and of tests). */
-const HOSTS = ['auth.openai.com', 'chatgpt.com'];
-const OWN_HOSTS = ['127.0.0.1', 'localhost'];
+const PLACES = {
+  'https:': ['auth.openai.com', 'chatgpt.com'], 'http:': ['127.0.0.1', 'localhost', location.hostname],
+};
 /** Set as properties, because the attribute is only where they start. */
 const PROPERTIES = ['checked', 'disabled', 'hidden', 'indeterminate', 'open', 'selected', 'value'];
+const SVG = 'http://www.w3.org/2000/svg';
 
-export function safeHref(url) {
+function safeHref(url) {
   if (/^(#|\/(?!\/))/.test(url)) return url;
   const { protocol, hostname } = new URL(url);
-  const fits = protocol === 'https:' ? HOSTS : protocol === 'http:' || protocol === 'blob:' ? OWN_HOSTS : [];
-  if (!fits.includes(hostname)) throw new Error('a link to a place that is not on the list');
+  if (!PLACES[protocol]?.includes(hostname)) throw new Error('a link to a place that is not on the list');
   return url;
 }
 
@@ -27,31 +27,24 @@ function apply(node, props) {
   }
 }
 
-const isProps = (one) => one !== null && typeof one === 'object' && !(one instanceof Node) && !Array.isArray(one);
-
-function build(node, props, children) {
-  if (isProps(props)) apply(node, props);
-  else children.unshift(props);
-  add(node, children);
+const isShown = (child) => child === 0 || (Boolean(child) && child !== true);
+function add(node, children) {
+  node.append(...children.flat(Infinity).filter(isShown));
   return node;
 }
 
-function add(node, children) {
-  for (const child of children.flat(Infinity)) {
-    if (child !== null && child !== undefined && child !== false && child !== true && child !== '') {
-      node.append(child instanceof Node ? child : String(child));
-    }
-  }
+function build(node, props, children) {
+  const isChild = typeof props !== 'object' || props instanceof Node || Array.isArray(props);
+  if (!isChild) apply(node, props ?? {});
+  return add(node, isChild ? [props, ...children] : children);
 }
 
 /** An element: `h('a', {href: '#/log', class: 'x', on: {click}}, 'text', node, [more])`. */
 export const h = (tag, props, ...children) => build(document.createElement(tag), props, children);
 export const svg = (tag, props, ...children) => build(document.createElementNS(SVG, tag), props, children);
 
-export function icon(name) {
-  return svg('svg', { viewBox: '0 0 16 16', class: `icon i-${name}`, 'aria-hidden': 'true' },
-    svg('path', { d: ICONS[name] || ICONS.dot }));
-}
+export const icon = (name) => svg('svg', { viewBox: '0 0 16 16', class: `icon i-${name}`, 'aria-hidden': 'true' },
+  svg('path', { d: ICONS[name] }));
 
 export function text(node, value) {
   if (node.textContent !== String(value)) node.textContent = value;
@@ -59,20 +52,18 @@ export function text(node, value) {
 
 export function fill(node, ...children) {
   node.replaceChildren();
-  add(node, children);
-  return node;
+  return add(node, children);
 }
 
 const KEPT = new WeakMap();
 
 /** Children of `parent` follow `items`: survivors are moved and patched, never made anew. */
 export function keyed(parent, items, keyOf, make, patch) {
-  const before = KEPT.get(parent) || new Map(), after = new Map();
+  const before = KEPT.get(parent) ?? new Map(), after = new Map();
   for (const item of items) {
-    const key = keyOf(item), known = before.get(key);
-    const node = known || make(item);
-    if (known && patch) patch(known, item);
-    after.set(key, node);
+    const key = keyOf(item), node = before.get(key);
+    if (node) patch?.(node, item);
+    after.set(key, node ?? make(item));
     before.delete(key);
   }
   for (const node of before.values()) node.remove();
@@ -85,8 +76,8 @@ export function keyed(parent, items, keyOf, make, patch) {
 }
 
 /** Said by a screen reader, and seen by no one. */
-export function announce(message, urgent = false) {
-  const region = document.getElementById(urgent ? 'alert' : 'said');
+export function announce(message) {
+  const region = document.getElementById('said');
   region.textContent = '';
   requestAnimationFrame(() => { region.textContent = message; });
 }

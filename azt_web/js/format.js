@@ -3,17 +3,15 @@ import { h, text } from './dom.js';
 import { lang, pref, t } from './i18n.js';
 
 const MINUTE = 60000, HOUR = 60 * MINUTE, DAY = 24 * HOUR;
-let ahead = 0;
-let gatewayZone = 'UTC';
+const OWN_ZONE = Intl.DateTimeFormat().resolvedOptions().timeZone;
+let ahead = 0, gatewayZone = 'UTC', masking = false, second = 0;
 
 /** The clock of the gateway, which is what reset times are measured by. */
 export const now = () => Date.now() + ahead;
 export function setNow(server) { ahead = Math.abs(server - Date.now()) > 2000 ? server - Date.now() : 0; }
 export function setGatewayZone(name) { gatewayZone = name || 'UTC'; }
 
-const OWN_ZONE = Intl.DateTimeFormat().resolvedOptions().timeZone || 'UTC';
 const formats = new Map();
-
 /** Making a format takes longer than using it a hundred times. */
 function format(Kind, options, value) {
   const key = Kind.name + lang() + JSON.stringify(options);
@@ -21,21 +19,12 @@ function format(Kind, options, value) {
   return formats.get(key).format(value);
 }
 
-/** The zone that days and times are shown in: `browser` (the default), `gateway`, or a name. */
-export function zone() {
-  const chosen = pref('zone', 'browser');
-  if (chosen === 'gateway') return gatewayZone;
-  return chosen === 'browser' ? OWN_ZONE : chosen;
-}
-
-const whole = (value) => typeof value === 'number' && Number.isFinite(value);
-const number = (value, options = {}) => (whole(value) ? format(Intl.NumberFormat, options, value) : '–');
+const number = (n, options = {}) => (Number.isFinite(n) ? format(Intl.NumberFormat, options, n) : '–');
 export const num = (n) => number(n);
 export const compact = (n) => number(n, Math.abs(n) > 9999 ? { notation: 'compact', maximumSignificantDigits: 3 } : {});
 export const percent = (n) => number(n / 100, { style: 'percent', maximumFractionDigits: Math.abs(n) < 10 ? 1 : 0 });
 
 export function bytes(n) {
-  if (!whole(n)) return '–';
   const step = n < 1000 ? 0 : Math.min(3, Math.floor(Math.log10(n) / 3));
   const unit = ['byte', 'kilobyte', 'megabyte', 'gigabyte'][step];
   return number(n / 1000 ** step, { style: 'unit', unit, unitDisplay: 'short', maximumFractionDigits: step ? 1 : 0 });
@@ -43,41 +32,45 @@ export function bytes(n) {
 
 /** Two units at most: `840 ms`, `4.9 s`, `3 h 06 m`, `2 d 22 h`. */
 export function duration(ms) {
-  if (!whole(ms)) return '–';
-  const n = Math.max(0, ms), two = (value) => String(value).padStart(2, '0');
+  const n = Math.max(0, ms), of = (unit) => Math.floor(n / unit), two = (value) => String(value).padStart(2, '0');
+  if (!Number.isFinite(ms)) return '–';
   if (n < 1000) return t('time.ms', { n: Math.round(n) });
   if (n < MINUTE) return t('time.s', { n: number(n / 1000, { maximumFractionDigits: n < 9950 ? 1 : 0 }) });
-  if (n < HOUR) return t('time.ms2', { m: Math.floor(n / MINUTE), s: two(Math.floor((n % MINUTE) / 1000)) });
-  if (n < DAY) return t('time.hm', { h: Math.floor(n / HOUR), m: two(Math.floor((n % HOUR) / MINUTE)) });
-  return t('time.dh', { d: Math.floor(n / DAY), h: Math.floor((n % DAY) / HOUR) });
+  if (n < HOUR) return t('time.ms2', { m: of(MINUTE), s: two(of(1000) % 60) });
+  if (n < DAY) return t('time.hm', { h: of(HOUR), m: two(of(MINUTE) % 60) });
+  return t('time.dh', { d: of(DAY), h: of(HOUR) % 24 });
 }
 
 /** A stretch that a person waits for: whole seconds below two minutes, else no seconds. */
 export function wait(ms) {
   const n = Math.max(0, ms);
-  if (n < 2 * MINUTE) return n < MINUTE ? t('time.s', { n: Math.ceil(n / 1000) }) : duration(n);
-  return n < HOUR ? t('time.m', { n: Math.round(n / MINUTE) }) : duration(n);
+  if (n < MINUTE) return t('time.s', { n: Math.ceil(n / 1000) });
+  return n < 2 * MINUTE || n >= HOUR ? duration(n) : t('time.m', { n: Math.round(n / MINUTE) });
+}
+
+/** The zone that days and times are shown in: `browser` (the default), `gateway`, or a name. */
+export function zone() {
+  const chosen = pref('zone', 'browser');
+  return { browser: OWN_ZONE, gateway: gatewayZone }[chosen] ?? chosen;
 }
 
 const date = (ms, options) => format(Intl.DateTimeFormat, { timeZone: zone(), hourCycle: 'h23', ...options }, ms);
-const HM = { hour: '2-digit', minute: '2-digit' };
+const HM = { hour: '2-digit', minute: '2-digit' }, DM = { day: 'numeric', month: 'short' };
 export const clock = (ms) => date(ms, { ...HM, second: '2-digit' });
 export const minute = (ms) => date(ms, HM);
-export const day = (ms) => date(ms, { day: 'numeric', month: 'short' });
-export const when = (ms) => date(ms, { ...HM, day: 'numeric', month: 'short', year: 'numeric' });
+export const day = (ms) => date(ms, DM);
+export const when = (ms) => date(ms, { ...HM, ...DM, year: 'numeric' });
 /** As short as it is clear: the time today, the weekday within six days, else the date. */
 export function at(ms) {
-  const isToday = day(ms) === day(now()), isNear = Math.abs(ms - now()) < 6 * DAY;
-  return date(ms, { ...HM, ...(isToday ? {} : isNear ? { weekday: 'short' } : { day: 'numeric', month: 'short' }) });
+  const isNear = Math.abs(ms - now()) < 6 * DAY;
+  return date(ms, { ...HM, ...(day(ms) !== day(now()) && (isNear ? { weekday: 'short' } : DM)) });
 }
 export const ago = (ms) => (now() - ms < 5000 ? t('time.now') : t('time.ago', { d: wait(now() - ms) }));
 export const until = (ms) => (ms <= now() ? t('time.now') : t('time.in', { d: wait(ms - now()) }));
-
 /** Full date, time and zone: the title behind every short one. */
 export const exact = (ms) => `${date(ms, { dateStyle: 'medium', timeStyle: 'medium' })} ${zone()}`;
 
 const ticks = new Map();
-
 /** `node` shows `words()`, made again as time goes by: each second near `ms`, else twice a minute. */
 export function ticking(node, ms, words) {
   text(node, words());
@@ -85,7 +78,6 @@ export function ticking(node, ms, words) {
   return node;
 }
 
-let second = 0;
 setInterval(() => {
   if (document.hidden) return;
   second += 1;
@@ -97,17 +89,12 @@ setInterval(() => {
 
 /** A time that keeps itself current: how = 'ago', 'until', 'clock', 'when' or 'at'. */
 export function timeEl(ms, how = 'ago') {
-  if (!whole(ms)) return h('span', null, '–');
+  if (!Number.isFinite(ms)) return h('span', null, '–');
   const node = h('time', { datetime: new Date(ms).toISOString(), title: exact(ms) });
-  const words = { ago, until, clock, when, at }[how];
-  return ticking(node, ms, () => words(ms));
+  return ticking(node, ms, () => ({ ago, until, clock, when, at })[how](ms));
 }
 
-let masking = false;
 /** Screenshot mode: e-mails are shown with stars. */
 export const isMasking = () => masking;
 export function setMasking(wanted) { masking = wanted; }
-export function mask(email) {
-  const found = /^(.)[^@]*(@.*)$/.exec(email || '');
-  return masking && found ? `${found[1]}•••${found[2]}` : email || '';
-}
+export const mask = (email) => (masking && email ? email.replace(/^(.)[^@]*@/, '$1•••@') : email ?? '');

@@ -1,6 +1,6 @@
 // The start: who is this, what is known, what happens now, which page; and the frame around the pages.
 import * as api from './api.js';
-import { fill, h, icon, text } from './dom.js';
+import { fill, h, icon, keyed, text } from './dom.js';
 import { ticking } from './format.js';
 import { known, lang, onLang, pref, setLang, t } from './i18n.js';
 import { follow, refetch, retryNow } from './live.js';
@@ -16,112 +16,85 @@ import { askProof, page as signin } from './pages/signin.js';
 import { page as usage } from './pages/usage.js';
 import * as router from './router.js';
 import { accountOf, get, nameOf, on, set, statusCounts } from './store.js';
-import { button, copyButton, dialog, empty, fail, iconButton, isDark, jobLine, setTheme, theme, toast } from './ui.js';
+import * as ui from './ui.js';
 
-/** Route, icon, key after `g`, page; the first four stay in the bar of a phone. */
-const NAV = [
-  ['overview', 'overview', 'o', overview], ['accounts', 'accounts', 'a', accounts],
-  ['playground', 'play', 'p', playground], ['log', 'log', 'l', log], ['usage', 'usage', 'u', usage],
-  ['connect', 'connect', 'c', connect], ['settings', 'settings', 's', settings],
-];
-const unknown = {
-  title: 'page.unknown',
-  mount: (root) => {
-    const home = button(t('nav.overview'), { kind: 'primary', href: '#/overview' });
-    fill(root, empty('search', t('page.unknownText'), home));
-    return { primary: null };
-  },
-};
-const PAGES = { signin, pair: signin, open: signin, unknown };
-for (const [name, , , page] of NAV) PAGES[name] = page;
+const unknown = { title: 'page.unknown', mount: (root) => {
+  const home = ui.button(t('nav.overview'), { kind: 'primary', href: '#/overview' });
+  fill(root, ui.empty('search', t('page.unknownText'), home));
+  return { primary: null };
+} };
+const MAIN = { overview, accounts, playground, log, usage, connect, settings };
+/** Its first letter follows `g`; its title is `nav.` and its icon; the first four stay in the bar of a phone. */
+const NAV = Object.entries(MAIN).map(([name, { title }]) => ({ name, title, shape: title.slice(4) }));
 const NEEDS_ACTION = ['login_rejected', 'auth_error', 'expired'];
 
 const $ = (id) => document.getElementById(id);
 const openSearch = () => openBox(NAV);
-let view = null, title = '', unseen = 0, dotted = false;
+let view = null, title = '', unseen = 0;
 
 // -- the frame
 
 function frame() {
-  const entry = ([name, shape, , page]) => h('li', { class: `n-${name}` },
-    h('a', { href: `#/${name}`, 'data-page': name }, icon(shape), h('span', null, t(page.title)),
-      h('b', { class: 'count', hidden: true })));
+  const entry = ({ name, shape, title: words }) => h('li', { class: `n-${name}` }, h('a', { href: `#/${name}`,
+    'data-page': name }, icon(shape), h('span', null, t(words)), h('b', { class: 'count', hidden: true })));
   const more = h('button', { type: 'button', on: { click: openMore } }, icon('more'), h('span', null, t('nav.more')));
-  const search = h('button', { type: 'button', class: 'find', title: t('shell.search'), on: { click: openSearch } },
+  const find = h('button', { type: 'button', class: 'find', title: t('shell.search'), on: { click: openSearch } },
     icon('search'), h('span', null, t('shell.search')), h('kbd', { 'aria-hidden': 'true' }, 'Ctrl K'));
   text($('skip'), t('shell.skip'));
   $('rail').setAttribute('aria-label', t('shell.nav'));
   $('toasts').setAttribute('aria-label', t('box.messages'));
   fill($('nav'), NAV.map(entry), h('li', { class: 'n-more' }, more));
-  const dark = iconButton(isDark() ? 'sun' : 'moon', t('shell.theme'), flipTheme, { id: 'theme' });
   fill($('foot'), h('p', { class: 'live', id: 'live' }, h('i'), h('span')), h('p', { class: 'note', id: 'version' }),
     languages());
-  fill($('tools'), search, h('span', { id: 'base' }), dark, h('span', { class: 'primary-slot', id: 'primary' }));
+  fill($('tools'), find, h('span', { id: 'base' }), ui.iconButton('moon', t('shell.theme'), ui.flipTheme, { id: 'theme' }),
+    h('span', { class: 'primary-slot', id: 'primary' }));
   base();
   connection();
   counts();
 }
 
 const languages = () => h('div', { class: 'languages', role: 'group', 'aria-label': t('shell.language') },
-  [['en', 'English'], ['zh-CN', '中文']].map(([code, name]) => h('button', { type: 'button', lang: code,
+  Object.entries({ en: 'English', 'zh-CN': '中文' }).map(([code, name]) => h('button', { type: 'button', lang: code,
     'aria-pressed': String(lang() === code), on: { click: () => setLang(code) } }, name)));
-
-function flipTheme() {
-  setTheme(isDark() ? 'light' : 'dark');
-  $('theme').querySelector('svg').replaceWith(icon(isDark() ? 'sun' : 'moon'));
-}
 
 function openMore() {
   const shut = (then) => () => { made.close(); then?.(); };
-  const link = ([name, shape, , page]) => button(t(page.title), { icon: shape, href: `#/${name}`, on: shut() });
-  const made = dialog({ title: t('nav.more'), sheet: true, body: h('div', { class: 'more' }, NAV.slice(4).map(link),
-    button(t('shell.theme'), { icon: 'moon', on: flipTheme }),
-    button(t('shell.search'), { icon: 'search', on: shut(openSearch) }), languages()) });
+  const link = ({ name, shape, title: words }) => ui.button(t(words), { icon: shape, href: `#/${name}`, on: shut() });
+  const made = ui.dialog({ title: t('nav.more'), sheet: true, body: h('div', { class: 'more' }, NAV.slice(4).map(link),
+    ui.button(t('shell.theme'), { icon: 'moon', on: ui.flipTheme }),
+    ui.button(t('shell.search'), { icon: 'search', on: shut(openSearch) }), languages()) });
 }
 
 function base() {
   const { baseUrl = '', listen = [], version } = get('gateway'), short = baseUrl.replace('http://', '');
   const words = t('shell.copyBase', { url: short });
-  const chip = copyButton(() => get('gateway').baseUrl, '', { kind: 'chip-copy', 'aria-label': words, title: words });
+  const chip = ui.copyButton(() => get('gateway').baseUrl, '', { kind: 'chip-copy', 'aria-label': words, title: words });
   chip.prepend(h('small', null, t('shell.base')), ' ', h('code', null, short));
   fill($('base'), baseUrl && chip);
   text($('version'), [listen[0], version && `v${version}`].filter(Boolean).join(' · '));
 }
 
 function connection() {
-  const { state, retryAt } = get('connection'), isGone = state === 'offline' || state === 'restarting';
+  const { state, retryAt, to } = get('connection'), isGone = ['offline', 'restarting'].includes(state), left = h('p');
+  const key = to ? 'live.moving' : state === 'restarting' ? 'live.restarting' : 'shell.offline';
+  const words = () => t(key, { to, s: Math.max(1, Math.ceil((retryAt - Date.now()) / 1000)) });
   $('live').dataset.state = state;
   text($('live').lastChild, t(`live.${state}`));
   document.body.classList.toggle('offline', isGone);
-  const bar = $('offline') || h('div', { class: 'notice warn', id: 'offline', role: 'status' }), left = h('p');
-  if (!isGone) return bar.remove();
-  const seconds = () => Math.max(1, Math.ceil((retryAt - Date.now()) / 1000));
-  ticking(left, Date.now(), () => t(state === 'restarting' ? 'live.restarting' : 'shell.offline', { s: seconds() }));
-  fill(bar, icon('warn'), left, button(t('shell.retry'), { kind: 'ghost', on: () => { retryNow(); } }));
-  return bar.isConnected || $('bars').prepend(bar);
+  fill($('gone'), isGone && h('div', { class: 'notice warn', id: 'offline', role: 'status' }, icon('warn'),
+    ticking(left, Date.now(), words), to ? ui.button(t('live.go'), { kind: 'ghost', href: to })
+      : ui.button(t('shell.retry'), { kind: 'ghost', on: () => { retryNow(); } })));
 }
 
 function counts() {
-  const states = statusCounts(), action = NEEDS_ACTION.reduce((sum, one) => sum + (states[one] || 0), 0);
-  for (const [name, n] of [['accounts', action], ['log', unseen]]) {
+  const states = statusCounts(), action = NEEDS_ACTION.reduce((sum, one) => sum + (states[one] ?? 0), 0);
+  const isUrgent = action > 0 || get('notices').some((one) => one.level !== 'info');
+  for (const [name, n] of Object.entries({ accounts: action, log: unseen })) {
     const badge = document.querySelector(`[data-page=${name}] .count`);
-    badge.hidden = !n;
-    text(badge, n || '');
-    badge.title = n ? t(`badge.${name}`, { n }) : '';
+    Object.assign(badge, { hidden: !n, textContent: n, title: t(`badge.${name}`, { n }) });
   }
-  const urgent = action > 0 || get('notices').some((one) => one.level !== 'info');
-  document.title = `${urgent ? '(!) ' : ''}${title} · azt`;
-  if (urgent !== dotted) dot(urgent).catch(() => {}); // the icon is a comfort
-  dotted = urgent;
-}
-
-/** The icon of the tab gets a dot while something needs the person. */
-async function dot(urgent) {
-  const link = document.querySelector('link[rel=icon]');
-  if (!urgent) return link.setAttribute('href', 'favicon.svg');
-  const drawn = await (await fetch('favicon.svg')).text();
-  const marked = drawn.replace('</svg>', '<circle cx="19" cy="5" r="5" fill="#d13a30"/></svg>');
-  return link.setAttribute('href', URL.createObjectURL(new Blob([marked], { type: 'image/svg+xml' })));
+  document.title = `${isUrgent ? '(!) ' : ''}${title} · azt`;
+  $('icon').setAttribute('href', isUrgent ? 'favicon-dot.svg' : 'favicon.svg');
 }
 
 // -- pages
@@ -130,13 +103,13 @@ function onpage(page, made) {
   view = made;
   title = t(page.title);
   text($('title'), title);
-  const add = button(t('acc.add'), { icon: 'plus', kind: 'primary', href: '#/accounts/add' });
+  const add = ui.button(t('acc.add'), { icon: 'plus', kind: 'primary', href: '#/accounts/add' });
   fill($('primary'), made.primary === undefined ? add : made.primary);
 }
 
 function onroute(route, moved) {
   if (route.page === 'log') unseen = 0;
-  document.body.classList.toggle('bare', route.page === 'signin' && get('session').signedIn !== true);
+  document.body.classList.toggle('bare', route.page === 'signin' && !get('session').signedIn);
   for (const link of document.querySelectorAll('[data-page]')) {
     link.ariaCurrent = link.dataset.page === route.page ? 'page' : null;
   }
@@ -146,33 +119,25 @@ function onroute(route, moved) {
 
 // -- keys
 
-const isTyping = (el) => el.matches('select, textarea, input:not([type=checkbox], [type=radio])');
 let before = '';
 
 /** Single letters, while nothing is being typed, no dialog is open and the settings have not ended them. */
 function onkey(event) {
-  const { key, target } = event, chord = event.ctrlKey || event.metaKey, was = before, rows = view?.rows;
-  if (chord && key.toLowerCase() === 'k') {
-    event.preventDefault();
-    openSearch();
-  }
-  const busy = isTyping(target) || event.defaultPrevented || document.querySelector('dialog[open], :popover-open');
-  if (chord || event.altKey || busy || pref('keys') === 'off') return;
+  const { key, target } = event, was = before, { rows, search, refresh } = view ?? {};
+  const isChord = event.ctrlKey || event.metaKey, isSearch = isChord && key.toLowerCase() === 'k';
+  const isTyping = target.matches('select, textarea, input:not([type=checkbox], [type=radio])');
+  const isBusy = isTyping || event.defaultPrevented || document.querySelector('dialog[open], :popover-open');
+  if (!isSearch && (isChord || event.altKey || isBusy || pref('keys') === 'off')) return;
   before = key;
-  const list = rows?.list() || [], here = list.findIndex((row) => row.contains(document.activeElement));
-  const page = was === 'g' && NAV.find((one) => one[2] === key);
-  const step = { j: 1, k: -1, ArrowDown: 1, ArrowUp: -1 }[key];
-  const walk = () => {
-    const row = list[Math.max(0, Math.min(list.length - 1, here < 0 ? 0 : here + step))];
-    (row.matches('a, button, [tabindex]') ? row : row.querySelector('a, button')).focus();
-  };
-  const action = {
-    '/': view?.search && (() => view.search.focus()), n: () => router.go('#/accounts/add'), r: view?.refresh,
-    '?': showShortcuts, x: here >= 0 && rows.select && (() => rows.select(list[here])),
-    '.': here >= 0 && rows.menu && (() => rows.menu(list[here])),
+  const list = rows?.list() ?? [], at = list.findIndex((row) => row.contains(document.activeElement)), here = list[at];
+  const page = was === 'g' && NAV.find(({ name }) => name[0] === key);
+  const step = { j: 1, k: -1, ArrowDown: 1, ArrowUp: -1 }[key], walks = step && list[0] && (here || key.length === 1);
+  const walk = () => (list[here ? at + step : 0] ?? here).querySelector('a, button').focus();
+  const does = isSearch ? openSearch : page ? () => router.go(`#/${page.name}`) : walks ? walk : {
+    '/': search && (() => search.focus()), n: () => router.go('#/accounts/add'), r: refresh,
+    '?': () => showShortcuts(NAV), x: here && rows.select && (() => rows.select(here)),
+    '.': here && rows.menu && (() => rows.menu(here)),
   }[key];
-  const walks = step && list.length && (here >= 0 || key.length === 1);
-  const does = page ? () => router.go(`#/${page[0]}`) : walks ? walk : action;
   if (!does) return;
   event.preventDefault();
   does();
@@ -181,32 +146,25 @@ function onkey(event) {
 // -- what happens elsewhere
 
 function onrouting(routing, changes) {
-  const { cause } = changes.findLast((one) => one.cause) || {};
+  const { cause } = changes.findLast((one) => one.cause) ?? {};
   if (!cause) return;
   const from = accountOf(cause.from), why = t(known(`reason.${cause.code}`) ? `reason.${cause.code}` : 'reason.other');
   const back = { label: t('toast.switchBack'), run: () => api.send('POST', `/accounts/${cause.from}/activate`) };
   const words = { a: nameOf(from), b: nameOf(accountOf(cause.to || routing.activeId)), why };
-  toast(t('toast.autoSwitched', words), { kind: 'info', action: from && back });
+  ui.toast(t('toast.autoSwitched', words), { kind: 'info', action: from && back });
 }
 
 const followed = new Set();
 
 /** One line for each job that runs, and a word when one that was seen running is done. */
 function onjobs(jobs, changes) {
-  for (const job of changes.flat()) {
-    const words = { name: t(`job.${job.kind}`), n: job.done - job.failed, m: job.total };
-    const isDone = job.state === 'done' && followed.delete(job.id);
-    if (isDone) toast(t('job.done', words), { kind: job.failed ? 'info' : 'ok' });
+  for (const { id, kind, state, done, failed, total } of changes.flat()) {
+    const words = { name: t(`job.${kind}`), n: done - failed, m: total };
+    if (state === 'done' && followed.delete(id)) ui.toast(t('job.done', words), { kind: failed ? 'info' : 'ok' });
   }
-  const lines = new Map([...$('bars').querySelectorAll('.jobline')].map((el) => [el.dataset.job, el]));
-  for (const job of jobs.filter((one) => ['queued', 'running'].includes(one.state))) {
-    followed.add(job.id);
-    const line = lines.get(job.id) || jobLine(job);
-    line.dataset.job = job.id;
-    line.patch(job);
-    if (!lines.delete(job.id)) $('bars').append(line);
-  }
-  for (const el of lines.values()) el.remove();
+  const running = jobs.filter((job) => ['queued', 'running'].includes(job.state));
+  for (const { id } of running) followed.add(id);
+  keyed($('jobs'), running, (job) => job.id, ui.jobLine, (line, job) => line.patch(job));
 }
 
 function onrequest(last, changes) {
@@ -215,12 +173,11 @@ function onrequest(last, changes) {
 }
 
 async function boot() {
-  setTheme(theme());
+  const entrance = () => router.hash('signin', [], { to: location.hash });
+  ui.setTheme(ui.theme());
   frame();
   api.hooks.proof = askProof;
-  api.hooks.signIn = () => {
-    if (router.current().page !== 'signin') router.go(router.hash('signin', [], { to: location.hash }));
-  };
+  api.hooks.signIn = () => router.current().page === 'signin' || router.go(entrance());
   const heard = { gateway: base, connection, routing: onrouting, jobs: onjobs, request: onrequest };
   for (const [slice, fn] of Object.entries({ ...heard, accounts: counts, notices: counts })) on(slice, fn);
   onLang(() => { frame(); router.remount(); });
@@ -230,15 +187,13 @@ async function boot() {
   // Without an answer the bar will say that the gateway is gone.
   const session = await api.get('/session').catch(() => ({ signedIn: true, scope: 'local' }));
   set('session', session);
-  if (session.signedIn) await refetch().catch((error) => error.status === 401 || fail(error));
-  const { page } = router.parse(location.hash);
-  if (!session.signedIn && !['pair', 'open', 'signin'].includes(page)) {
-    history.replaceState(null, '', router.hash('signin', [], { to: location.hash }));
-  }
+  if (session.signedIn) await refetch().catch((error) => error.status === 401 || ui.fail(error));
+  const isEntering = ['pair', 'open', 'signin'].includes(router.parse(location.hash).page);
+  if (!session.signedIn && !isEntering) history.replaceState(null, '', entrance());
   $('shell').hidden = false;
-  router.start(PAGES, { outlet: $('main'), onpage, onroute });
+  router.start({ ...MAIN, signin, pair: signin, open: signin, unknown }, { outlet: $('main'), onpage, onroute });
   const reload = { label: t('shell.reload'), run: () => location.reload() };
-  follow(() => toast(t('shell.newVersion'), { kind: 'info', action: reload }));
+  follow(() => ui.toast(t('shell.newVersion'), { kind: 'info', action: reload }));
   if (session.signedIn) retryNow();
 }
 

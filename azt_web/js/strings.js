@@ -21,6 +21,8 @@ export const STRINGS = {
   'shell.offline': ['Gateway not reachable. Trying again in {s} s.', '无法连接网关，{s} 秒后重试。'],
   'live.offline': ['Not reachable', '无法连接'],
   'live.restarting': ['The gateway is restarting…', '网关正在重启…'],
+  'live.moving': ['The gateway is restarting and will answer at {to}. This page goes there in a few seconds.', '网关正在重启，之后的地址是 {to}，本页几秒后会自动转到那里。'],
+  'live.go': ['Go there now', '现在就去'],
   'shell.retry': ['Retry now', '立即重试'],
   'shell.newVersion': ['Another version of azt is running now.', 'azt 已换成另一个版本。'],
   'shell.reload': ['Reload the page', '重新加载页面'],

@@ -404,8 +404,7 @@ export const details = (summary, ...children) => h('details', null, h('summary',
 export const theme = () => pref('theme', 'system');
 export function setTheme(wanted) {
   setPref('theme', wanted);
-  if (wanted === 'system') delete document.documentElement.dataset.theme;
-  else document.documentElement.dataset.theme = wanted;
+  document.documentElement.dataset.theme = wanted;
 }
-export const isDark = () => getComputedStyle(document.documentElement).colorScheme === 'dark'
-  || (theme() === 'system' && matchMedia('(prefers-color-scheme: dark)').matches);
+const darkest = matchMedia('(prefers-color-scheme: dark)');
+export const flipTheme = () => setTheme((theme() === 'system' ? darkest.matches : theme() === 'dark') ? 'light' : 'dark');
