@@ -320,6 +320,24 @@ def test_a_renewal_under_way_ends_before_the_gateway_does(
     assert saved and saved["accounts"][0]["refresh_token"] == upstream.rotations[0][1]
 
 
+def test_the_end_waits_for_a_renewal_and_then_for_the_disk(place: Home) -> None:
+    place.sign_in()
+    place.upstream.script(path="/oauth/token", json=place.upstream.rotate, delay=0.2)
+    mend, renewals = block(place.paths.accounts), place.gateway.renewals
+
+    async def end() -> list[bool]:
+        asking = asyncio.create_task(renewals.fresh_account(place.account, ""))
+        await until(lambda: place.sent)
+        await renewals.settle()
+        seen = [asking.done(), bool(renewals.unsaved)]
+        mend()
+        await renewals.settle()
+        return [*seen, bool(renewals.unsaved)]
+
+    assert asyncio.run(end()) == [True, True, False]
+    assert place.saved[0]["refresh_token"] == place.upstream.rotations[0][1]
+
+
 # -- An answer that never came --------------------------------------------------------------------
 
 
