@@ -1,6 +1,6 @@
 """The code that guards tokens and files has no branch that no test takes.
 
-The tests of these functions run once more, in a process of their own, under coverage.py.
+The tests of these functions run once more, in processes of their own, under coverage.py.
 """
 
 from __future__ import annotations
@@ -32,6 +32,15 @@ PARTS: dict[str, tuple[str, str]] = {
         "Renewals _take_tokens _fingerprint refresh_tokens _sign_in_again",
     ),
 }
+SETTINGS = """
+[run]
+branch = true
+concurrency = thread
+data_file = {data}
+include = {file}
+parallel = true
+patch = subprocess, _exit
+"""  # the gateways and commands that the tests start count too
 LINES = (ROOT / "azt.py").read_text().splitlines()
 
 
@@ -70,20 +79,18 @@ def test_every_branch_is_taken_by_a_test(
     functions = functions_of(names)
     known = {word for name in functions for word in name.split(".")}
     assert functions and (names.startswith("# ") or known >= set(names.split()))
+    settings = tmp_path / "settings"
+    settings.write_text(SETTINGS.format(data=tmp_path / "data", file=ROOT / "azt.py"))
     run = [sys.executable, "-m", "coverage"]
-    where = {**os.environ, "COVERAGE_FILE": str(tmp_path / "data"), "PYTHONPATH": str(ROOT)}
-    options = ["--branch", f"--include={ROOT / 'azt.py'}", "--concurrency=thread"]
+    where = {**os.environ, "COVERAGE_RCFILE": str(settings), "PYTHONPATH": str(ROOT)}
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=600"]
     files = [str(ROOT / "tests" / name) for name in tests.split()]
     done = subprocess.run(
-        [*run, "run", *options, *command, *files],
-        cwd=ROOT,
-        env=where,
-        capture_output=True,
-        text=True,
+        [*run, "run", *command, *files], cwd=ROOT, env=where, capture_output=True, text=True
     )
     # 1: a test failed; that is told where it runs by itself.
     assert done.returncode in (0, 1), done.stdout[-3000:] + done.stderr[-1000:]
+    subprocess.run([*run, "combine", "-q"], cwd=ROOT, env=where, check=True)
     report = tmp_path / "report.json"
     subprocess.run([*run, "json", "-q", "-o", str(report)], cwd=ROOT, env=where, check=True)
     (seen,) = json.loads(report.read_text())["files"].values()
