@@ -1,4 +1,4 @@
-"""The texts that the console offers for pasting, and its QR codes: as Node makes them."""
+"""The texts that the console offers for pasting: as Node makes them, as their programs read them."""
 
 from __future__ import annotations
 
@@ -14,18 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import qrcode
 import yaml
 from fake_upstream import FakeUpstream, Json, answer, message
 from harness import ROOT, Gateway
-from qrcode.util import MODE_8BIT_BYTE, QRData
 
 import azt
 
 PREPARED = ROOT / ".azt-test-env" / "node" / "node_modules"
 NODE_MODULES = Path(os.environ.get("AZT_TEST_NODE_MODULES") or PREPARED)
 HOSTILE = "a'b\"c\\d$(touch x)`e` {f} \u2019 #\né"
-CLIENTS = ["python", "js", "curl", "codex", "openclaw", "openwebui", "continue", "langchain", "env"]
+CLIENTS = {
+    "python": ["python", "python"],
+    "js": ["js"],
+    "curl": ["sh", "sh", "sh"],
+    "codex": ["toml", "toml"],
+    "openclaw": ["json"],
+    "openwebui": ["sh"],
+    "continue": ["yaml"],
+    "langchain": ["python"],
+    "env": ["sh", "fish", "powershell"],
+}
 Run = Callable[..., Any]
 
 
@@ -37,11 +45,11 @@ def node(tmp_path: Path) -> Run:
         pytest.skip("node is not installed")
 
     def call(code: str, *arguments: Any) -> Any:
-        imports = "".join(
-            f"import * as {name} from {json.dumps((ROOT / f'azt_web/js/{name}.js').as_uri())};\n"
-            for name in ("qr", "snippets")
-        )
-        script = f"{imports}const given = JSON.parse(process.argv[1]); let out;\n{code}\n"
+        script = "globalThis.document = { documentElement: {} }; globalThis.navigator ??= {};\n"
+        for name in ("i18n", "snippets"):
+            file = (ROOT / f"azt_web/js/{name}.js").as_uri()
+            script += f"const {name} = await import({json.dumps(file)});\n"
+        script += f"const given = JSON.parse(process.argv[1]); let out;\n{code}\n"
         command = [
             program,
             "--input-type=module",
@@ -56,11 +64,15 @@ def node(tmp_path: Path) -> Run:
 
 @pytest.fixture
 def snippets(node: Run) -> Run:
-    """Call it with a client and the values: `[{label, lang, text}]`."""
+    """Call it with a client and the values: `[{label, lang, text}]`, the same in both languages."""
 
     def call(client: str, url: str = "http://127.0.0.1:8787", **values: str) -> Any:
-        given = {"base": f"{url}/v1", "codexBase": f"{url}/codex/v1", "key": "local"}
-        return node("out = snippets.snippets(...given);", client, given | {"model": "m"} | values)
+        given = {"base": f"{url}/v1", "codexBase": f"{url}/codex/v1", "key": "local", "model": "m"}
+        words = "(language) => { i18n.setLang(language); return snippets.snippets(...given); }"
+        found, other = node(f"out = ['en', 'zh-CN'].map({words});", client, given | values)
+        assert found == other
+        pairs = zip(found, CLIENTS[client], strict=True)
+        return [{**one, "lang": language} for one, language in pairs]
 
     return call
 
@@ -161,35 +173,3 @@ def test_the_client_seen_last_has_its_snippet(node: Run) -> None:
         "python",
         "python",
     ]
-
-
-def test_a_qr_code_is_the_one_of_an_independent_library(node: Run) -> None:
-    lengths = (1, 14, 15, 26, 27, 42, 43, 62, 63, 84, 85, 106, 122, 123, 152, 153, 180, 181, 213)
-    texts = ["x" * length for length in lengths] + ["http://[::1]:8787/#/pair/7K3M-Q2XD", "密钥 é"]
-    code = (
-        "out = given.map((text) => [0, 1, 2, 3, 4, 5, 6, 7].map((mask) => qr.qrGrid(text, mask)));"
-    )
-    for text, grids in zip(texts, node(code, *texts), strict=True):
-        for mask, grid in enumerate(grids):
-            level = qrcode.constants.ERROR_CORRECT_M
-            other = qrcode.QRCode(error_correction=level, mask_pattern=mask, border=0)
-            other.add_data(QRData(text.encode(), mode=MODE_8BIT_BYTE))
-            assert grid == other.get_matrix(), (text, mask)
-
-
-def test_the_path_of_a_qr_code_draws_each_dark_module_once(node: Run) -> None:
-    text = "http://192.168.1.20:8787/#/pair/7K3M-Q2XD"
-    drawn, grid = node("out = [qr.qrPath(given[0]), qr.qrGrid(given[0])];", text)
-    assert drawn["width"] == len(grid) + 8
-    found = set()
-    for run in drawn["path"].split("M")[1:]:
-        place, _, length = run.partition("h")
-        x, y = map(int, place.split())
-        found |= {(x - 4 + i, y - 4) for i in range(int(length.split("v")[0]))}
-    dark = {(x, y) for y, row in enumerate(grid) for x, is_dark in enumerate(row) if is_dark}
-    assert found == dark
-
-
-def test_a_text_that_is_too_long_for_a_qr_code_is_refused(node: Run) -> None:
-    code = "try { qr.qrGrid(given[0]); } catch (error) { out = error.name; }"
-    assert node(code, "x" * 214) == "RangeError"

@@ -1,93 +1,65 @@
 // Who else may call: the switches for the network, keys, pairing, and the browsers that are signed in.
 import { get as fetchJson, send } from './api.js';
-import { fill, h, icon, svg } from './dom.js';
-import { now, num, ticking, timeEl, wait } from './format.js';
+import { fill, h } from './dom.js';
+import { now, num, ticking, timeEl, wait, when } from './format.js';
 import { plural, t } from './i18n.js';
-import { qrPath } from './qr.js';
 import { get, isLocal } from './store.js';
-import { button, card, confirm, copyButton, details, dialog, errorPanel, field, select, skeleton,
-  toggle } from './ui.js';
+import { bullets, card, confirm, copyButton, details, dialog, field, loader, note, ownButton, row, select, table,
+  toggle, warning } from './ui.js';
 
-const HIDE_MS = 60000;
-let pairing = null; // {code, url, expiresAt, address}: it outlives a change of the settings around it
+let pairing = null; // {url, expiresAt, address}: it outlives a change of the settings around it
 
-const row = (...children) => h('div', { class: 'row' }, children);
-const note = (words) => h('p', { class: 'note' }, words);
-const bullets = (items) => h('ul', { class: 'bullets' }, items.map((one) => h('li', null, one)));
-/** Only on the computer that runs azt. */
-const local = (label, props) => button(label, isLocal() ? props : { ...props, disabled: true,
-  title: t('share.localOnly') });
+/** What is to be copied or typed, large. */
+const large = (words, ...more) => row(h('code', { class: 'secret' }, words), copyButton(words), more);
 
-/** Dark on white in both themes, with what it says beneath. */
-function qr(words, label) {
-  const { width, path } = qrPath(words);
-  return h('figure', { class: 'qr' }, svg('svg', { viewBox: `0 0 ${width} ${width}`, role: 'img', 'aria-label': label },
-    svg('rect', { width, height: width, fill: '#fff' }), svg('path', { d: path, fill: '#000' })),
-  h('figcaption', null, h('code', null, words)));
-}
+/** A secret, once: it is gone with the dialog. */
+const once = (title, secret, base) => dialog({ title, body: [h('p', null, t('share.once')), large(secret),
+  base && row(note(t('shell.base')), h('code', null, base), copyButton(base))] });
 
-/** A secret, once: it is gone with the dialog. `scan`: what its QR code says, which is shown on request. */
-function once(title, secret, scan) {
-  const place = h('div', { class: 'stack' });
-  const hide = () => fill(place, scan && row(button(t('share.showQr'), { icon: 'key', on: show })));
-  const show = () => {
-    fill(place, qr(scan, t('share.keyQr')), row(button(t('share.hide'), { on: hide })));
-    setTimeout(hide, HIDE_MS);
-  };
-  hide();
-  dialog({ title, body: [h('p', null, t('share.once')), h('p', { class: 'row' }, h('code', { class: 'secret' }, secret),
-    copyButton(secret)), place] });
-}
+/** How far a key goes, in words. */
+const terms = ({ limit, models, expiresAt }) => [limit && plural('share.aDay', limit),
+  models && t('share.only', { models: models.join(', ') }), expiresAt && t(expiresAt > now() ? 'share.ends'
+    : 'share.ended', { at: when(expiresAt) })].filter(Boolean).join(' · ') || t('share.unlimited');
 
-/** {el, unmount()}; `server` are its settings as they are saved, `reload()` reads them anew. */
+/** {el}; `server` are its settings as they are saved, `reload()` reads them anew. */
 export function sharingPanel(server, reload) {
-  const place = h('div', { class: 'stack' });
-  const open = !/^(127\.|::1$|localhost$)/.test(server.host);
-  let share = { addresses: [] }, keys = [], sessions = [];
-  const addresses = (kind) => bullets(share.addresses.map((one) => [h('code', null, one[kind]), ' ', one.label]));
-  const pair = async (address = share.addresses[0]?.host) => {
-    pairing = { ...await send('POST', '/session/pair', { address }), address };
-  };
+  const el = h('div', { class: 'stack' }), open = !/^(127\.|::1$|localhost$)/.test(server.host);
+  let share = null, keys = [], sessions = [];
 
   /** A switch that opens something says first which addresses will answer. */
   function opening(name, kind, words) {
-    const is = server[name], answers = is && open, body = () => [h('p', null, t(words)), addresses(kind)];
-    const ask = () => confirm({ title: t(`share.${name}.title`), action: t('share.turnOn'), body: body() });
-    const el = toggle(t(`share.${name}`), is, async (wanted) => {
-      if (wanted && !await ask()) return el.set(false);
+    const answers = server[name] && open;
+    const addresses = () => bullets(share.addresses.map((one) => [h('code', null, one[kind]), ' ', one.label]));
+    const ask = () => confirm({ title: t(`share.${name}.title`), action: t('share.turnOn'),
+      body: [h('p', null, t(words)), addresses()] });
+    const flip = toggle(t(`share.${name}`), server[name], async (wanted) => {
+      if (wanted && !await ask()) return flip.set(false);
       await send('PATCH', '/settings', { values: { [`server.${name}`]: wanted } });
       if (name === 'lanConsole') pairing = null;
-      if (name === 'lanConsole' && wanted) await pair();
+      if (name === 'lanConsole' && wanted) await pair(share.addresses[0]?.host);
       return reload();
     }, t(`share.${name}.${answers ? 'on' : 'off'}`));
-    el.control.disabled = !isLocal();
-    return [el, answers && addresses(kind)];
+    flip.control.disabled = !isLocal();
+    return [flip, answers && addresses()];
   }
 
   async function newKey() {
-    const input = h('input', { type: 'text', maxlength: '64', autocomplete: 'off' });
-    const named = field(t('share.keyName'), input), words = t(keys.length ? 'share.newKeyText' : 'share.firstKeyText');
-    const make = async () => {
+    const named = field(t('share.keyName'), h('input', { type: 'text', maxlength: '64', autocomplete: 'off' }));
+    const body = [h('p', null, t(keys.length ? 'share.newKeyText' : 'share.firstKeyText')), named];
+    while (await confirm({ title: t('share.newKey'), action: t('share.newKey'), body })) {
       try {
-        const { item, key } = await send('POST', '/keys', { name: input.value.trim() });
-        made.close();
-        once(t('share.keyMade', { name: item.name }), key, JSON.stringify({
-          base_url: share.addresses[0]?.baseUrl || get('gateway').baseUrl, api_key: key }));
-        await load();
+        const { item, key } = await send('POST', '/keys', { name: named.querySelector('input').value.trim() });
+        once(t('share.keyMade', { name: item.name }), key, share.addresses[0]?.baseUrl || get('gateway').baseUrl);
+        return load();
       } catch (error) {
         if (error.params?.field !== 'name') throw error;
         named.error(t('share.keyNameWrong'));
       }
-    };
-    const made = dialog({ title: t('share.newKey'), body: [h('p', null, words), named], footer: [
-      button(t('act.cancel'), { on: () => made.close() }), button(t('share.newKey'), { kind: 'primary', on: make })] });
-    input.focus();
+    }
   }
 
-  const revoke = (path, title, body) => local(t('share.revoke'), { kind: 'danger', on: async () => {
-    if (!await confirm({ title, body, action: t('share.revoke'), danger: true })) return;
-    await send('DELETE', path);
-    await load();
+  const revoke = (path, title, body) => ownButton(t('share.revoke'), { kind: 'danger', on: async () => {
+    if (await confirm({ title, body, action: t('share.revoke'), danger: true })) await send('DELETE', path).then(load);
   } });
 
   async function rotate() {
@@ -98,55 +70,43 @@ export function sharingPanel(server, reload) {
     await load();
   }
 
+  const pair = async (address) => { pairing = { ...await send('POST', '/session/pair', { address }), address }; };
+
+  /** The link of the code, by the address that is chosen. */
   function pairCard() {
-    const { expiresAt, url, address } = pairing || {}, again = (host) => pair(host).then(draw);
+    const { expiresAt, url, address = share.addresses[0]?.host } = pairing || {};
+    const again = (host) => pair(host).then(draw);
     const left = () => (expiresAt > now() ? t('login.left', { d: wait(expiresAt - now()) }) : t('share.codeOver'));
-    const hide = () => { pairing = null; draw(); };
-    const hosts = share.addresses.map((one) => [one.host, [one.host, one.label].filter(Boolean).join(' · ')]);
-    const shown = () => [qr(url, t('share.pairQr')), row(ticking(h('span'), expiresAt, left), copyButton(url),
-      button(t('share.hide'), { on: hide }), hosts.length > 1 && select(t('share.address'), hosts, address, again))];
-    const off = { icon: 'key', disabled: !server.lanConsole, on: () => again() };
-    return card({ title: t('share.pair') }, h('p', null, t('share.pairText')),
-      expiresAt > now() ? shown() : row(local(t('share.pair'), off)), !server.lanConsole && note(t('share.pairOff')));
+    const hosts = share.addresses.map(({ host, label }) => [host, `${host} · ${label}`]), off = !server.lanConsole;
+    return card({ title: t('share.pair') }, h('p', null, t('share.pairText')), off && note(t('share.pairOff')),
+      expiresAt > now() && [large(url, ticking(h('span'), expiresAt, left)),
+        select(t('share.address'), hosts, address, again)],
+      row(ownButton(t('share.pair'), { icon: 'key', disabled: off, on: () => again(address) })));
   }
 
-  /** A card with a row for each of `items`: `cells(item)`, the last of which is a button. */
-  function list({ title, words, action, items, cells }) {
-    const cell = (one, i) => (i ? h('td', null, one) : h('th', { scope: 'row' }, one));
-    const line = (item) => h('tr', null, cells(item).map(cell));
-    return card({ title: t(title), note: t(words), actions: action, class: items.length ? 'flush' : 'bare' },
-      items.length > 0 && h('div', { class: 'scroll' }, h('table', null, h('tbody', null, items.map(line)))));
-  }
-  const key = ({ id, name, prefix, lastUsedAt, requests }) => [name, h('code', null, `${prefix}…`),
-    lastUsedAt ? timeEl(lastUsedAt) : t('share.unused'), requests !== undefined && num(requests),
+  const list = (title, words, rows, label, props) => card({ title: t(title), note: t(words),
+    actions: ownButton(t(label), props), class: rows.length ? 'flush' : 'bare' }, rows.length > 0 && table(rows));
+  const keyRow = ({ id, name, prefix, lastUsedAt, requests, ...rest }) => [name, h('code', null, `${prefix}…`),
+    terms(rest), lastUsedAt ? timeEl(lastUsedAt) : t('share.unused'), num(requests),
     revoke(`/keys/${id}`, t('share.revokeKey', { name }), t(keys[1] ? 'share.revokeBody' : 'share.revokeLast'))];
-  const browser = ({ id, agent, current, address, via, lastUsedAt }) => [
+  const browserRow = ({ id, agent, current, address, via, lastUsedAt }) => [
     [agent, ' ', current && h('span', { class: 'tag' }, t('share.thisOne'))], address, t(`share.via.${via}`),
     timeEl(lastUsedAt), revoke(`/sessions/${id}`, t('share.endSession'), t('share.endBody'))];
 
   function draw() {
-    fill(place, card({ title: t('share.title'), class: 'form' }, h('p', null, t(open ? 'share.truth' : 'share.off')),
+    fill(el, card({ title: t('share.title'), class: 'form' }, h('p', null, t(open ? 'share.truth' : 'share.off')),
       opening('lanApi', 'baseUrl', keys.length ? 'share.lanApi.key' : 'share.lanApi.noKey'),
-      opening('lanConsole', 'consoleUrl', 'share.lanConsole.body'),
-      h('div', { class: 'notice warn' }, icon('warn'), h('p', null, t('share.http'))),
+      opening('lanConsole', 'consoleUrl', 'share.lanConsole.body'), warning(t('share.http')),
       details(t('share.safer'), bullets(t('share.saferText').split('|'))), !isLocal() && note(t('share.localOnly'))),
-    list({ title: 'share.keys', words: keys.length ? 'share.keysNote' : 'share.keysNone', items: keys, cells: key,
-      action: local(t('share.newKey'), { icon: 'plus', on: newKey }) }), pairCard(),
-    list({ title: 'share.browsers', words: 'share.browsersNote', items: sessions, cells: browser,
-      action: local(t('share.rotate'), { on: rotate }) }));
+    list('share.keys', keys.length ? 'share.keysNote' : 'share.keysNone', keys.map(keyRow), 'share.newKey',
+      { icon: 'plus', on: newKey }), pairCard(),
+    list('share.browsers', 'share.browsersNote', sessions.map(browserRow), 'share.rotate', { on: rotate }));
   }
 
-  async function load() {
-    try {
-      const [found, made, open] = await Promise.all([fetchJson('/share').catch(() => share), fetchJson('/keys'),
-        isLocal() ? fetchJson('/sessions') : { items: [] }]);
-      [share, keys, sessions] = [found, made.items, open.items];
-      draw();
-    } catch (error) {
-      fill(place, errorPanel(error, load));
-    }
-  }
-  fill(place, skeleton(4));
-  load();
-  return { el: place, unmount: () => {} };
+  const read = () => Promise.all(['/share', '/keys', isLocal() && '/sessions'].map((path) => path && fetchJson(path)));
+  const load = loader(el, read, ([found, made, opened]) => {
+    [share, keys, sessions] = [found, made.items, opened ? opened.items : []];
+    draw();
+  });
+  return { el };
 }

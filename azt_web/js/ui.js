@@ -3,6 +3,7 @@ import { send } from './api.js';
 import { announce, fill, h, icon, text } from './dom.js';
 import { at, duration, exact, num, ticking, ago, until, wait } from './format.js';
 import { known, plural, pref, setPref, t } from './i18n.js';
+import { isLocal } from './store.js';
 
 let ids = 0;
 const nextId = (name) => `${name}-${ids += 1}`;
@@ -102,7 +103,7 @@ export function confirm({ title, body, action, danger, typed, wide }) {
       title, wide, footer: [cancel, ok], onclose: () => resolve(false),
       body: [typeof body === 'string' ? h('p', null, body) : body, typed && field(t('ui.type', { typed }), input)],
     });
-    (danger ? cancel : ok).focus();
+    (danger ? cancel : made.body.querySelector('[type=text]') || ok).focus();
   });
 }
 
@@ -211,6 +212,15 @@ export function toggle(label, checked, onchange, help) {
   show(checked);
   const words = h('div', null, h('span', { id, class: 'name', on }, label), help && h('p', { class: 'help' }, help));
   return Object.assign(h('div', { class: 'toggle' }, el, words), { set: show, control: el });
+}
+
+/** Links [[id, words, href]] of which one is current: `el.show(id)`. */
+export function tabs(label, links, kind) {
+  const all = links.map(([id, words, href]) => h('a', { href, 'data-id': id }, words));
+  return Object.assign(h('nav', { class: kind, 'aria-label': label }, all), { show: (id) => all.forEach((one) => {
+    one.toggleAttribute('aria-current', one.dataset.id === id);
+    if (one.dataset.id === id) one.scrollIntoView({ block: 'nearest', inline: 'center' });
+  }) });
 }
 
 // -- copying
@@ -398,6 +408,43 @@ export const skeleton = (rows = 3) => h('div', { class: 'skeleton', role: 'statu
 
 export const details = (summary, ...children) => h('details', null, h('summary', null, icon('right'), summary),
   h('div', { class: 'inner' }, children));
+
+export const row = (...children) => h('div', { class: 'row' }, children);
+export const note = (...words) => h('p', { class: 'note' }, words);
+export const bullets = (items) => h('ul', { class: 'bullets' }, items.map((one) => h('li', null, one)));
+export const warning = (words, shape = 'warn', ...more) => h('div', { class: 'notice warn' }, icon(shape),
+  h('p', null, words), more);
+
+/** Pairs of a term and what is told of it. */
+export const facts = (pairs) => h('dl', { class: 'facts' }, pairs.map(([term, ...told]) => [h('dt', null, term),
+  h('dd', null, told)]));
+
+/** Rows of cells, of which the first is a head; `heads` stand above them. */
+export const table = (rows, heads) => h('div', { class: 'scroll' }, h('table', null,
+  heads && h('thead', null, h('tr', null, heads.map((one) => h('th', { scope: 'col' }, one)))),
+  h('tbody', null, rows.map(([head, ...cells]) => h('tr', null, h('th', { scope: 'row' }, head),
+    cells.map((one) => h('td', null, one)))))));
+
+/** A button that works only on the computer that runs azt. */
+export const ownButton = (label, props) => button(label, isLocal() ? props : { ...props, disabled: true,
+  title: t('share.localOnly') });
+
+/** `read()` again and again into `place`: `draw(got)`, grey blocks before the first, what failed and a way back. */
+export function loader(place, read, draw) {
+  let drawn = false;
+  const load = async () => {
+    try {
+      draw(await read());
+      drawn = true;
+    } catch (error) {
+      if (drawn) fail(error);
+      else fill(place, errorPanel(error, load));
+    }
+  };
+  fill(place, skeleton(4));
+  load();
+  return load;
+}
 
 // -- theme
 

@@ -73,7 +73,7 @@ def test_the_fields_and_the_text_are_copied(console: Any) -> None:
     assert copied(page, page.get_by_role("button", name="Copy: Base URL")) == f"{console.url}/v1"
     text = copied(page, page.locator(".code").first.get_by_role("button", name="Copy"))
     assert text == page.locator(".code code").first.inner_text()
-    assert text.startswith(f"curl -sS {console.url}/v1/responses")
+    assert text.startswith(f"curl -sS '{console.url}/v1/responses'")
 
 
 def test_what_is_chosen_goes_into_the_text_and_nowhere_else(console: Any) -> None:

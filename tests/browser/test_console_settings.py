@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import re
 import zipfile
 from pathlib import Path
@@ -20,6 +19,12 @@ PHONE = {"X-Forwarded-For": "192.168.1.44"}  # whoever a proxy speaks for is ano
 
 def button(page: Any, name: str) -> Any:
     return page.get_by_role("button", name=name, exact=True)
+
+
+def close(page: Any) -> None:
+    """The open dialog, by its key. It leaves the page a little after it is no longer to be seen."""
+    page.keyboard.press("Escape")
+    expect(page.locator("dialog")).to_have_count(0)
 
 
 def saved(console: Any, key: str) -> Any:
@@ -124,11 +129,13 @@ def test_what_is_fixed_elsewhere_says_by_what(gateway_console: Any) -> None:
 def test_an_account_is_excluded_and_included(gateway_console: Any) -> None:
     console = gateway_console(route="settings/routing")
     page = console.page
-    page.get_by_role("combobox", name="Exclude an account…").select_option(label="ada@example.com")
+    page.get_by_text("Excluded accounts").click()
+    page.get_by_label("ada@example.com").check()
     button(page, "Save").click()
     expect(page.locator(".toast").last).to_contain_text("Saved")
     assert len(saved(console, "autoSwitch.excludedIds")) == 1
-    button(page, "Include ada@example.com again").click()
+    page.get_by_text("Excluded accounts").click()
+    page.get_by_label("ada@example.com").uncheck()
     button(page, "Save").click()
     expect(page.locator(".dirty")).to_be_hidden()
     assert saved(console, "autoSwitch.excludedIds") == []
@@ -269,12 +276,10 @@ def test_a_key_is_shown_once(gateway_console: Any) -> None:
     dialog.get_by_label("Name").fill("phone")
     button(dialog, "New key").click()
     key = dialog.locator(".secret").inner_text()
-    button(dialog, "Show as QR code").click()
-    said = json.loads(dialog.locator(".qr code").inner_text())
-    assert said["api_key"] == key and said["base_url"].endswith("/v1")
-    button(dialog, "Hide").click()
-    expect(dialog.locator(".qr")).to_have_count(0)
-    page.keyboard.press("Escape")
+    expect(dialog.locator("code").last).to_have_text(re.compile("^http://.*/v1$"))
+    button(dialog, "Copy").first.click()
+    assert console.clipboard() == key
+    close(page)
     assert key not in page.content()
 
     header = {"Authorization": f"Bearer {key}"}
@@ -288,6 +293,18 @@ def test_a_key_is_shown_once(gateway_console: Any) -> None:
     button(dialog, "Revoke").click()
     expect(page.get_by_text("none: any text works as a key")).to_be_visible()
     assert console.client.get("/v1/models").status == 200
+
+
+def test_how_far_a_key_goes_is_told(gateway_console: Any) -> None:
+    console = gateway_console()
+    terms = {"models": ["gpt-5.4", "gpt-5.5"], "limit": 1, "expiresAt": 4_102_444_800_000}
+    console.admin("POST", "/keys", {"name": "guest", **terms})
+    console.admin("POST", "/keys", {"name": "free"})
+    page = console.open("settings/sharing", timezone_id="UTC")
+
+    words = "1 request a day · only gpt-5.4, gpt-5.5 · until Jan 1, 2100"
+    expect(page.locator("tr", has_text="guest")).to_contain_text(words)
+    expect(page.locator("tr", has_text="free")).to_contain_text("no limits")
 
 
 def test_the_console_is_closed_to_other_devices(gateway_console: Any) -> None:
@@ -309,7 +326,7 @@ def test_a_phone_is_paired_once_and_may_do_less(gateway_console: Any) -> None:
     console.click(page.get_by_role("link", name="Sharing", exact=True))
     console.click(switch(page, "Console for other devices"))
     console.click(button(page.get_by_role("dialog"), "Turn on"))
-    address = page.locator(".qr code").inner_text()
+    address = page.locator(".secret").inner_text()
     assert console.clicks == 4
     code = address.rpartition("/")[2]
     expect(page.get_by_text(" left")).to_be_visible()
@@ -341,11 +358,18 @@ def test_a_phone_is_paired_once_and_may_do_less(gateway_console: Any) -> None:
     second = console.open(f"pair/{code}", proof=False, extra_http_headers=PHONE)
     expect(second.get_by_role("alert").first).to_contain_text("used already or is too old")
 
+    button(page, "Pair a device").click()
+    expect(page.locator(".secret")).not_to_have_text(address)
+    typed = page.locator(".secret").inner_text().rpartition("/")[2].lower()
+    second.get_by_label("Admin token or pairing code").fill(typed)
+    button(second, "Sign in").click()
+    second.locator(".figures").wait_for()
+
     page.reload()
     row = page.locator("tr", has_text="pairing")
-    button(row, "Revoke").click()
+    button(row.first, "Revoke").click()
     button(page.get_by_role("dialog"), "Revoke").click()
-    expect(row).to_have_count(0)
+    expect(row).to_have_count(1)
     expect(phone.get_by_role("heading", name="This browser is not paired")).to_be_visible()
 
 
@@ -357,7 +381,7 @@ def test_a_new_admin_token_is_shown_once(gateway_console: Any) -> None:
     expect(button(dialog, "Cancel")).to_be_focused()
     button(dialog, "New admin token").click()
     token = dialog.locator(".secret").inner_text()
-    page.keyboard.press("Escape")
+    close(page)
 
     assert console.gateway.proof()["Authorization"] == f"Bearer {token}" != old
     assert token not in page.content()

@@ -1,124 +1,107 @@
 // How each client is pointed at this gateway, and whether its call arrives.
 import { get as fetchJson } from '../api.js';
 import { codexPanel } from '../codex_panel.js';
-import { fill, h, icon, text } from '../dom.js';
+import { fill, h, icon } from '../dom.js';
 import { timeEl } from '../format.js';
 import { known, pref, setPref, t } from '../i18n.js';
 import { current, hash, setQuery } from '../router.js';
 import { CLIENTS, atHost, clientSeen, snippets } from '../snippets.js';
 import { get, isLocal, on } from '../store.js';
-import { button, card, codeBlock, copyButton, details, segmented, select } from '../ui.js';
+import { bullets, button, card, codeBlock, copyButton, details, loader, note, row, segmented, select,
+  tabs } from '../ui.js';
 
-/** What is offered under /v1, in the words con.ep.<name>; what is not. */
-const ENDPOINTS = [
-  ['POST /v1/responses', 'responses'], ['POST /v1/chat/completions', 'chat'], ['GET /v1/models', 'models'],
-  ['POST /v1/images/generations', 'images'], ['POST /v1/images/edits', 'edits'],
-  ['POST /v1/responses/input_tokens', 'count'], ['* /codex/v1', 'codex'],
-];
+/** What is offered, in the words con.ep.<name>; what is not. */
+const ENDPOINTS = { responses: 'POST /v1/responses', chat: 'POST /v1/chat/completions', models: 'GET /v1/models',
+  images: 'POST /v1/images/generations', edits: 'POST /v1/images/edits', count: 'POST /v1/responses/input_tokens',
+  codex: '* /codex/v1' };
 const ABSENT = ['embeddings', 'files', 'audio', 'assistants', 'completions'];
 const OWN_CLIENTS = ['console', 'azt', 'Playground'];
 
 let key = 'local'; // what was typed stays while this page is open, and nowhere else
+let stop = () => {}; // waiting for a call
 
-const named = (id) => (known(`con.${id}`) ? t(`con.${id}`) : t(`client.${id}`));
+const named = (id) => t(known(`con.${id}`) ? `con.${id}` : `client.${id}`);
 
 /** [what is shown, base URL without /v1] for each place that a client may run in. */
-function places(share) {
-  const here = get('gateway').adminUrl?.replace(/\/$/, '') || location.origin;
-  const others = (share?.addresses || []).map((one) => [one.host, one.baseUrl.replace(/\/v1$/, '')]);
-  const own = isLocal() ? [['here', here], ['docker', atHost(here, 'host.docker.internal')]] : [];
-  return [...own, ...(isLocal() || others.length ? others : [[location.hostname, location.origin]])];
+function places({ addresses }) {
+  const here = get('gateway').adminUrl.slice(0, -1);
+  const others = addresses.map((one) => [one.host, one.consoleUrl.slice(0, -1)]);
+  if (isLocal()) return [['here', here], ['docker', atHost(here, 'host.docker.internal')], ...others];
+  return others.length ? others : [[location.hostname, location.origin]];
 }
 
-function copyLine(label, shown, from, note) {
-  return h('div', { class: 'copyline' }, h('span', { class: 'name' }, label), shown, note && h('span',
-    { class: 'note' }, note),
-    copyButton(from, '', { kind: 'ghost square', 'aria-label': `${t('act.copy')}: ${label}` }));
-}
+const copyLine = (label, shown, from, words) => h('div', { class: 'copyline' }, h('span', { class: 'name' }, label),
+  shown, words && note(words),
+  copyButton(from, '', { kind: 'ghost square', 'aria-label': `${t('act.copy')}: ${label}` }));
 
 /** Waits for a call of this client, and tells how it went. */
 function checker({ id, seen }) {
-  const name = named(id), said = h('p', { class: 'row', role: 'status' });
-  let off = null;
-  const stop = () => { off?.(); off = null; };
+  const said = h('p', { class: 'row', role: 'status' });
   const isIts = ({ client }) => (seen.length ? seen.includes(client) : !OWN_CLIENTS.includes(client));
   const told = (_, changes) => {
-    const row = changes.findLast((one) => one?.type === 'finished' && isIts(one.row))?.row;
-    if (!row) return;
+    const call = changes.findLast(({ type, row: one }) => type === 'finished' && isIts(one))?.row;
+    if (!call) return;
+    const good = call.result === 'ok';
     stop();
-    const good = row.result === 'ok';
     fill(said, h('span', { class: good ? 'good' : 'wrong' }, icon(good ? 'check' : 'warn'), t(good ? 'con.checkOk'
-      : 'con.checkBad')),
-      timeEl(row.at, 'clock'), h('a', { href: hash('log', [row.id]) }, t('con.openRow')));
+      : 'con.checkBad')), timeEl(call.at, 'clock'), h('a', { href: hash('log', [call.id]) }, t('con.openRow')));
   };
   const start = () => {
     stop();
-    off = on('request', told);
-    fill(said, h('span', { class: 'spin' }), t('con.checkWait', { client: name }));
+    stop = on('request', told);
+    fill(said, h('span', { class: 'spin' }), t('con.checkWait', { client: named(id) }));
   };
-  return { el: h('div', { class: 'row check' }, button(t('con.check'), { icon: 'refresh', on: start }), said), stop };
+  return h('div', { class: 'row check' }, button(t('con.check'), { icon: 'refresh', on: start }), said);
 }
 
-const endpoints = () => card({ title: t('con.endpoints') }, h('dl', { class: 'endpoints' }, ENDPOINTS.map(([path,
-  name]) => (
-  h('div', null, h('dt', null, h('code', null, path)), h('dd', null, t(`con.ep.${name}`)))))),
-details(t('con.absent'), h('ul', { class: 'bullets' }, ABSENT.map((name) => h('li', null, t(`con.no.${name}`))))));
+const endpoints = () => card({ title: t('con.endpoints') }, h('dl', { class: 'endpoints' }, Object.entries(ENDPOINTS)
+  .map(([name, path]) => h('div', null, h('dt', null, h('code', null, path)), h('dd', null, t(`con.ep.${name}`))))),
+details(t('con.absent'), bullets(ABSENT.map((name) => t(`con.no.${name}`)))));
 
 export const page = {
   title: 'nav.connect',
   mount(root) {
-    const links = CLIENTS.map(({ id }) => h('a', { href: hash('connect', [id]), 'data-id': id }, named(id)));
+    const links = tabs(t('ov.client'), CLIENTS.map(({ id }) => [id, named(id), hash('connect', [id])]), 'clients');
     const place = h('div', { class: 'stack' });
-    let share = null, models = [], check = null, codex = null, shown = '';
+    let share = null, models = [], codex = null, shown = '';
 
-    function build(client) {
-      const { id } = client, needs = get('gateway').keys > 0, all = places(share);
-      const wanted = current().query.at, [at, url] = all.find(([name]) => name === wanted) || all[0] || ['', ''];
-      const model = select(t('ov.model'), (models.length ? models : [get('defaultModel')]).map((one) => [one, one]),
-        get('defaultModel'), () => code());
+    function build(client, wanted) {
+      const { id } = client, isCodex = id === 'codex', all = places(share), blocks = h('div', { class: 'stack' });
+      const [at, url] = all.find(([name]) => name === wanted) || all[0], base = `${url}${isCodex ? '/codex' : ''}/v1`;
+      const where = segmented(t('con.at'), all.map(([name]) => [name, known(`con.at.${name}`) ? t(`con.at.${name}`)
+        : name]), at, (name) => setQuery({ at: name === 'here' ? null : name }));
+      const model = select(t('ov.model'), models.map((one) => [one.id, one.id]), get('defaultModel'), () => code());
       const input = h('input', { type: 'text', value: key, 'aria-label': t('ov.key'), autocomplete: 'off',
-        spellcheck: 'false',
-        on: { input: () => { key = input.value; code(); } } });
-      const blocks = h('div', { class: 'stack' });
-      const values = () => ({ base: `${url}/v1`, codexBase: `${url}/codex/v1`, key: key || 'local',
-        model: model.input.value });
-      const code = () => fill(blocks, snippets(id, values()).map((one) => codeBlock(one.text, { label: one.label })));
+        spellcheck: 'false', on: { input: () => { key = input.value; code(); } } });
+      const code = () => fill(blocks, snippets(id, { base, codexBase: base, key: key || 'local',
+        model: model.input.value }).map((one) => codeBlock(one.text, one)));
       code();
-      const where = segmented(t('con.at'), all.map(([name]) => [name, ['here', 'docker'].includes(name)
-        ? t(`con.at.${name}`) : name]),
-        at, (name) => setQuery({ at: name === 'here' ? null : name }));
-      const closed = isLocal() && share && !share.lanApi;
-      check = checker(client);
       const steps = h('ol', { class: 'numbered' }, t(`con.steps.${id}`).split('|').map((one) => h('li', null, one)));
-      const body = [h('div', { class: 'row' }, h('span', { class: 'note' }, t('con.at')), where,
-        closed && h('a', { class: 'note', href: '#/settings/sharing' }, t('con.closed'))),
-      h('div', { class: 'copylines' }, copyLine(t('shell.base'), h('code', null, id === 'codex' ? values().codexBase
-        : values().base),
-        () => (id === 'codex' ? values().codexBase : values().base)),
-      copyLine(t('ov.key'), input, () => key, t(needs ? 'con.needKey' : 'con.anyKey')),
-      copyLine(t('ov.model'), model, () => model.input.value)), blocks, steps, check.el];
-      if (id !== 'codex') return fill(place, card({ title: named(id) }, body), endpoints());
-      codex ||= codexPanel();
-      return fill(place, codex.el, card({ title: t('cdx.byHand') }, body), endpoints());
+      const closed = isLocal() && !share.lanApi && h('a', { class: 'note', href: '#/settings/sharing' },
+        t('con.closed'));
+      if (isCodex) codex ||= codexPanel();
+      fill(place, isCodex && codex.el, card({ title: isCodex ? t('cdx.byHand') : named(id) },
+        row(note(t('con.at')), where, closed), h('div', { class: 'copylines' },
+          copyLine(t('shell.base'), h('code', null, base), base),
+          copyLine(t('ov.key'), input, () => key, t(get('gateway').keys ? 'con.needKey' : 'con.anyKey')),
+          copyLine(t('ov.model'), model, () => model.input.value)), blocks, steps, checker(client)), endpoints());
     }
 
-    const chosen = ({ parts }) => CLIENTS.find(({ id }) => id === parts[0])
-      || CLIENTS.find(({ id }) => id === pref('client')) || clientSeen(get('firstRun').clientSeen);
-    function update(route) {
-      const client = chosen(route), wanted = `${client.id} ${route.query.at} ${models.length} ${Boolean(share)}`;
-      if (wanted === shown) return;
+    function update({ parts, query }) {
+      const client = CLIENTS.find(({ id }) => id === parts[0]) || CLIENTS.find(({ id }) => id === pref('client'))
+        || clientSeen(get('firstRun').clientSeen), wanted = `${client.id} ${query.at}`;
+      if (wanted === shown || !share) return;
       shown = wanted;
-      if (route.parts[0]) setPref('client', client.id);
-      links.forEach((link) => link.toggleAttribute('aria-current', link.dataset.id === client.id));
-      links.find((link) => link.dataset.id === client.id).scrollIntoView({ block: 'nearest', inline: 'center' });
-      check?.stop();
-      build(client);
+      if (parts[0]) setPref('client', client.id);
+      links.show(client.id);
+      stop();
+      build(client, query.at);
     }
-    fill(root, h('div', { class: 'connect-page' }, h('nav', { class: 'clients', 'aria-label': t('ov.client') }, links),
-      place));
-    const later = (path, take) => fetchJson(path).then((got) => { take(got); update(current()); }, () => {});
-    later('/share', (got) => { share = got; });
-    later('/models', ({ items }) => { models = items.map((one) => one.id); });
-    return { update, primary: null, unmount: () => { check?.stop(); codex?.unmount(); } };
+    fill(root, h('div', { class: 'connect-page' }, links, place));
+    loader(place, () => Promise.all([fetchJson('/share'), fetchJson('/models')]), ([found, { items }]) => {
+      [share, models] = [found, items];
+      update(current());
+    });
+    return { update, primary: null, unmount: () => { stop(); codex?.unmount(); } };
   },
 };

@@ -6,138 +6,112 @@ import { duration, timeEl } from '../format.js';
 import { known, lang, plural, pref, setLang, setPref, t } from '../i18n.js';
 import { current, hash, remount, replace } from '../router.js';
 import { sharingPanel } from '../sharing_panel.js';
-import { accountOf, get, isLocal, nameOf, on } from '../store.js';
+import { get, isLocal, nameOf, on } from '../store.js';
 import * as ui from '../ui.js';
 
-const { button, confirm, field, select } = ui;
+const { button, confirm, facts, field, note, ownButton, row, table, toast, warning } = ui;
 
-/** Section -> [key, kind, ...]; kinds: switch, text, list, model, accounts, number (least, most), choice (values). */
+/** Section -> its settings, each edited as the value it has: a switch, a number, a text, lines, or one of `CHOICES`. */
 const FIELDS = {
-  general: [['defaultModel', 'model'], ['ui.maskEmails', 'choice', 'never', 'lan', 'always']],
-  routing: [['autoSwitch.enabled', 'switch'], ['autoSwitch.beforePercent', 'number', 0, 99],
-    ['autoSwitch.order', 'choice', 'most_left', 'soonest_reset', 'priority'], ['autoSwitch.excludedIds', 'accounts'],
-    ['quota.everyMinutes', 'number', 0, 10080], ['quota.concurrency', 'number', 1, 32]],
+  general: ['defaultModel', 'ui.maskEmails'],
+  routing: ['autoSwitch.enabled', 'autoSwitch.beforePercent', 'autoSwitch.order', 'autoSwitch.excludedIds',
+    'quota.everyMinutes', 'quota.concurrency'],
   codex: [],
-  images: [['image.freeAccountWebGenerationEnabled', 'switch'], ['image.orchestratorModel', 'text']],
-  network: [['networkProxy.enabled', 'switch'], ['networkProxy.url', 'text'], ['networkProxy.noProxy', 'text'],
-    ['limits.bodyMb', 'number', 1, 4096]],
-  sharing: [['server.host', 'text'], ['server.port', 'number', 0, 65535], ['server.tokenOnLoopback', 'switch'],
-    ['apiKeys.loopbackExempt', 'switch'], ['server.allowedHosts', 'list'], ['server.corsOrigins', 'list']],
-  data: [['log.keepRows', 'number', 0, 100000], ['log.keepDays', 'number', 1, 3650],
-    ['usage.keepDays', 'number', 1, 3650], ['usage.keepMb', 'number', 1, 100000],
-    ['log.level', 'choice', 'debug', 'info', 'warning', 'error']],
+  images: ['image.freeAccountWebGenerationEnabled', 'image.orchestratorModel'],
+  network: ['networkProxy.enabled', 'networkProxy.url', 'networkProxy.noProxy', 'limits.bodyMb'],
+  sharing: ['server.host', 'server.port', 'server.tokenOnLoopback', 'apiKeys.loopbackExempt', 'server.allowedHosts',
+    'server.corsOrigins'],
+  data: ['log.keepRows', 'log.keepDays', 'usage.keepDays', 'usage.keepMb', 'log.level'],
   about: [],
 };
+const CHOICES = { 'ui.maskEmails': ['never', 'lan', 'always'], 'log.level': ['debug', 'info', 'warning', 'error'],
+  'autoSwitch.order': ['most_left', 'soonest_reset', 'priority'], theme: ['system', 'light', 'dark'],
+  language: ['en', 'zh-CN'], zone: ['browser', 'gateway', 'UTC', 'Asia/Shanghai', 'Europe/Berlin', 'America/New_York',
+    'America/Los_Angeles'] };
 const LOCAL = /^(server|apiKeys|networkProxy)\./;
-const ZONES = 'browser gateway UTC Asia/Shanghai Europe/Berlin America/New_York America/Los_Angeles'.split(' ');
 const STEPS = ['dns', 'connect', 'tls', 'http'];
+const READ = { number: Number, string: (typed) => typed.trim(), object: (typed) => typed.split(/\s+/).filter(Boolean) };
 
 let saved = null;
 const draft = {}; // what is typed and not saved, by key: it outlives a visit to another page
 
-const dig = (key) => key.split('.').reduce((branch, name) => branch?.[name], saved.values);
-const valueOf = (key) => (key in draft ? draft[key] : dig(key));
+const dig = (key) => key.split('.').reduce((branch, name) => branch[name], saved.values);
 const same = (a, b) => JSON.stringify(a) === JSON.stringify(b);
-const changed = (section) => FIELDS[section].map(([key]) => key).filter((key) => key in draft);
+const changed = (section) => FIELDS[section].filter((key) => key in draft);
 const drop = (keys) => keys.forEach((key) => { delete draft[key]; });
-const worded = (key, plain) => [plain, known(`${key}.${plain}`) ? t(`${key}.${plain}`) : plain];
-const row = (...children) => h('div', { class: 'row' }, children);
-const warning = (words, ...more) => h('div', { class: 'notice warn' }, icon('warn'), h('p', null, words), more);
-const facts = (all) => h('dl', { class: 'facts' }, all.map(([key, ...value]) => [h('dt', null, t(key)),
-  h('dd', null, value)]));
-/** Heads, and rows of cells of which the first is a head too. */
-const table = (heads, rows) => h('div', { class: 'scroll' }, h('table', null,
-  h('thead', null, h('tr', null, heads.map((one) => h('th', { scope: 'col' }, t(one))))),
-  h('tbody', null, rows.map(([head, ...cells]) => h('tr', null, h('th', { scope: 'row' }, head),
-    cells.map((one) => h('td', null, one)))))));
+const headed = (heads) => heads.map((one) => t(`set.${one}`));
 
 /** Send these drafts. What was changed elsewhere meanwhile is shown beside the own values first. */
 async function save(keys) {
   const values = Object.fromEntries(keys.map((key) => [key, draft[key]])), before = keys.map(dig);
   try {
     saved = await send('PATCH', '/settings', { revision: saved.revision, values });
+    drop(keys);
+    return toast(t('set.saved'));
   } catch (error) {
     if (error.code !== 'stale_revision') throw error;
-    saved = await fetchJson('/settings');
-    const both = keys.filter((key, i) => !same(dig(key), before[i]));
-    const body = [h('p', null, t('set.staleBody')), table(['set.staleWhat', 'set.staleTheirs', 'set.staleYours'],
-      both.map((key) => [t(`set.${key}`), String(dig(key)), String(draft[key])]))];
-    const mine = !both.length || await confirm({ title: t('set.staleTitle'), action: t('set.staleMine'), body });
-    if (!mine) drop(both);
-    const rest = keys.filter((key) => key in draft);
-    return rest.length ? save(rest) : undefined;
   }
-  drop(keys);
-  return ui.toast(t('set.saved'));
+  saved = await fetchJson('/settings');
+  const both = keys.filter((key, i) => !same(dig(key), before[i]));
+  const rows = both.map((key) => [t(`set.${key}`), String(dig(key)), String(draft[key])]);
+  const body = [h('p', null, t('set.staleBody')), table(rows, headed(['staleWhat', 'staleTheirs', 'staleYours']))];
+  if (both.length && !await confirm({ title: t('set.staleTitle'), action: t('set.staleMine'), body })) drop(both);
+  const rest = keys.filter((key) => key in draft);
+  return rest.length && save(rest);
 }
 
 // -- one setting
 
-/** The element for [key, kind, ...]; `touch(again)` follows each change, and draws anew when asked. */
-function control([key, kind, ...options], models, touch) {
-  const value = valueOf(key), name = t(`set.${key}`), by = saved.fixed[key], help = `set.${key}.help`;
-  const notes = [known(help) && t(help), by && t('set.fixed', { by })].filter(Boolean).join(' ');
-  const put = (now) => { if (same(now, dig(key))) drop([key]); else draft[key] = now; touch(kind === 'accounts'); };
-  let el = null;
-  if (kind === 'switch') el = ui.toggle(name, value, put, notes);
-  else if (kind === 'accounts') el = excluded(name, value, put);
-  else if (kind === 'choice' || kind === 'model') {
-    const all = (kind === 'model' ? [...new Set([value, ...models])] : options).map((one) => worded(`set.${key}`, one));
-    el = field(name, select(name, all, value, put), { help: notes });
-  } else {
-    const lists = kind === 'list', read = { number: Number, text: (now) => now.trim(),
-      list: (now) => now.split(/\s+/).filter(Boolean) };
-    const input = h(lists ? 'textarea' : 'input', { type: lists ? null : kind, min: options[0], max: options[1],
-      value: lists ? value.join('\n') : value, rows: lists ? 2 : null, spellcheck: 'false', autocomplete: 'off',
-      on: { input: () => put(read[kind](input.value)) } });
-    el = field(name, input, { help: notes });
-  }
+function choice(key, value, put, help) {
+  const words = (one) => (known(`set.${key}.${one}`) ? t(`set.${key}.${one}`) : one), name = t(`set.${key}`);
+  return field(name, ui.select(name, CHOICES[key].map((one) => [one, words(one)]), value, put), { help });
+}
+
+function excluded(ids, put) {
+  const now = () => put([...el.querySelectorAll(':checked')].map((box) => box.value));
+  const el = ui.details(t('set.autoSwitch.excludedIds'), get('accounts').map((one) => h('label', { class: 'row' },
+    h('input', { type: 'checkbox', value: one.id, checked: ids.includes(one.id), on: { change: now } }), nameOf(one))));
+  return el;
+}
+
+/** The element for a setting; `touch()` follows each change. */
+function control(key, touch) {
+  const value = draft[key] ?? dig(key), kind = typeof value, name = t(`set.${key}`), by = saved.fixed[key];
+  const told = [known(`set.${key}.help`) && t(`set.${key}.help`), by && t('set.fixed', { by })];
+  const put = (now) => { if (same(now, dig(key))) drop([key]); else draft[key] = now; touch(); };
+  const input = ({ target }) => put(READ[kind](target.value));
+  const typed = () => h(kind === 'object' ? 'textarea' : 'input', { type: kind === 'number' && kind,
+    spellcheck: 'false', autocomplete: 'off', value: [value].flat().join('\n'), on: { input } });
+  const help = told.filter(Boolean).join(' '), el = key === 'autoSwitch.excludedIds' ? excluded(value, put)
+    : kind === 'boolean' ? ui.toggle(name, value, put, help)
+      : CHOICES[key] ? choice(key, value, put, help) : field(name, typed(), { help });
   el.dataset.key = key;
   const off = by || (!isLocal() && LOCAL.test(key));
   for (const one of off ? el.querySelectorAll('input,select,textarea,button') : []) one.disabled = true;
   return el;
 }
 
-function excluded(label, ids, put) {
-  const name = (id) => nameOf(accountOf(id)) || id, rest = get('accounts').filter((one) => !ids.includes(one.id));
-  const tag = (id) => h('span', { class: 'tag' }, name(id), ui.iconButton('close', t('set.include', { name: name(id) }),
-    () => put(ids.filter((one) => one !== id))));
-  const others = [['', t('set.exclude')], ...rest.map((one) => [one.id, nameOf(one)])];
-  return h('div', { class: 'field' }, h('span', { class: 'name' }, label), row(ids.map(tag),
-    rest.length > 0 && select(t('set.exclude'), others, '', (id) => put([...ids, id]))));
-}
-
 // -- what only some sections have
 
-function general() {
-  const own = (key, options, value, onchange) => field(t(key), select(t(key), options, value, onchange));
-  const move = (one) => { setPref('zone', one); remount(); };
-  return [own('shell.language', [['en', 'English'], ['zh-CN', '简体中文']], lang(), setLang),
-    own('set.theme', ['system', 'light', 'dark'].map((one) => worded('set.theme', one)), ui.theme(), ui.setTheme),
-    own('set.zone', ZONES.map((one) => worded('set.zone', one)), pref('zone', 'browser'), move),
-    h('p', { class: 'note' }, t('set.browserOnly'))];
-}
+const general = () => [choice('language', lang(), setLang), choice('theme', ui.theme(), ui.setTheme),
+  choice('zone', pref('zone', 'browser'), (zone) => { setPref('zone', zone); remount(); }), note(t('set.browserOnly'))];
 
 /** The way to the provider, tried with what stands in the fields. */
 function network() {
   const place = h('div', { role: 'status' });
-  const result = ({ ok, status, error }) => h('span', { class: ok ? 'good' : 'wrong' }, icon(ok ? 'check' : 'cross'),
-    status || error || t('res.failed'));
-  const run = async () => {
-    const proxy = FIELDS.network.map(([key]) => key).filter((key) => LOCAL.test(key));
-    const typed = proxy.some((key) => key in draft) && { networkProxy: Object.fromEntries(
-      proxy.map((key) => [key.split('.')[1], valueOf(key)])) };
-    let { job } = await send('POST', '/network/test', typed || {});
+  const line = ({ target, ok, status, error, ...took }) => [target, ...STEPS.map((step) => duration(took[step])),
+    h('span', { class: ok ? 'good' : 'wrong' }, icon(ok ? 'check' : 'cross'), status || error || t('res.failed'))];
+  const start = button(t('set.testNetwork'), { icon: 'refresh', on: async () => {
+    const typed = Object.keys(draft).filter((key) => key.startsWith('networkProxy.'));
+    const networkProxy = Object.fromEntries(typed.map((key) => [key.split('.')[1], draft[key]]));
+    let { job } = await send('POST', '/network/test', { networkProxy });
     while (['queued', 'running'].includes(job.state)) {
       await new Promise((go) => { const off = on('jobs', () => { off(); go(); }); setTimeout(go, 1000); });
       job = await fetchJson(`/jobs/${job.id}`);
     }
-    const { steps = [], via } = job.result || {};
-    fill(place, h('p', { class: 'note' }, t(via === 'proxy' ? 'set.viaProxy' : 'set.viaDirect')),
-      table(['target', ...STEPS, 'status'].map((one) => `set.test.${one}`), steps.map((one) => [one.target,
-        ...STEPS.map((step) => duration(one[step])), result(one)])));
-  };
-  const start = button(t('set.testNetwork'), { icon: 'refresh', on: run });
+    const { steps, via } = job.result, heads = ['target', ...STEPS, 'status'].map((one) => `test.${one}`);
+    fill(place, note(t(via === 'proxy' ? 'set.viaProxy' : 'set.viaDirect')), table(steps.map(line), headed(heads)));
+  } });
   if (current().query.test) {
     replace(hash('settings', ['network']));
     start.click();
@@ -146,62 +120,51 @@ function network() {
 }
 
 function data() {
-  const here = { disabled: !isLocal() }, folder = h('code', null, get('gateway').stateDir);
-  const clear = async (key, path, count) => {
-    const body = plural('set.clearBody', count), sure = { title: t(key), body, action: t('set.clear'), danger: true };
-    if (await confirm(sure)) await send('DELETE', path).then(() => ui.toast(t('set.cleared')));
-  };
-  const log = async () => clear('set.clearLog', '/requests', (await fetchJson('/requests', { limit: 1 })).kept);
-  const usage = async () => clear('set.clearUsage', '/usage', (await fetchJson('/usage')).lifetime.requestCount);
-  const bundle = () => download('/diagnostics', {}, 'GET'), danger = { kind: 'danger', icon: 'trash', ...here };
-  return [facts([['set.stateDir', folder]]),
-    row(button(t('set.diagnostics'), { icon: 'download', ...here, on: bundle }),
-    button(t('set.clearLog'), { ...danger, on: log }), button(t('set.clearUsage'), { ...danger, on: usage }))];
+  const clear = (key, path, count) => ownButton(t(key), { kind: 'danger', icon: 'trash', on: async () => {
+    const sure = { title: t(key), body: plural('set.clearBody', await count()), action: t('set.clear'), danger: true };
+    if (await confirm(sure)) await send('DELETE', path).then(() => toast(t('set.cleared')));
+  } });
+  return [facts([[t('set.stateDir'), h('code', null, get('gateway').stateDir)]]),
+    row(ownButton(t('set.diagnostics'), { icon: 'download', on: () => download('/diagnostics', {}, 'GET') }),
+      clear('set.clearLog', '/requests', async () => (await fetchJson('/requests', { limit: 1 })).kept),
+      clear('set.clearUsage', '/usage', async () => (await fetchJson('/usage')).lifetime.requestCount))];
 }
 
-function restartButton() {
-  const restart = async () => {
-    const waits = h('input', { type: 'checkbox', checked: true }), title = t('set.restart');
-    const body = [h('p', null, plural('set.restartBody', get('gateway').running || 0)),
-      h('label', { class: 'row' }, waits, t('set.restartWait'))];
-    if (!await confirm({ title, action: title, body })) return;
-    await send('POST', '/gateway/restart', { drainMs: waits.checked ? 60000 : 0 });
-  };
-  return button(t('set.restart'), { icon: 'refresh', disabled: !isLocal(), on: restart });
-}
+const restartButton = () => ownButton(t('set.restart'), { icon: 'refresh', on: async () => {
+  const waits = h('input', { type: 'checkbox', checked: true }), running = get('gateway').running || 0;
+  const body = [plural('set.restartBody', running), h('label', { class: 'row' }, waits, t('set.restartWait'))];
+  const agreed = await confirm({ title: t('set.restart'), action: t('set.restart'), body });
+  if (agreed) await send('POST', '/gateway/restart', { drainMs: waits.checked ? 60000 : 0 });
+} });
 
 function about() {
-  const { version, pid, startedAt, listen = [] } = get('gateway'), said = h('span', { role: 'status' });
-  const check = async () => {
+  const { version, pid, startedAt, listen } = get('gateway'), said = h('span', { role: 'status' });
+  const check = button(t('set.checkVersion'), { on: async () => {
     const { latest, newer } = await send('POST', '/version/check');
     text(said, newer ? t('set.newer', { latest }) : t('set.newest'));
-  };
-  return [facts([['set.version', version], ['set.licence', 'MIT'], ['set.process', pid, ' · ', timeEl(startedAt)],
-    ['set.where', listen.join(', ')]]), row(button(t('set.checkVersion'), { on: check }), said), row(restartButton())];
+  } });
+  return [facts([[t('set.version'), version], [t('set.licence'), 'MIT'], [t('set.where'), listen.join(', ')],
+    [t('set.process'), pid, ' · ', timeEl(startedAt)]]), row(check, said), row(restartButton())];
 }
 
-const MORE = { general, network, data, about };
+const MORE = { general, network, data, about, images: () => warning(t('set.imagesWarn')) };
 
 // -- the page
 
 export const page = {
   title: 'nav.settings',
   mount(root) {
-    let section = '', models = [], part = null;
-    const tab = (one) => h('a', { href: hash('settings', [one]), 'data-section': one }, t(`section.${one}`));
-    const tabs = Object.keys(FIELDS).map(tab);
-    const place = h('div', { class: 'stack' }), due = h('div'), words = h('p');
-    const discard = () => { drop(changed(section)); build(); };
-    const bar = h('div', { class: 'dirty', role: 'status', hidden: true }, words,
-      button(t('act.discard'), { on: discard }), button(t('act.save'), { kind: 'primary', on: store }));
+    let section = '', part = null;
+    const links = Object.keys(FIELDS).map((one) => [one, t(`section.${one}`), hash('settings', [one])]);
+    const tabs = ui.tabs(t('nav.settings'), links, 'tabs'), place = h('div', { class: 'stack' }), due = h('div');
+    const words = h('p'), bar = h('div', { class: 'dirty', role: 'status' }, words,
+      button(t('act.discard'), { on: () => { drop(changed(section)); build(); } }),
+      button(t('act.save'), { kind: 'primary', on: store }));
 
-    function touch(again) {
-      if (again) return build();
+    const touch = () => {
       bar.hidden = !changed(section).length;
       text(words, t('set.unsaved', { section: t(`section.${section}`) }));
-      const what = (saved.restartNeeded || []).map((key) => t(`set.${key}`)).join(', ');
-      return fill(due, what && warning(t('set.restartNeeded', { what }), restartButton()));
-    }
+    };
 
     async function store() {
       try {
@@ -215,40 +178,32 @@ export const page = {
     }
 
     function build() {
-      part?.unmount();
-      part = { codex: () => codexPanel(), sharing: () => sharingPanel(saved.values.server, load) }[section]?.();
-      const fields = FIELDS[section].filter(([key]) => dig(key) !== undefined);
+      part?.unmount?.();
+      part = { codex: codexPanel, sharing: () => sharingPanel(saved.values.server, load) }[section]?.();
       fill(place, part?.el, section !== 'codex' && ui.card({ title: t(part ? 'set.listen' : `section.${section}`),
-        class: 'form' }, section === 'images' && warning(t('set.imagesWarn')),
-      fields.map((one) => control(one, models, touch)), MORE[section]?.()));
+        class: 'form' }, FIELDS[section].map((one) => control(one, touch)), MORE[section]?.()));
+      const what = saved.restartNeeded.map((key) => t(`set.${key}`)).join(', ');
+      fill(due, what && warning(t('set.restartNeeded', { what }), 'warn', restartButton()));
       touch();
-    }
-
-    async function load() {
-      try {
-        saved = await fetchJson('/settings');
-        build();
-      } catch (error) {
-        fill(place, ui.errorPanel(error, load));
-      }
     }
 
     function update({ parts }) {
       const wanted = parts[0] in FIELDS ? parts[0] : 'general';
       if (wanted === section) return;
       section = wanted;
-      for (const one of tabs) one.toggleAttribute('aria-current', one.dataset.section === section);
-      tabs.find((one) => one.dataset.section === section).scrollIntoView({ block: 'nearest', inline: 'center' });
+      tabs.show(section);
       if (saved) build();
-      else fill(place, ui.skeleton(4));
     }
-    fill(root, h('div', { class: 'settings' }, h('nav', { class: 'tabs', 'aria-label': t('nav.settings') }, tabs), due,
-      place, bar));
-    load();
-    const offer = ({ items }) => { models = items.map((one) => one.id); if (saved && section === 'general') build(); };
-    fetchJson('/models').then(offer, () => {});
+
+    fill(root, h('div', { class: 'settings' }, tabs, due, place, bar));
+    const read = () => Promise.all([fetchJson('/settings'), fetchJson('/models')]);
+    const load = ui.loader(place, read, ([found, { items }]) => {
+      saved = found;
+      CHOICES.defaultModel = [...new Set([dig('defaultModel'), ...items.map((one) => one.id)])];
+      build();
+    });
     // Another tab has saved: follow it, but not under what is being typed; saving then asks.
     const off = on('settings', (now) => { if (now.revision !== saved?.revision && !changed(section).length) load(); });
-    return { update, primary: null, unmount: () => { off(); part?.unmount(); } };
+    return { update, primary: null, unmount: () => { off(); part?.unmount?.(); } };
   },
 };

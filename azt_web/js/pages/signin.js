@@ -15,19 +15,19 @@ async function enter(what) {
   retryNow();
 }
 
-/** The field for the admin token and its button; `done()` after it was right. */
-function tokenForm(done) {
+/** The field for the admin token (`pairs`: or a pairing code) and its button; `done()` after it was right. */
+function tokenForm(done, pairs) {
   const input = h('input', { type: 'password', autocomplete: 'current-password', name: 'token', required: true });
   const show = button(t('signin.show'), { kind: 'ghost', 'aria-pressed': 'false', on: () => {
     input.type = input.type === 'password' ? 'text' : 'password';
     show.setAttribute('aria-pressed', String(input.type === 'text'));
   } });
-  const named = field(t('signin.token'), h('div', { class: 'row' }, input, show), { help: t('signin.where') });
+  const named = field(t(pairs ? 'signin.either' : 'signin.token'), h('div', { class: 'row' }, input, show), { help: t('signin.where') });
   const go = button(t('signin.go'), { kind: 'primary', type: 'submit' });
   const submit = async (event) => {
     event.preventDefault();
     try {
-      await enter({ token: input.value.trim() });
+      await enter({ token: input.value.trim(), code: pairs ? input.value : '' });
       input.value = '';
       await done();
     } catch (error) {
@@ -62,7 +62,7 @@ export const page = {
     };
     const { lan, scope } = get('session'), box = h('div', { class: 'content' });
     const ask = (words) => fill(box, h('h2', null, t('signin.heading')), h('p', null, t('signin.text')),
-      words && h('p', { class: 'wrong', role: 'alert' }, icon('warn'), words), tokenForm(inside),
+      words && h('p', { class: 'wrong', role: 'alert' }, icon('warn'), words), tokenForm(inside, true),
       h('p', { class: 'note' }, t('signin.pair')));
     fill(root, h('section', { class: 'card signin' }, box));
     if (code) {
