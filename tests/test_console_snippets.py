@@ -1,4 +1,4 @@
-"""The texts that the console offers for pasting: as Node makes them, as their programs read them."""
+"""The texts that the console offers for pasting: Node makes them, their programs read them."""
 
 from __future__ import annotations
 
