@@ -57,13 +57,13 @@ export function fill(node, ...children) {
 
 const KEPT = new WeakMap();
 
-/** Children of `parent` follow `items`: survivors are moved and patched, never made anew. */
+/** Children of `parent` follow `items`: survivors are moved, never made anew; `patch(node, item)` fills each. */
 export function keyed(parent, items, keyOf, make, patch) {
   const before = KEPT.get(parent) ?? new Map(), after = new Map();
   for (const item of items) {
-    const key = keyOf(item), node = before.get(key);
-    if (node) patch?.(node, item);
-    after.set(key, node ?? make(item));
+    const key = keyOf(item), node = before.get(key) ?? make(item);
+    patch?.(node, item);
+    after.set(key, node);
     before.delete(key);
   }
   for (const node of before.values()) node.remove();

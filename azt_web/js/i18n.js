@@ -20,29 +20,23 @@ export function setPref(name, value) {
   } catch { /* a browser that keeps nothing forgets it with the page */ }
 }
 
-const wished = [pref('lang'), ...(navigator.languages || [])].filter(Boolean);
-const fits = wished.map((one) => (/^zh/i.test(one) ? 'zh-CN' : /^en/i.test(one) ? 'en' : '')).find(Boolean);
-let language = fits || 'en';
+const wished = [pref('lang', ''), ...navigator.languages].map((one) => one.slice(0, 2).toLowerCase());
+let language = wished.find((one) => one === 'en' || one === 'zh') === 'zh' ? 'zh-CN' : 'en';
 document.documentElement.lang = language;
 
 export const lang = () => language;
-
+export const onLang = (fn) => listeners.add(fn);
 export function setLang(wanted) {
-  language = LANGUAGES.includes(wanted) ? wanted : 'en';
+  language = document.documentElement.lang = wanted;
   setPref('lang', language);
-  document.documentElement.lang = language;
   for (const fn of listeners) fn();
 }
-
-export const onLang = (fn) => listeners.add(fn);
 
 export const known = (key) => key in STRINGS;
 
 /** The sentence of a key, with `{name}` replaced by `params.name`. */
-export function t(key, params = {}) {
-  const sentence = STRINGS[key]?.[LANGUAGES.indexOf(language)] ?? key;
-  return sentence.replace(/\{(\w+)\}/g, (whole, name) => params[name] ?? whole);
-}
+export const t = (key, params = {}) => (STRINGS[key]?.[LANGUAGES.indexOf(language)] ?? key)
+  .replace(/\{(\w+)\}/g, (whole, name) => params[name] ?? whole);
 
 /** `key.one` or `key.other`, as the language counts; `{n}` is the number. */
 export function plural(key, n, params = {}) {

@@ -1,7 +1,7 @@
 // The components of every page: buttons, dialogs, messages, meters.
 import { send } from './api.js';
-import { announce, fill, h, icon, text } from './dom.js';
-import { at, duration, exact, num, ticking, ago, until, wait } from './format.js';
+import { announce, fill, h, icon, keyed, text } from './dom.js';
+import { ago, at, duration, exact, num, ticking, wait } from './format.js';
 import { known, plural, pref, setPref, t } from './i18n.js';
 import { isLocal } from './store.js';
 
@@ -10,12 +10,8 @@ const nextId = (name) => `${name}-${ids += 1}`;
 
 /** A handler that returns a promise makes its button busy, and is not called again until then. */
 export function button(label, { icon: shape, kind = 'default', on, ...props } = {}) {
-  const click = (event) => {
-    if (el.getAttribute('aria-disabled') === 'true') return;
-    const done = on?.(event);
-    if (done instanceof Promise) busy(el, done).catch(fail);
-  };
-  const el = h(props.href ? 'a' : 'button', { ...(!props.href && { type: 'button' }), class: `btn ${kind}`, ...props,
+  const click = (event) => el.ariaDisabled !== 'true' && busy(el, on?.(event)).catch(fail);
+  const el = h(props.href ? 'a' : 'button', { type: props.href ? null : 'button', class: `btn ${kind}`, ...props,
     on: { click } }, shape && icon(shape), label && h('span', { class: 'label' }, label));
   return el;
 }
@@ -23,150 +19,121 @@ export function button(label, { icon: shape, kind = 'default', on, ...props } = 
 export const iconButton = (shape, label, on, props = {}) => button('', {
   icon: shape, kind: 'ghost square', on, 'aria-label': label, title: label, ...props });
 
-export async function busy(el, promise) {
-  el.setAttribute('aria-disabled', 'true');
-  el.classList.add('busy');
-  try {
-    return await promise;
-  } finally {
-    el.removeAttribute('aria-disabled');
-    el.classList.remove('busy');
-  }
+async function busy(el, work) {
+  if (!(work instanceof Promise)) return;
+  const mark = (is) => { el.ariaDisabled = is ? 'true' : null; el.classList.toggle('busy', is); };
+  mark(true);
+  await work.finally(() => mark(false));
 }
 
 // -- messages
 
-/** The newest last: [{at, kind, text}]. */
+/** The newest last: [{at, text}]. */
 export const messages = [];
-const SHOWN = 3;
+const SHOWN = 3, KEPT = 50;
 
 export function toast(said, { kind = 'ok', action } = {}) {
-  messages.push({ at: Date.now(), kind, text: said });
-  messages.splice(0, messages.length - 50);
-  const place = document.getElementById('toasts');
+  const place = document.getElementById('toasts'), isError = kind === 'error';
   const close = () => { clearTimeout(timer); el.remove(); };
-  const el = h('div', { class: `toast ${kind}`, role: kind === 'error' ? 'alert' : null },
+  const act = () => { close(); return action.run(); };
+  const el = h('div', { class: `toast ${kind}`, role: isError ? 'alert' : null },
     icon({ ok: 'check', info: 'info', error: 'warn' }[kind]), h('p', null, said),
-    action && button(action.label, { kind: 'ghost', on: () => { close(); return action.run(); } }),
-    iconButton('close', t('act.close'), close));
+    action && button(action.label, { kind: 'ghost', on: act }), iconButton('close', t('act.close'), close));
   let timer = 0;
-  const leave = () => { if (kind !== 'error') timer = setTimeout(close, action ? 10000 : 6000); };
+  const leave = () => { if (!isError) timer = setTimeout(close, action ? 10000 : 6000); };
   for (const type of ['pointerenter', 'focusin']) el.addEventListener(type, () => clearTimeout(timer));
   for (const type of ['pointerleave', 'focusout']) el.addEventListener(type, leave);
-  while (place.children.length >= SHOWN) place.firstChild.remove();
+  messages.push({ at: Date.now(), text: said });
+  messages.splice(0, messages.length - KEPT);
+  if (place.children.length >= SHOWN) place.firstChild.remove();
   // Behind a modal dialog nothing can be reached, or read aloud.
-  ([...document.querySelectorAll('dialog[open]')].at(-1) || document.body).append(place);
+  ([...document.querySelectorAll('dialog[open]')].at(-1) ?? document.body).append(place);
   place.append(el);
   leave();
-  if (kind !== 'error') announce(said);
-  return close;
+  if (!isError) announce(said);
 }
 
 /** What went wrong, in words: those of the code, else the gateway's own. */
 export const wording = ({ code, params, message }) => (known(`err.${code}`) ? t(`err.${code}`, params) : message);
-
-export function fail(error) {
-  if (error.name !== 'AbortError') toast(wording(error), { kind: 'error' });
-}
+export const fail = (error) => error.name === 'AbortError' || toast(wording(error), { kind: 'error' });
 
 // -- dialogs
 
 export function dialog({ title, body, footer = [], wide, sheet, onclose }) {
-  const id = nextId('dialog');
-  const content = h('div', { class: 'body' }, body), shut = () => el.close();
-  const el = h('dialog', { class: `dialog ${wide ? 'wide' : ''} ${sheet ? 'sheet' : ''}`, 'aria-labelledby': id },
-    h('header', null, h('h2', { id }, title), iconButton('close', t('act.close'), shut)),
-    content, footer.length > 0 && h('footer', null, footer));
-  el.addEventListener('close', () => {
-    if (el.contains(document.getElementById('toasts'))) document.body.append(document.getElementById('toasts'));
+  const id = nextId('dialog'), content = h('div', { class: 'body' }, body), close = () => el.close();
+  const closed = () => {
+    const toasts = document.getElementById('toasts');
+    if (el.contains(toasts)) document.body.append(toasts);
     el.remove();
     onclose?.();
-  });
-  el.addEventListener('pointerdown', (event) => { if (event.target === el) shut(); });
+  };
+  const el = h('dialog', { class: `dialog ${wide ? 'wide' : ''} ${sheet ? 'sheet' : ''}`, 'aria-labelledby': id,
+    on: { close: closed, pointerdown: (event) => event.target === el && close() } },
+  h('header', null, h('h2', { id }, title), iconButton('close', t('act.close'), close)), content,
+  footer.length > 0 && h('footer', null, footer));
   document.body.append(el);
   el.showModal();
-  return { el, body: content, close: shut };
+  return { el, body: content, close };
 }
 
 /** Promise of true when the person agreed. Dangerous things start on Cancel; `typed` must be typed first. */
-export function confirm({ title, body, action, danger, typed, wide }) {
-  return new Promise((resolve) => {
-    const input = typed && h('input', { type: 'text', autocomplete: 'off' });
-    const agree = () => {
-      if (typed && input.value.trim() !== typed) return input.focus();
-      resolve(true);
-      return made.close();
-    };
-    const cancel = button(t('act.cancel'), { on: () => made.close() });
-    const ok = button(action, { kind: danger ? 'danger solid' : 'primary', on: agree });
-    const made = dialog({
-      title, wide, footer: [cancel, ok], onclose: () => resolve(false),
-      body: [typeof body === 'string' ? h('p', null, body) : body, typed && field(t('ui.type', { typed }), input)],
-    });
-    (danger ? cancel : made.body.querySelector('[type=text]') || ok).focus();
-  });
-}
+export const confirm = ({ title, body, action, danger, typed, wide }) => new Promise((resolve) => {
+  const input = typed && h('input', { type: 'text', autocomplete: 'off' });
+  const agree = () => {
+    if (typed && input.value.trim() !== typed) return input.focus();
+    resolve(true);
+    return made.close();
+  };
+  const cancel = button(t('act.cancel'), { on: () => made.close() });
+  const ok = button(action, { kind: danger ? 'danger solid' : 'primary', on: agree });
+  const asked = [typeof body === 'string' ? h('p', null, body) : body, typed && field(t('ui.type', { typed }), input)];
+  const made = dialog({ title, wide, body: asked, footer: [cancel, ok], onclose: () => resolve(false) });
+  (danger ? cancel : made.body.querySelector('[type=text]') ?? ok).focus();
+});
 
 export function menu(anchor, items) {
-  const entries = items.map((item) => h('button', {
-    type: 'button', role: 'menuitem', tabindex: '-1', class: item.danger ? 'danger' : null,
-    on: { click: () => { el.hidePopover(); const done = item.run(); if (done instanceof Promise) done.catch(fail); } },
-  }, item.icon && icon(item.icon), item.label));
-  const el = h('div', { class: 'menu', role: 'menu', popover: 'auto' }, entries);
-  const keys = { ArrowDown: 1, ArrowUp: -1 };
-  el.addEventListener('keydown', (event) => {
-    const step = keys[event.key], here = entries.indexOf(document.activeElement);
-    if (!step && !['Home', 'End'].includes(event.key)) return;
+  const run = (item) => { el.hidePopover(); return Promise.resolve(item.run()).catch(fail); };
+  const entries = items.map((item) => h('button', { type: 'button', role: 'menuitem', tabindex: '-1',
+    class: item.danger && 'danger', on: { click: () => run(item) } }, item.icon && icon(item.icon), item.label));
+  const keydown = (event) => {
+    const here = entries.indexOf(document.activeElement), to = { ArrowDown: (here + 1) % entries.length,
+      ArrowUp: here - 1, Home: 0, End: -1 }[event.key];
+    if (to === undefined) return;
     event.preventDefault();
-    entries.at(step ? (here + step) % entries.length : event.key === 'Home' ? 0 : -1).focus();
-  });
-  el.addEventListener('toggle', (event) => { if (event.newState === 'closed') { el.remove(); anchor.focus?.(); } });
-  (anchor.closest('dialog') || document.body).append(el);
+    entries.at(to).focus();
+  };
+  const toggled = ({ newState }) => { if (newState === 'closed') { el.remove(); anchor.focus(); } };
+  const el = h('div', { class: 'menu', role: 'menu', popover: 'auto', on: { keydown, toggle: toggled } }, entries);
+  (anchor.closest('dialog') ?? document.body).append(el);
   el.showPopover();
   const box = anchor.getBoundingClientRect(), own = el.getBoundingClientRect();
-  const below = box.bottom + 4 + own.height < innerHeight;
-  el.style.setProperty('left', `${Math.max(8, Math.min(box.right - own.width, innerWidth - own.width - 8))}px`);
-  el.style.setProperty('top', `${Math.max(8, below ? box.bottom + 4 : box.top - own.height - 4)}px`);
-  entries[0]?.focus();
-  return el;
+  const left = Math.min(box.right, innerWidth - 8) - own.width, isBelow = box.bottom + 4 + own.height < innerHeight;
+  el.style.setProperty('left', `${Math.max(8, left)}px`);
+  el.style.setProperty('top', `${Math.max(8, isBelow ? box.bottom + 4 : box.top - own.height - 4)}px`);
+  entries[0].focus();
 }
 
 // -- choices
 
 /** One of a few exclusive views; `el.set(value)` shows another without telling. */
 export function segmented(label, options, value, onchange) {
-  const parts = options.map(([one, words]) => h('button', { type: 'button', role: 'radio', 'data-value': one,
-    on: { click: () => choose(one) } }, words));
-  const el = h('div', { class: 'segmented', role: 'radiogroup', 'aria-label': label }, parts);
-  const show = (wanted) => parts.forEach((part, index) => {
-    const is = options[index][0] === wanted;
-    part.setAttribute('aria-checked', String(is));
-    part.tabIndex = is || (index === 0 && !options.some(([one]) => one === wanted)) ? 0 : -1;
-  });
-  const choose = (wanted) => { show(wanted); onchange(wanted); };
-  el.addEventListener('keydown', (event) => {
-    const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
-    if (!step) return;
-    event.preventDefault();
-    const next = (parts.indexOf(document.activeElement) + step + parts.length) % parts.length;
-    parts[next].focus();
-    choose(options[next][0]);
-  });
-  show(value);
-  el.set = show;
+  const name = nextId('one'), inputs = new Map(options.map(([one]) => [one, h('input', { type: 'radio', name,
+    on: { change: () => onchange(one) } })]));
+  const el = h('div', { class: 'segmented', role: 'radiogroup', 'aria-label': label },
+    options.map(([one, words]) => h('label', null, inputs.get(one), words)));
+  el.set = (wanted) => { for (const [one, input] of inputs) input.checked = one === wanted; };
+  el.set(value);
   return el;
 }
 
 /** Toggle buttons with counts; `el.patch(options, value)` follows new ones. */
 export function chips(label, options, value, onchange) {
   const el = h('div', { class: 'chips', role: 'group', 'aria-label': label });
-  el.patch = (now, chosen) => {
-    const focused = document.activeElement?.dataset?.chip;
-    fill(el, now.map(([one, words, count]) => h('button', { type: 'button', class: 'chip', 'data-chip': one,
-      'aria-pressed': String(one === chosen), on: { click: () => { el.patch(now, one); onchange(one); } } },
-    words, count !== undefined && count !== null && h('b', null, num(count)))));
-    if (focused !== undefined) [...el.children].find((one) => one.dataset.chip === focused)?.focus();
-  };
+  const make = ([one]) => h('button', { type: 'button', class: 'chip', on: { click: () => onchange(one) } });
+  el.patch = (now, chosen) => keyed(el, now, ([one]) => one, make, (chip, [one, words, count]) => {
+    chip.ariaPressed = String(one === chosen);
+    fill(chip, words, Number.isFinite(count) && h('b', null, num(count)));
+  });
   el.patch(options, value);
   return el;
 }
@@ -179,47 +146,38 @@ export function select(label, options, value, onchange) {
 }
 
 /** Label above, help and error below; `el.error(text)` says what is wrong, or nothing. */
-export function field(label, input, { help, error } = {}) {
-  const kinds = 'input,select,textarea', control = input.matches(kinds) ? input : input.querySelector(kinds);
-  if (control) control.id ||= nextId('in');
-  const wrong = h('p', { class: 'wrong', id: nextId('wrong'), hidden: true });
-  const note = help && h('p', { class: 'help', id: nextId('help') }, help);
-  const name = h(control ? 'label' : 'span', { for: control?.id, class: 'name' }, label);
-  const el = h('div', { class: 'field' }, name, input, note, wrong);
+export function field(label, input, { help } = {}) {
+  const kinds = 'input, select, textarea', control = input.matches(kinds) ? input : input.querySelector(kinds);
+  const id = control?.id || nextId('in'), wrong = h('p', { class: 'wrong', id: `${id}-wrong`, hidden: true });
+  if (control) control.id = id;
+  control?.setAttribute('aria-describedby', help ? `${id}-help ${id}-wrong` : `${id}-wrong`);
+  const el = h('div', { class: 'field' }, h(control ? 'label' : 'span', { for: control && id, class: 'name' }, label),
+    input, help && h('p', { class: 'help', id: `${id}-help` }, help), wrong);
   el.error = (words) => {
     fill(wrong, words && icon('warn'), words);
     wrong.hidden = !words;
     control?.setAttribute('aria-invalid', String(Boolean(words)));
   };
-  control?.setAttribute('aria-describedby', [note?.id, wrong.id].filter(Boolean).join(' '));
-  if (error) el.error(error);
   return el;
 }
 
 /** A switch; when `onchange(wanted)` rejects it goes back. */
 export function toggle(label, checked, onchange, help) {
-  const id = nextId('switch');
-  const show = (is) => el.setAttribute('aria-checked', String(is));
-  const flip = () => {
-    if (el.getAttribute('aria-disabled') === 'true') return;
-    const wanted = el.getAttribute('aria-checked') !== 'true';
-    show(wanted);
-    const done = onchange(wanted);
-    if (done instanceof Promise) busy(el, done).catch((error) => { show(!wanted); fail(error); });
-  };
-  const on = { click: flip };
-  const el = h('button', { type: 'button', role: 'switch', class: 'switch', 'aria-labelledby': id, on });
-  show(checked);
-  const words = h('div', null, h('span', { id, class: 'name', on }, label), help && h('p', { class: 'help' }, help));
-  return Object.assign(h('div', { class: 'toggle' }, el, words), { set: show, control: el });
+  const id = nextId('switch'), set = (is) => { control.checked = is; };
+  const click = (event) => { if (control.ariaDisabled === 'true') event.preventDefault(); };
+  const back = (error) => { set(!control.checked); fail(error); };
+  const change = () => busy(control, onchange(control.checked)).catch(back);
+  const control = h('input', { type: 'checkbox', role: 'switch', class: 'switch', id, checked, on: { click, change } });
+  const words = h('div', null, h('label', { class: 'name', for: id }, label), help && h('p', { class: 'help' }, help));
+  return Object.assign(h('div', { class: 'toggle' }, control, words), { set, control });
 }
 
 /** Links [[id, words, href]] of which one is current: `el.show(id)`. */
 export function tabs(label, links, kind) {
   const all = links.map(([id, words, href]) => h('a', { href, 'data-id': id }, words));
   return Object.assign(h('nav', { class: kind, 'aria-label': label }, all), { show: (id) => all.forEach((one) => {
-    one.toggleAttribute('aria-current', one.dataset.id === id);
-    if (one.dataset.id === id) one.scrollIntoView({ block: 'nearest', inline: 'center' });
+    one.ariaCurrent = one.dataset.id === id ? 'page' : null;
+    if (one.ariaCurrent) one.scrollIntoView({ block: 'nearest', inline: 'center' });
   }) });
 }
 
@@ -227,54 +185,48 @@ export function tabs(label, links, kind) {
 
 /** The clipboard, where there is one; else the old way; else the text is shown, selected. */
 export async function copy(value) {
-  try {
-    await navigator.clipboard.writeText(value);
-    return true;
-  } catch { /* no secure context, or refused: below */ }
+  const isDone = await navigator.clipboard?.writeText(value).then(() => true, () => false); // or no secure context
+  if (isDone) return true;
   const area = h('textarea', { class: 'vh', value, readonly: true, 'aria-hidden': 'true', tabindex: '-1' });
-  const home = document.querySelector('dialog[open]') || document.body, before = document.activeElement;
-  home.append(area);
+  const before = document.activeElement;
+  (document.querySelector('dialog[open]') ?? document.body).append(area);
   area.select();
-  const done = document.execCommand('copy');
+  const isCopied = document.execCommand('copy');
   area.remove();
-  before?.focus?.();
-  if (done) return true;
+  before.focus();
+  if (isCopied) return true;
   const shown = h('textarea', { value, readonly: true, rows: '4' });
   dialog({ title: t('ui.copyTitle'), body: field(t('ui.copyBy'), shown) });
   shown.select();
   return false;
 }
 
+/** `from`: the text, or a function that makes it. */
 export function copyButton(from, label = t('act.copy'), props = {}) {
   const el = button(label, { icon: 'copy', ...props, on: async () => {
     if (!(await copy(await (typeof from === 'function' ? from() : from)))) return;
-    const words = el.querySelector('.label');
-    el.classList.add('done');
+    const show = (is, words) => {
+      el.classList.toggle('done', is);
+      if (label) text(el.querySelector('.label'), words);
+    };
+    show(true, t('act.copied'));
     announce(t('act.copied'));
-    if (words) text(words, t('act.copied'));
-    setTimeout(() => { el.classList.remove('done'); if (words) text(words, label); }, 1600);
+    setTimeout(() => show(false, label), 1600);
   } });
   return el;
 }
 
 const WORDS = 'async|await|const|curl|export|for|from|if|import|in|model_provider|new|of|print|set';
-const MARKS = new RegExp(String.raw`("(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')|\b(?:${WORDS})\b`, 'g');
+const MARKS = new RegExp(String.raw`("(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')|\b(${WORDS})\b`);
 
-/** Strings and keywords are marked; `label` names the block and is its header. */
-export function codeBlock(source, { label = '', copyable = true } = {}) {
-  const code = h('code');
+/** Strings and keywords are marked; `label` names the block and is its header. `el.set(text)` shows another. */
+export function codeBlock(source, { label = '' } = {}) {
+  const code = h('code'), kinds = [null, 'str', 'kw'];
+  const mark = (part, i) => (i % 3 && part ? h('span', { class: kinds[i % 3] }, part) : part);
   const el = h('figure', { class: 'code' }, h('figcaption', null, h('span', null, label),
-    copyable && copyButton(() => code.textContent, t('act.copy'), { kind: 'ghost' })),
+    copyButton(() => code.textContent, t('act.copy'), { kind: 'ghost' })),
   h('pre', { tabindex: '0', role: 'group', 'aria-label': label || t('ui.code') }, code));
-  el.set = (words) => {
-    let last = 0;
-    code.replaceChildren();
-    for (const found of words.matchAll(MARKS)) {
-      code.append(words.slice(last, found.index), h('span', { class: found[1] ? 'str' : 'kw' }, found[0]));
-      last = found.index + found[0].length;
-    }
-    code.append(words.slice(last));
-  };
+  el.set = (words) => fill(code, words.split(MARKS).map(mark));
   el.set(source);
   return el;
 }
@@ -283,118 +235,99 @@ export function codeBlock(source, { label = '', copyable = true } = {}) {
 
 export function card({ title, note, actions, ...props }, ...children) {
   const id = nextId('card');
-  return h('section', { ...props, class: `card ${props.class || ''}`, 'aria-labelledby': title ? id : null },
+  return h('section', { ...props, class: `card ${props.class ?? ''}`, 'aria-labelledby': title && id },
     title && h('header', null, h('h2', { id }, title), note && h('span', { class: 'note' }, note),
       actions && h('div', { class: 'actions' }, actions)), h('div', { class: 'content' }, children));
 }
 
-/** Status -> [colour, icon, string]. */
+/** Status -> [colour, icon]; its words are st.<status>. */
 const STATES = {
-  ready: ['ok', 'check', 'st.ready'], low: ['warn', 'warn', 'st.low'], empty: ['warn', 'warn', 'st.empty'],
-  unknown: ['idle', 'clock', 'st.unknown'], login_rejected: ['bad', 'cross', 'st.login'],
-  auth_error: ['bad', 'cross', 'st.autherr'], expired: ['bad', 'cross', 'st.expired'],
-  excluded: ['idle', 'pause', 'st.excluded'],
+  ready: ['ok', 'check'], low: ['warn', 'warn'], empty: ['warn', 'warn'], unknown: ['idle', 'clock'],
+  login_rejected: ['bad', 'cross'], auth_error: ['bad', 'cross'], expired: ['bad', 'cross'],
+  excluded: ['idle', 'pause'],
 };
 
-export function statusText(account) {
-  const key = STATES[account.status]?.[2] || 'st.unknown', back = account.statusParams?.until;
-  return key === 'st.empty' && !back ? t('st.emptyNow') : t(key, { t: back ? at(back) : '' });
-}
+/** A word with its colour and icon. */
+export const badge = ([colour, shape], words, title) => (
+  h('span', { class: `pill ${colour}`, title }, icon(shape), words));
 
-export function pill(account) {
-  const [colour, shape] = STATES[account.status] || STATES.unknown;
-  const back = account.statusParams?.until;
-  return h('span', { class: `pill ${colour}`, title: back ? exact(back) : null }, icon(shape), statusText(account));
+export function pill({ status, statusParams }) {
+  const back = statusParams?.until, key = status === 'empty' && !back ? 'st.emptyNow' : `st.${status}`;
+  return badge(STATES[status], t(key, { t: back && at(back) }), back && exact(back));
 }
 
 export const tag = (plan) => plan && h('span', { class: 'tag' }, known(`plan.${plan}`) ? t(`plan.${plan}`) : plan);
 
-export function windowName({ key, minutes }) {
-  if (known(`quota.${key}`)) return t(`quota.${key}`);
+export function windowName({ key: name, minutes }) {
+  if (known(`quota.${name}`)) return t(`quota.${name}`);
   if (!minutes) return t('quota.any');
   if (minutes === 300) return t('quota.5h');
   if (minutes === 10080) return t('quota.week');
-  const [unit, length] = minutes >= 1440 ? ['quota.days', 1440] : ['quota.hours', 60];
-  return plural(unit, Math.round(minutes / length));
+  const [key, length] = minutes >= 1440 ? ['quota.days', 1440] : ['quota.hours', 60];
+  return plural(key, Math.round(minutes / length));
 }
 
 /** [colour, icon, words] of how a window is doing. */
-function verdict(quota, trusted) {
-  const left = quota.remainingPercent, { verdict: said, emptyAt } = quota.pace || {};
-  const colour = left <= 5 ? 'bad' : left <= 25 || said === 'fast' ? 'warn' : 'ok';
+function verdict({ remainingPercent: left, pace = {} }, trusted) {
+  const isEmpty = left <= 0 || pace.verdict === 'empty', isFast = pace.verdict === 'fast';
+  const colour = left <= 5 ? 'bad' : left <= 25 || isFast ? 'warn' : 'ok';
   if (!trusted) return ['idle', 'clock', ''];
-  if (left <= 0 || said === 'empty') return ['bad', 'warn', t('quota.empty')];
-  if (said === 'fast') return [colour, 'warn', emptyAt ? t('quota.fast', { t: at(emptyAt) }) : t('quota.fastNow')];
-  return [colour, 'check', said === 'ok' ? t('quota.onPace') : ''];
+  if (isEmpty) return ['bad', 'warn', t('quota.empty')];
+  if (isFast) return [colour, 'warn', pace.emptyAt ? t('quota.fast', { t: at(pace.emptyAt) }) : t('quota.fastNow')];
+  return [colour, 'check', pace.verdict === 'ok' ? t('quota.onPace') : ''];
 }
 
 /** What is left of one window, and (the tick) how much of its time is still to go. `at`: when it was read. */
-export function meter(quota, options = {}) {
+export function meter(quota, options) {
   const name = h('span', { class: 'name' }), left = h('b'), pace = h('span', { class: 'pace' }), reset = h('span');
   const track = h('div', { class: 'track', role: 'meter', 'aria-valuemin': 0, 'aria-valuemax': 100 }, h('i'), h('s'));
   const el = h('div', null, h('div', { class: 'over' }, name, left), track, h('div', { class: 'under' }, pace, reset));
-  el.patch = (now, { big, trusted = true, at: read } = {}) => {
-    const value = now?.remainingPercent, has = typeof value === 'number';
+  el.patch = (given, { big, trusted = true, at: read } = {}) => {
+    const now = given ?? {}, value = now.remainingPercent, has = Number.isFinite(value), resets = now.resetsAt;
     const [colour, shape, words] = has ? verdict(now, trusted) : ['none', 'clock', ''];
-    const tick = trusted && has ? now.pace?.timeLeftPercent : null;
-    el.className = `meter ${colour} ${big ? 'big' : ''}`;
-    text(name, windowName(now || {}));
-    text(left, has ? t('quota.left', { p: value }) : t('quota.none'));
-    fill(pace, words && [icon(shape), words]);
-    track.style.setProperty('--v', `${has ? value : 0}%`);
-    track.style.setProperty('--t', `${tick ?? 0}%`);
-    track.classList.toggle('ticked', typeof tick === 'number' && tick > 0 && tick < 100);
+    const tick = (trusted && has && now.pace?.timeLeftPercent) || 0;
     const say = () => {
       if (!trusted) return read ? t('quota.stale', { ago: ago(read) }) : t('quota.staleNow');
-      if (!has) return t('quota.unknown');
-      if (!now.resetsAt) return t('quota.idle');
-      const d = wait(now.resetsAt - Date.now());
-      return big ? t('quota.resetsAt', { t: at(now.resetsAt), d }) : t('quota.resetsIn', { d });
+      if (!has || !resets) return t(has ? 'quota.idle' : 'quota.unknown');
+      const d = wait(resets - Date.now());
+      return big ? t('quota.resetsAt', { t: at(resets), d }) : t('quota.resetsIn', { d });
     };
-    ticking(reset, now?.resetsAt || 0, say);
-    reset.title = now?.resetsAt ? exact(now.resetsAt) : '';
+    el.className = `meter ${colour} ${big ? 'big' : ''}`;
+    text(name, windowName(now));
+    text(left, has ? t('quota.left', { p: value }) : t('quota.none'));
+    fill(pace, words && [icon(shape), words]);
+    ticking(reset, resets ?? 0, say);
+    reset.title = resets ? exact(resets) : '';
+    track.style.setProperty('--v', `${value ?? 0}%`);
+    track.style.setProperty('--t', `${tick}%`);
+    track.classList.toggle('ticked', tick > 0 && tick < 100);
     track.setAttribute('aria-label', name.textContent);
-    track.setAttribute('aria-valuenow', String(has ? value : 0));
+    track.setAttribute('aria-valuenow', value ?? 0);
     track.setAttribute('aria-valuetext', [left.textContent, say(), words].filter(Boolean).join(', '));
   };
   el.patch(quota, options);
   return el;
 }
 
-export function progress(done, total, label) {
-  const bar = h('div', { class: 'progress', role: 'progressbar', 'aria-label': label || t('ui.progress') }, h('i'));
-  bar.patch = (now, all) => {
-    bar.classList.toggle('unknown', !all);
-    bar.style.setProperty('--v', `${all ? Math.min(100, (now / all) * 100) : 0}%`);
-    if (!all) return;
-    for (const [name, value] of [['min', 0], ['max', all], ['now', now]]) bar.setAttribute(`aria-value${name}`, value);
-  };
-  bar.patch(done, total);
-  return bar;
-}
-
 /** A job as one line: how far it is, what is left, Cancel. `el.patch(job)`. */
 export function jobLine(job) {
-  const words = h('span', { class: 'name' }), rest = h('span', { class: 'note' }), bar = progress(job.done, job.total);
+  const words = h('span', { class: 'name' }), rest = h('span', { class: 'note' }), bar = h('progress');
   const cancel = button(t('act.cancel'), { kind: 'ghost', on: () => send('DELETE', `/jobs/${job.id}`) });
   const el = h('div', { class: 'jobline' }, icon('refresh'), words, bar, rest, cancel);
-  el.patch = (now) => {
-    const name = t(`job.${now.kind}`), runs = ['queued', 'running'].includes(now.state);
-    text(words, now.total ? t('job.line', { name, n: num(now.done), m: num(now.total) }) : name);
+  el.patch = ({ kind, done, total, failed, etaMs, cancellable }) => {
+    const name = t(`job.${kind}`), soon = etaMs && done * 10 >= total ? t('job.eta', { d: duration(etaMs) }) : '';
+    text(words, total ? t('job.line', { name, n: num(done), m: num(total) }) : name);
+    text(rest, [soon, failed ? plural('job.failed', failed) : ''].filter(Boolean).join(' · '));
     bar.setAttribute('aria-label', name);
-    bar.patch(now.done, now.total);
-    const soon = now.etaMs && now.done * 10 >= now.total ? t('job.eta', { d: duration(now.etaMs) }) : '';
-    text(rest, [soon, now.failed ? plural('job.failed', now.failed) : ''].filter(Boolean).join(' · '));
-    cancel.hidden = !runs || now.cancellable === false;
+    if (total) Object.assign(bar, { max: total, value: done });
+    cancel.hidden = cancellable === false;
   };
   el.patch(job);
   return el;
 }
 
-export function empty(shape, words, ...actions) {
-  const row = actions.length > 0 && h('div', { class: 'row' }, actions);
-  return h('div', { class: 'empty' }, icon(shape), h('p', null, words), row);
-}
+export const empty = (shape, words, ...actions) => h('div', { class: 'empty' }, icon(shape), h('p', null, words),
+  actions.length > 0 && h('div', { class: 'row' }, actions));
 
 export function errorPanel(error, retry) {
   const detail = [wording(error) === error.message ? '' : error.message, error.requestId].filter(Boolean).join(' · ');
@@ -453,5 +386,7 @@ export function setTheme(wanted) {
   setPref('theme', wanted);
   document.documentElement.dataset.theme = wanted;
 }
-const darkest = matchMedia('(prefers-color-scheme: dark)');
-export const flipTheme = () => setTheme((theme() === 'system' ? darkest.matches : theme() === 'dark') ? 'light' : 'dark');
+export function flipTheme() {
+  const isDark = theme() === 'system' ? matchMedia('(prefers-color-scheme: dark)').matches : theme() === 'dark';
+  setTheme(isDark ? 'light' : 'dark');
+}

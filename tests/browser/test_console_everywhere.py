@@ -111,7 +111,7 @@ def sentences(page: Any) -> list[str]:
 
 def outlines(page: Any) -> list[str]:
     """40: in forced colours what is pressed, chosen or current has an outline of its own."""
-    chosen = "[aria-pressed=true], [aria-current], [role=radio][aria-checked=true]"
+    chosen = "[aria-pressed=true], [aria-current], .segmented label:has(:checked)"
     found: list[str] = page.evaluate(
         """(chosen) => [...document.querySelectorAll(chosen)]
             .filter((one) => one.checkVisibility() && getComputedStyle(one).outlineStyle === 'none')
