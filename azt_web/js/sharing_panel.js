@@ -44,12 +44,13 @@ export function sharingPanel(server, reload) {
   }
 
   async function newKey() {
-    const named = field(t('share.keyName'), h('input', { type: 'text', maxlength: '64', autocomplete: 'off' }));
+    const input = h('input', { type: 'text', maxlength: '64', autocomplete: 'off' });
+    const named = field(t('share.keyName'), input), title = t('share.newKey');
     const body = [h('p', null, t(keys.length ? 'share.newKeyText' : 'share.firstKeyText')), named];
-    while (await confirm({ title: t('share.newKey'), action: t('share.newKey'), body })) {
+    while (await confirm({ title, action: title, body })) {
       try {
-        const { item, key } = await send('POST', '/keys', { name: named.querySelector('input').value.trim() });
-        once(t('share.keyMade', { name: item.name }), key, share.addresses[0]?.baseUrl || get('gateway').baseUrl);
+        const { item: { name }, key } = await send('POST', '/keys', { name: input.value.trim() });
+        once(t('share.keyMade', { name }), key, share.addresses[0]?.baseUrl || get('gateway').baseUrl);
         return load();
       } catch (error) {
         if (error.params?.field !== 'name') throw error;

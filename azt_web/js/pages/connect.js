@@ -7,14 +7,10 @@ import { known, pref, setPref, t } from '../i18n.js';
 import { current, hash, setQuery } from '../router.js';
 import { CLIENTS, atHost, clientSeen, snippets } from '../snippets.js';
 import { get, isLocal, on } from '../store.js';
-import { bullets, button, card, codeBlock, copyButton, details, loader, note, row, segmented, select,
-  tabs } from '../ui.js';
+import * as ui from '../ui.js';
 
-/** What is offered, in the words con.ep.<name>; what is not. */
-const ENDPOINTS = { responses: 'POST /v1/responses', chat: 'POST /v1/chat/completions', models: 'GET /v1/models',
-  images: 'POST /v1/images/generations', edits: 'POST /v1/images/edits', count: 'POST /v1/responses/input_tokens',
-  codex: '* /codex/v1' };
-const ABSENT = ['embeddings', 'files', 'audio', 'assistants', 'completions'];
+const { bullets, card, note, row } = ui;
+
 const OWN_CLIENTS = ['console', 'azt', 'Playground'];
 
 let key = 'local'; // what was typed stays while this page is open, and nowhere else
@@ -32,7 +28,7 @@ function places({ addresses }) {
 
 const copyLine = (label, shown, from, words) => h('div', { class: 'copyline' }, h('span', { class: 'name' }, label),
   shown, words && note(words),
-  copyButton(from, '', { kind: 'ghost square', 'aria-label': `${t('act.copy')}: ${label}` }));
+  ui.copyButton(from, '', { kind: 'ghost square', 'aria-label': `${t('act.copy')}: ${label}` }));
 
 /** Waits for a call of this client, and tells how it went. */
 function checker({ id, seen }) {
@@ -51,40 +47,38 @@ function checker({ id, seen }) {
     stop = on('request', told);
     fill(said, h('span', { class: 'spin' }), t('con.checkWait', { client: named(id) }));
   };
-  return h('div', { class: 'row check' }, button(t('con.check'), { icon: 'refresh', on: start }), said);
+  return h('div', { class: 'row check' }, ui.button(t('con.check'), { icon: 'refresh', on: start }), said);
 }
 
-const endpoints = () => card({ title: t('con.endpoints') }, h('dl', { class: 'endpoints' }, Object.entries(ENDPOINTS)
-  .map(([name, path]) => h('div', null, h('dt', null, h('code', null, path)), h('dd', null, t(`con.ep.${name}`))))),
-details(t('con.absent'), bullets(ABSENT.map((name) => t(`con.no.${name}`)))));
+const listed = (key) => bullets(t(key).split('|'));
 
 export const page = {
   title: 'nav.connect',
   mount(root) {
-    const links = tabs(t('ov.client'), CLIENTS.map(({ id }) => [id, named(id), hash('connect', [id])]), 'clients');
+    const links = ui.tabs(t('ov.client'), CLIENTS.map(({ id }) => [id, named(id), hash('connect', [id])]), 'clients');
     const place = h('div', { class: 'stack' });
     let share = null, models = [], codex = null, shown = '';
 
     function build(client, wanted) {
       const { id } = client, isCodex = id === 'codex', all = places(share), blocks = h('div', { class: 'stack' });
       const [at, url] = all.find(([name]) => name === wanted) || all[0], base = `${url}${isCodex ? '/codex' : ''}/v1`;
-      const where = segmented(t('con.at'), all.map(([name]) => [name, known(`con.at.${name}`) ? t(`con.at.${name}`)
+      const where = ui.segmented(t('con.at'), all.map(([name]) => [name, known(`con.at.${name}`) ? t(`con.at.${name}`)
         : name]), at, (name) => setQuery({ at: name === 'here' ? null : name }));
-      const model = select(t('ov.model'), models.map((one) => [one.id, one.id]), get('defaultModel'), () => code());
+      const model = ui.select(t('ov.model'), models.map((one) => [one.id, one.id]), get('defaultModel'), () => code());
       const input = h('input', { type: 'text', value: key, 'aria-label': t('ov.key'), autocomplete: 'off',
         spellcheck: 'false', on: { input: () => { key = input.value; code(); } } });
       const code = () => fill(blocks, snippets(id, { base, codexBase: base, key: key || 'local',
-        model: model.input.value }).map((one) => codeBlock(one.text, one)));
+        model: model.input.value }).map((one) => ui.codeBlock(one.text, one)));
       code();
       const steps = h('ol', { class: 'numbered' }, t(`con.steps.${id}`).split('|').map((one) => h('li', null, one)));
-      const closed = isLocal() && !share.lanApi && h('a', { class: 'note', href: '#/settings/sharing' },
-        t('con.closed'));
+      const closed = h('a', { class: 'note', href: '#/settings/sharing' }, t('con.closed'));
       if (isCodex) codex ||= codexPanel();
       fill(place, isCodex && codex.el, card({ title: isCodex ? t('cdx.byHand') : named(id) },
-        row(note(t('con.at')), where, closed), h('div', { class: 'copylines' },
+        row(note(t('con.at')), where, isLocal() && !share.lanApi && closed), h('div', { class: 'copylines' },
           copyLine(t('shell.base'), h('code', null, base), base),
           copyLine(t('ov.key'), input, () => key, t(get('gateway').keys ? 'con.needKey' : 'con.anyKey')),
-          copyLine(t('ov.model'), model, () => model.input.value)), blocks, steps, checker(client)), endpoints());
+          copyLine(t('ov.model'), model, () => model.input.value)), blocks, steps, checker(client)),
+      card({ title: t('con.endpoints') }, listed('con.offered'), ui.details(t('con.absent'), listed('con.notOffered'))));
     }
 
     function update({ parts, query }) {
@@ -98,8 +92,8 @@ export const page = {
       build(client, query.at);
     }
     fill(root, h('div', { class: 'connect-page' }, links, place));
-    loader(place, () => Promise.all([fetchJson('/share'), fetchJson('/models')]), ([found, { items }]) => {
-      [share, models] = [found, items];
+    ui.loader(place, () => Promise.all([fetchJson('/share'), fetchJson('/models')]), (found) => {
+      [share, { items: models }] = found;
       update(current());
     });
     return { update, primary: null, unmount: () => { stop(); codex?.unmount(); } };

@@ -16,20 +16,17 @@ const FIELDS = {
   general: ['defaultModel', 'ui.maskEmails'],
   routing: ['autoSwitch.enabled', 'autoSwitch.beforePercent', 'autoSwitch.order', 'autoSwitch.excludedIds',
     'quota.everyMinutes', 'quota.concurrency'],
-  codex: [],
-  images: ['image.freeAccountWebGenerationEnabled', 'image.orchestratorModel'],
+  codex: [], images: ['image.freeAccountWebGenerationEnabled', 'image.orchestratorModel'],
   network: ['networkProxy.enabled', 'networkProxy.url', 'networkProxy.noProxy', 'limits.bodyMb'],
   sharing: ['server.host', 'server.port', 'server.tokenOnLoopback', 'apiKeys.loopbackExempt', 'server.allowedHosts',
     'server.corsOrigins'],
-  data: ['log.keepRows', 'log.keepDays', 'usage.keepDays', 'usage.keepMb', 'log.level'],
-  about: [],
+  data: ['log.keepRows', 'log.keepDays', 'usage.keepDays', 'usage.keepMb', 'log.level'], about: [],
 };
 const CHOICES = { 'ui.maskEmails': ['never', 'lan', 'always'], 'log.level': ['debug', 'info', 'warning', 'error'],
   'autoSwitch.order': ['most_left', 'soonest_reset', 'priority'], theme: ['system', 'light', 'dark'],
   language: ['en', 'zh-CN'], zone: ['browser', 'gateway', 'UTC', 'Asia/Shanghai', 'Europe/Berlin', 'America/New_York',
     'America/Los_Angeles'] };
-const LOCAL = /^(server|apiKeys|networkProxy)\./;
-const STEPS = ['dns', 'connect', 'tls', 'http'];
+const LOCAL = /^(server|apiKeys|networkProxy)\./, STEPS = ['dns', 'connect', 'tls', 'http'];
 const READ = { number: Number, string: (typed) => typed.trim(), object: (typed) => typed.split(/\s+/).filter(Boolean) };
 
 let saved = null;
@@ -39,7 +36,7 @@ const dig = (key) => key.split('.').reduce((branch, name) => branch[name], saved
 const same = (a, b) => JSON.stringify(a) === JSON.stringify(b);
 const changed = (section) => FIELDS[section].filter((key) => key in draft);
 const drop = (keys) => keys.forEach((key) => { delete draft[key]; });
-const headed = (heads) => heads.map((one) => t(`set.${one}`));
+const named = (keys) => keys.map((key) => t(`set.${key}`));
 
 /** Send these drafts. What was changed elsewhere meanwhile is shown beside the own values first. */
 async function save(keys) {
@@ -54,7 +51,7 @@ async function save(keys) {
   saved = await fetchJson('/settings');
   const both = keys.filter((key, i) => !same(dig(key), before[i]));
   const rows = both.map((key) => [t(`set.${key}`), String(dig(key)), String(draft[key])]);
-  const body = [h('p', null, t('set.staleBody')), table(rows, headed(['staleWhat', 'staleTheirs', 'staleYours']))];
+  const body = [h('p', null, t('set.staleBody')), table(rows, named(['staleWhat', 'staleTheirs', 'staleYours']))];
   if (both.length && !await confirm({ title: t('set.staleTitle'), action: t('set.staleMine'), body })) drop(both);
   const rest = keys.filter((key) => key in draft);
   return rest.length && save(rest);
@@ -102,15 +99,14 @@ function network() {
   const line = ({ target, ok, status, error, ...took }) => [target, ...STEPS.map((step) => duration(took[step])),
     h('span', { class: ok ? 'good' : 'wrong' }, icon(ok ? 'check' : 'cross'), status || error || t('res.failed'))];
   const start = button(t('set.testNetwork'), { icon: 'refresh', on: async () => {
-    const typed = Object.keys(draft).filter((key) => key.startsWith('networkProxy.'));
-    const networkProxy = Object.fromEntries(typed.map((key) => [key.split('.')[1], draft[key]]));
-    let { job } = await send('POST', '/network/test', { networkProxy });
+    const typed = changed('network').filter((key) => LOCAL.test(key)).map((key) => [key.split('.')[1], draft[key]]);
+    let { job } = await send('POST', '/network/test', { networkProxy: Object.fromEntries(typed) });
     while (['queued', 'running'].includes(job.state)) {
       await new Promise((go) => { const off = on('jobs', () => { off(); go(); }); setTimeout(go, 1000); });
       job = await fetchJson(`/jobs/${job.id}`);
     }
     const { steps, via } = job.result, heads = ['target', ...STEPS, 'status'].map((one) => `test.${one}`);
-    fill(place, note(t(via === 'proxy' ? 'set.viaProxy' : 'set.viaDirect')), table(steps.map(line), headed(heads)));
+    fill(place, note(t(via === 'proxy' ? 'set.viaProxy' : 'set.viaDirect')), table(steps.map(line), named(heads)));
   } });
   if (current().query.test) {
     replace(hash('settings', ['network']));
@@ -159,30 +155,22 @@ export const page = {
     const tabs = ui.tabs(t('nav.settings'), links, 'tabs'), place = h('div', { class: 'stack' }), due = h('div');
     const words = h('p'), bar = h('div', { class: 'dirty', role: 'status' }, words,
       button(t('act.discard'), { on: () => { drop(changed(section)); build(); } }),
-      button(t('act.save'), { kind: 'primary', on: store }));
+      button(t('act.save'), { kind: 'primary', on: () => store() }));
 
-    const touch = () => {
-      bar.hidden = !changed(section).length;
-      text(words, t('set.unsaved', { section: t(`section.${section}`) }));
-    };
-
-    async function store() {
-      try {
-        await save(changed(section));
-        build();
-      } catch (error) {
-        const where = place.querySelector(`[data-key="${CSS.escape(error.params?.field || '')}"]`);
-        if (!where?.error) throw error;
-        where.error(error.params.reason || error.message);
-      }
-    }
+    const touch = () => { bar.hidden = !changed(section).length; };
+    const store = () => save(changed(section)).then(build, (error) => {
+      const where = place.querySelector(`[data-key="${CSS.escape(error.params?.field || '')}"]`);
+      if (!where?.error) throw error;
+      where.error(error.params.reason || error.message);
+    });
 
     function build() {
       part?.unmount?.();
       part = { codex: codexPanel, sharing: () => sharingPanel(saved.values.server, load) }[section]?.();
       fill(place, part?.el, section !== 'codex' && ui.card({ title: t(part ? 'set.listen' : `section.${section}`),
         class: 'form' }, FIELDS[section].map((one) => control(one, touch)), MORE[section]?.()));
-      const what = saved.restartNeeded.map((key) => t(`set.${key}`)).join(', ');
+      text(words, t('set.unsaved', { section: t(`section.${section}`) }));
+      const what = named(saved.restartNeeded).join(', ');
       fill(due, what && warning(t('set.restartNeeded', { what }), 'warn', restartButton()));
       touch();
     }

@@ -22,7 +22,8 @@ function tokenForm(done, pairs) {
     input.type = input.type === 'password' ? 'text' : 'password';
     show.setAttribute('aria-pressed', String(input.type === 'text'));
   } });
-  const named = field(t(pairs ? 'signin.either' : 'signin.token'), h('div', { class: 'row' }, input, show), { help: t('signin.where') });
+  const help = t('signin.where'), label = t(pairs ? 'signin.either' : 'signin.token');
+  const named = field(label, h('div', { class: 'row' }, input, show), { help });
   const go = button(t('signin.go'), { kind: 'primary', type: 'submit' });
   const submit = async (event) => {
     event.preventDefault();
