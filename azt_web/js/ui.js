@@ -240,6 +240,28 @@ export function card({ title, note, actions, ...props }, ...children) {
       actions && h('div', { class: 'actions' }, actions)), h('div', { class: 'content' }, children));
 }
 
+/** One field and its button. What `run(value)` throws is told below the field, which keeps its value. */
+export function fieldForm(label, content, action, run, { help, kind } = {}) {
+  const submit = async (event) => {
+    event.preventDefault();
+    named.error('');
+    try {
+      await busy(go, run(input.value.trim()));
+      input.value = '';
+    } catch (error) {
+      named.error(wording(error));
+      input.focus();
+    }
+  };
+  const named = field(label, content, { help }), go = button(action, { kind, type: 'submit' });
+  const el = h('form', { on: { submit } }, named, h('div', { class: 'row' }, go)), input = el.querySelector('input');
+  return el;
+}
+
+/** One number, with its name above and a note below; the full number is its title. */
+export const figure = (name, value, words, title, ...more) => h('div', { class: 'card figure' },
+  h('span', { class: 'name' }, name), h('b', { title }, value), h('span', { class: 'note' }, words), more);
+
 /** Status -> [colour, icon]; its words are st.<status>. */
 const STATES = {
   ready: ['ok', 'check'], low: ['warn', 'warn'], empty: ['warn', 'warn'], unknown: ['idle', 'clock'],
@@ -255,6 +277,13 @@ export function pill({ status, statusParams }) {
   const back = statusParams?.until, key = status === 'empty' && !back ? 'st.emptyNow' : `st.${status}`;
   return badge(STATES[status], t(key, { t: back && at(back) }), back && exact(back));
 }
+
+/** Only the person can help: its sign-in was rejected, or is over. */
+export const isRejected = ({ status }) => STATES[status]?.[0] === 'bad';
+export const windows = (account) => account.quota?.windows ?? [];
+/** The least that is left, and the soonest reset: Infinity when unknown. */
+export const leftOf = (account) => Math.min(...windows(account).map((one) => one.remainingPercent));
+export const resetOf = (account) => Math.min(...windows(account).map((one) => one.resetsAt || Infinity));
 
 export const tag = (plan) => plan && h('span', { class: 'tag' }, known(`plan.${plan}`) ? t(`plan.${plan}`) : plan);
 
@@ -309,6 +338,25 @@ export function meter(quota, options) {
   return el;
 }
 
+/** `host` has a meter for each of these windows of an account; survivors are patched. */
+export function meters(host, shown, account, how = {}) {
+  const { quota } = account;
+  const all = { trusted: quota?.trusted !== false && !isRejected(account), at: quota?.capturedAt, ...how };
+  keyed(host, shown, (one) => one.key, (one) => meter(one, all), (el, one) => el.patch(one, all));
+}
+
+/** The windows that are shown folded: `el.patch(windows, account)`. */
+export function moreMeters() {
+  const inner = h('div', { class: 'grid' }), count = h('span'), folded = details(count, inner);
+  folded.className = 'extra';
+  folded.patch = (extra, account) => {
+    folded.hidden = !extra.length;
+    text(count, plural('quota.more', extra.length));
+    meters(inner, extra, account);
+  };
+  return folded;
+}
+
 /** A job as one line: how far it is, what is left, Cancel. `el.patch(job)`. */
 export function jobLine(job) {
   const words = h('span', { class: 'name' }), rest = h('span', { class: 'note' }), bar = h('progress');
@@ -345,8 +393,12 @@ export const details = (summary, ...children) => h('details', null, h('summary',
 export const row = (...children) => h('div', { class: 'row' }, children);
 export const note = (...words) => h('p', { class: 'note' }, words);
 export const bullets = (items) => h('ul', { class: 'bullets' }, items.map((one) => h('li', null, one)));
-export const warning = (words, shape = 'warn', ...more) => h('div', { class: 'notice warn' }, icon(shape),
-  h('p', null, words), more);
+export const good = (words) => h('p', { class: 'good', role: 'status' }, icon('check'), words);
+
+/** A banner; `words` may be an element with more in it. */
+export const notice = (kind, shape, words, ...more) => h('div', { class: `notice ${kind}` }, icon(shape),
+  words instanceof Node ? words : h('p', null, words), more);
+export const warning = (words, shape = 'warn', ...more) => notice('warn', shape, words, ...more);
 
 /** Pairs of a term and what is told of it. */
 export const facts = (pairs) => h('dl', { class: 'facts' }, pairs.map(([term, ...told]) => [h('dt', null, term),

@@ -5,7 +5,7 @@ import { t } from '../i18n.js';
 import { refetch, retryNow } from '../live.js';
 import { remount, replace } from '../router.js';
 import { get, set } from '../store.js';
-import { button, dialog, field, wording } from '../ui.js';
+import { button, dialog, fieldForm, note, row, wording } from '../ui.js';
 
 /** Sign in with {token} or {code}; then everything is known anew. */
 async function enter(what) {
@@ -20,58 +20,39 @@ function tokenForm(done, pairs) {
   const input = h('input', { type: 'password', autocomplete: 'current-password', name: 'token', required: true });
   const show = button(t('signin.show'), { kind: 'ghost', 'aria-pressed': 'false', on: () => {
     input.type = input.type === 'password' ? 'text' : 'password';
-    show.setAttribute('aria-pressed', String(input.type === 'text'));
+    show.ariaPressed = String(input.type === 'text');
   } });
-  const help = t('signin.where'), label = t(pairs ? 'signin.either' : 'signin.token');
-  const named = field(label, h('div', { class: 'row' }, input, show), { help });
-  const go = button(t('signin.go'), { kind: 'primary', type: 'submit' });
-  const submit = async (event) => {
-    event.preventDefault();
-    try {
-      await enter({ token: input.value.trim(), code: pairs ? input.value : '' });
-      input.value = '';
-      await done();
-    } catch (error) {
-      named.error(wording(error));
-      input.focus();
-    }
-  };
-  return h('form', { on: { submit } }, named, h('div', { class: 'row' }, go));
+  return fieldForm(t(pairs ? 'signin.either' : 'signin.token'), row(input, show), t('signin.go'),
+    (token) => enter({ token, code: pairs ? token : '' }).then(done), { help: t('signin.where'), kind: 'primary' });
 }
 
 /** A thing that needs proof of who asks: the token now, or `azt open`. True when it was given. */
-export function askProof() {
-  return new Promise((resolve) => {
-    let proven = false;
-    const form = tokenForm(() => { proven = true; made.close(); });
-    const how = h('p', null, t('proof.open'), ' ', h('code', null, 'azt open'));
-    const made = dialog({ title: t('proof.title'), body: [h('p', null, t('proof.text')), how, form],
-      onclose: () => resolve(proven) });
-    form.querySelector('input').focus();
-  });
+export const askProof = () => new Promise((resolve) => {
+  const form = tokenForm(() => { resolve(true); made.close(); }), onclose = () => resolve(false);
+  const how = h('p', null, t('proof.open'), ' ', h('code', null, 'azt open'));
+  const made = dialog({ title: t('proof.title'), body: [h('p', null, t('proof.text')), how, form], onclose });
+  form.querySelector('input').focus();
+});
+
+function mount(root, { route }) {
+  const code = ['pair', 'open'].includes(route.page) && route.parts[0], box = h('div', { class: 'content' });
+  const { lan, scope } = get('session');
+  const inside = () => {
+    replace(/^#\/(?!signin|pair|open)/.test(route.query.to) ? route.query.to : '#/overview');
+    remount();
+  };
+  const ask = (words) => fill(box, h('h2', null, t('signin.heading')), h('p', null, t('signin.text')),
+    words && h('p', { class: 'wrong', role: 'alert' }, icon('warn'), words), tokenForm(inside, true),
+    note(t('signin.pair')));
+  fill(root, h('section', { class: 'card signin' }, box));
+  if (code) {
+    history.replaceState(null, '', '#/signin'); // single use, and not for the history
+    fill(box, h('p', { role: 'status' }, t('signin.checking')));
+    enter({ code }).then(inside, (error) => ask(wording(error)));
+  } else if (scope === 'lan' && lan?.consoleOn === false) {
+    fill(box, h('h2', null, t('lan.closed')), h('p', null, t('lan.closedText')));
+  } else ask('');
+  return { primary: null };
 }
 
-export const page = {
-  title: 'signin.title',
-  mount(root, { route }) {
-    const code = ['pair', 'open'].includes(route.page) ? route.parts[0] : '';
-    if (code) history.replaceState(null, '', '#/signin'); // single use, and not for the history
-    const inside = () => {
-      const { to } = route.query;
-      replace(/^#\/(?!signin|pair|open)/.test(to || '') ? to : '#/overview');
-      remount();
-    };
-    const { lan, scope } = get('session'), box = h('div', { class: 'content' });
-    const ask = (words) => fill(box, h('h2', null, t('signin.heading')), h('p', null, t('signin.text')),
-      words && h('p', { class: 'wrong', role: 'alert' }, icon('warn'), words), tokenForm(inside, true),
-      h('p', { class: 'note' }, t('signin.pair')));
-    fill(root, h('section', { class: 'card signin' }, box));
-    if (code) {
-      fill(box, h('p', { role: 'status' }, t('signin.checking')));
-      enter({ code }).then(inside, (error) => ask(wording(error)));
-    } else if (scope === 'lan' && lan?.consoleOn === false) {
-      fill(box, h('h2', null, t('lan.closed')), h('p', null, t('lan.closedText')));
-    } else ask('');
-    return { primary: null };
-  },
-};
+export const page = { title: 'signin.title', mount };
