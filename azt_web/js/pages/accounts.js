@@ -228,8 +228,11 @@ function jobView({ id, failures }) {
     ui.button(t('acc.retryFailed'), { on: retry }), ui.iconButton('close', t('act.close'), close));
 }
 
-const goneView = (one) => ui.notice('', 'trash', h('p', null, plural('acc.gone', one.count ?? 1,
-  { name: one.label ?? '' }), ' ', timeEl(one.expiresAt, 'until')), ui.button(t('act.undo'), { icon: 'undo', on: () => restore(one) }));
+function goneView(one) {
+  const words = plural('acc.gone', one.count ?? 1, { name: one.label ?? '' });
+  return ui.notice('', 'trash', h('p', null, words, ' ', timeEl(one.expiresAt, 'until')),
+    ui.button(t('act.undo'), { icon: 'undo', on: () => restore(one) }));
+}
 
 function mount(root) {
   let limit = CHUNK, shown = [], anchor = -1, sheet = null;

@@ -47,7 +47,8 @@ function hero() {
     fill(state, tag(account.plan), pill(account));
     fresh.title = fresh.ariaLabel = seen ? t('hero.read', { ago: ago(seen) }) : t('hero.readNever');
     more.patch([...windows(account).slice(2), ...(quota?.extra ?? [])], account);
-    keyed(el, [{ el: who }, ...(shown.length ? shown : [{ key: 'primary', minutes: 300 }]), { el: next }], (one) => one.el ?? one.key,
+    const bars = shown.length ? shown : [{ key: 'primary', minutes: 300 }];
+    keyed(el, [{ el: who }, ...bars, { el: next }], (one) => one.el ?? one.key,
       (one) => one.el ?? h('div', null, meter(one, how)), (cell, one) => one.el || cell.firstChild.patch(one, how));
   }
 
