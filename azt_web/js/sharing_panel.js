@@ -12,6 +12,9 @@ let pairing = null; // {url, expiresAt, address}: it outlives a change of the se
 /** What is to be copied or typed, large. */
 const large = (words, ...more) => row(h('code', { class: 'secret' }, words), copyButton(words), more);
 
+/** A code for one device, in a link to that address of this computer. */
+const pair = async (address) => ({ ...await send('POST', '/session/pair', { address }), address });
+
 /** A secret, once: it is gone with the dialog. */
 const once = (title, secret, base) => dialog({ title, body: [h('p', null, t('share.once')), large(secret),
   base && row(note(t('shell.base')), h('code', null, base), copyButton(base))] });
@@ -35,8 +38,7 @@ export function sharingPanel(server, reload) {
     const flip = toggle(t(`share.${name}`), server[name], async (wanted) => {
       if (wanted && !await ask()) return flip.set(false);
       await send('PATCH', '/settings', { values: { [`server.${name}`]: wanted } });
-      if (name === 'lanConsole') pairing = null;
-      if (name === 'lanConsole' && wanted) await pair(share.addresses[0]?.host);
+      if (name === 'lanConsole') pairing = wanted ? await pair(share.addresses[0]?.host) : null;
       return reload();
     }, t(`share.${name}.${answers ? 'on' : 'off'}`));
     flip.control.disabled = !isLocal();
@@ -67,16 +69,14 @@ export function sharingPanel(server, reload) {
     const title = t('share.rotate');
     if (!await confirm({ title, body: t('share.rotateBody'), action: title, danger: true })) return;
     const { token, sessionsEnded } = await send('POST', '/session/rotate-token');
-    once(plural('share.rotated', sessionsEnded || 0), token);
+    once(plural('share.rotated', sessionsEnded), token);
     await load();
   }
-
-  const pair = async (address) => { pairing = { ...await send('POST', '/session/pair', { address }), address }; };
 
   /** The link of the code, by the address that is chosen. */
   function pairCard() {
     const { expiresAt, url, address = share.addresses[0]?.host } = pairing || {};
-    const again = (host) => pair(host).then(draw);
+    const again = (host) => pair(host).then((made) => { pairing = made; draw(); });
     const left = () => (expiresAt > now() ? t('login.left', { d: wait(expiresAt - now()) }) : t('share.codeOver'));
     const hosts = share.addresses.map(({ host, label }) => [host, `${host} · ${label}`]), off = !server.lanConsole;
     return card({ title: t('share.pair') }, h('p', null, t('share.pairText')), off && note(t('share.pairOff')),
@@ -105,8 +105,8 @@ export function sharingPanel(server, reload) {
   }
 
   const read = () => Promise.all(['/share', '/keys', isLocal() && '/sessions'].map((path) => path && fetchJson(path)));
-  const load = loader(el, read, ([found, made, opened]) => {
-    [share, keys, sessions] = [found, made.items, opened ? opened.items : []];
+  const load = loader(el, read, (found) => {
+    [share, { items: keys }, { items: sessions = [] }] = found;
     draw();
   });
   return { el };

@@ -41,14 +41,12 @@ const named = (keys) => keys.map((key) => t(`set.${key}`));
 /** Send these drafts. What was changed elsewhere meanwhile is shown beside the own values first. */
 async function save(keys) {
   const values = Object.fromEntries(keys.map((key) => [key, draft[key]])), before = keys.map(dig);
-  try {
-    saved = await send('PATCH', '/settings', { revision: saved.revision, values });
-    drop(keys);
-    return toast(t('set.saved'));
-  } catch (error) {
+  const done = await send('PATCH', '/settings', { revision: saved.revision, values }).catch((error) => {
     if (error.code !== 'stale_revision') throw error;
-  }
-  saved = await fetchJson('/settings');
+  });
+  saved = done || await fetchJson('/settings');
+  if (done) drop(keys);
+  if (done) return toast(t('set.saved'));
   const both = keys.filter((key, i) => !same(dig(key), before[i]));
   const rows = both.map((key) => [t(`set.${key}`), String(dig(key)), String(draft[key])]);
   const body = [h('p', null, t('set.staleBody')), table(rows, named(['staleWhat', 'staleTheirs', 'staleYours']))];
@@ -99,6 +97,7 @@ function network() {
   const line = ({ target, ok, status, error, ...took }) => [target, ...STEPS.map((step) => duration(took[step])),
     h('span', { class: ok ? 'good' : 'wrong' }, icon(ok ? 'check' : 'cross'), status || error || t('res.failed'))];
   const start = button(t('set.testNetwork'), { icon: 'refresh', on: async () => {
+    replace(hash('settings', ['network'])); // without ?test, which brought some here
     const typed = changed('network').filter((key) => LOCAL.test(key)).map((key) => [key.split('.')[1], draft[key]]);
     let { job } = await send('POST', '/network/test', { networkProxy: Object.fromEntries(typed) });
     while (['queued', 'running'].includes(job.state)) {
@@ -108,10 +107,7 @@ function network() {
     const { steps, via } = job.result, heads = ['target', ...STEPS, 'status'].map((one) => `test.${one}`);
     fill(place, note(t(via === 'proxy' ? 'set.viaProxy' : 'set.viaDirect')), table(steps.map(line), named(heads)));
   } });
-  if (current().query.test) {
-    replace(hash('settings', ['network']));
-    start.click();
-  }
+  if (current().query.test) start.click();
   return [row(start), place];
 }
 
@@ -152,29 +148,26 @@ export const page = {
   mount(root) {
     let section = '', part = null;
     const links = Object.keys(FIELDS).map((one) => [one, t(`section.${one}`), hash('settings', [one])]);
-    const tabs = ui.tabs(t('nav.settings'), links, 'tabs'), place = h('div', { class: 'stack' }), due = h('div');
+    const tabs = ui.tabs(t('nav.settings'), links, 'tabs'), place = h('div', { class: 'stack' });
     const words = h('p'), bar = h('div', { class: 'dirty', role: 'status' }, words,
       button(t('act.discard'), { on: () => { drop(changed(section)); build(); } }),
       button(t('act.save'), { kind: 'primary', on: () => store() }));
-
     const touch = () => { bar.hidden = !changed(section).length; };
     const store = () => save(changed(section)).then(build, (error) => {
       const where = place.querySelector(`[data-key="${CSS.escape(error.params?.field || '')}"]`);
       if (!where?.error) throw error;
       where.error(error.params.reason || error.message);
     });
-
     function build() {
       part?.unmount?.();
       part = { codex: codexPanel, sharing: () => sharingPanel(saved.values.server, load) }[section]?.();
-      fill(place, part?.el, section !== 'codex' && ui.card({ title: t(part ? 'set.listen' : `section.${section}`),
-        class: 'form' }, FIELDS[section].map((one) => control(one, touch)), MORE[section]?.()));
+      const what = named(saved.restartNeeded).join(', '), title = t(part ? 'set.listen' : `section.${section}`);
+      const fields = FIELDS[section].map((one) => control(one, touch));
+      fill(place, what && warning(t('set.restartNeeded', { what }), 'warn', restartButton()), part?.el,
+        section !== 'codex' && ui.card({ title, class: 'form' }, fields, MORE[section]?.()));
       text(words, t('set.unsaved', { section: t(`section.${section}`) }));
-      const what = named(saved.restartNeeded).join(', ');
-      fill(due, what && warning(t('set.restartNeeded', { what }), 'warn', restartButton()));
       touch();
     }
-
     function update({ parts }) {
       const wanted = parts[0] in FIELDS ? parts[0] : 'general';
       if (wanted === section) return;
@@ -182,8 +175,7 @@ export const page = {
       tabs.show(section);
       if (saved) build();
     }
-
-    fill(root, h('div', { class: 'settings' }, tabs, due, place, bar));
+    fill(root, h('div', { class: 'settings' }, tabs, place, bar));
     const read = () => Promise.all([fetchJson('/settings'), fetchJson('/models')]);
     const load = ui.loader(place, read, ([found, { items }]) => {
       saved = found;
