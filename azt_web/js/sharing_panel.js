@@ -80,15 +80,15 @@ export function sharingPanel(server, reload) {
     const left = () => (expiresAt > now() ? t('login.left', { d: wait(expiresAt - now()) }) : t('share.codeOver'));
     const hosts = share.addresses.map(({ host, label }) => [host, `${host} · ${label}`]), off = !server.lanConsole;
     return card({ title: t('share.pair') }, h('p', null, t('share.pairText')), off && note(t('share.pairOff')),
-      expiresAt > now() && [large(url, ticking(h('span'), expiresAt, left)),
-        select(t('share.address'), hosts, address, again)],
-      row(ownButton(t('share.pair'), { icon: 'key', disabled: off, on: () => again(address) })));
+      expiresAt > now() && large(url, ticking(h('span'), expiresAt, left)), row(expiresAt > now() && select(
+        t('share.address'), hosts, address, again), ownButton(t('share.pair'), { icon: 'key', disabled: off,
+        on: () => again(address) })));
   }
 
   const list = (title, words, rows, label, props) => card({ title: t(title), note: t(words),
     actions: ownButton(t(label), props), class: rows.length ? 'flush' : 'bare' }, rows.length > 0 && table(rows));
-  const keyRow = ({ id, name, prefix, lastUsedAt, requests, ...rest }) => [name, h('code', null, `${prefix}…`),
-    terms(rest), lastUsedAt ? timeEl(lastUsedAt) : t('share.unused'), num(requests),
+  const keyRow = ({ id, name, prefix, lastUsedAt, requests, ...rest }) => [name, terms(rest),
+    h('code', null, `${prefix}…`), lastUsedAt ? timeEl(lastUsedAt) : t('share.unused'), num(requests),
     revoke(`/keys/${id}`, t('share.revokeKey', { name }), t(keys[1] ? 'share.revokeBody' : 'share.revokeLast'))];
   const browserRow = ({ id, agent, current, address, via, lastUsedAt }) => [
     [agent, ' ', current && h('span', { class: 'tag' }, t('share.thisOne'))], address, t(`share.via.${via}`),

@@ -834,7 +834,7 @@ export const STRINGS = {
   'share.revokeBody': ['Programs that use it are refused at once.', '使用它的程序会立即被拒绝。'],
   'share.revokeLast': ['It is the last key: any text works as a key again after this.', '这是最后一个密钥：之后任意文本又可作为密钥。'],
   'share.pair': ['Pair a device', '配对设备'],
-  'share.pairText': ['Open the link on a device on the same network. It works once.', '在同一网络中的设备上打开此链接，仅可使用一次。'],
+  'share.pairText': ['Open the link on a device on the same network, or enter the code at its end in the console there. It works once.', '在同一网络中的设备上打开此链接，或在该设备的控制台中输入链接末尾的代码，仅可使用一次。'],
   'share.pairOff': ['Switch on the console for other devices first.', '请先开启控制台对其他设备的访问。'],
   'share.codeOver': ['This code is too old.', '此代码已过期。'],
   'share.address': ['Address', '地址'],

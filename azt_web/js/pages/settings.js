@@ -66,7 +66,7 @@ function excluded(ids, put) {
   const now = () => put([...el.querySelectorAll(':checked')].map((box) => box.value));
   const el = ui.details(t('set.autoSwitch.excludedIds'), get('accounts').map((one) => h('label', { class: 'row' },
     h('input', { type: 'checkbox', value: one.id, checked: ids.includes(one.id), on: { change: now } }), nameOf(one))));
-  return el;
+  return Object.assign(el, { open: ids.length > 0 });
 }
 
 /** The element for a setting; `touch()` follows each change. */
