@@ -1,64 +1,62 @@
 // The model API as the console calls it: bodies of requests, what answers say, and the same call for other programs.
-const PREVIEWS = 2;
-export const PICTURES_SHOWN = PREVIEWS + 1;
-export const PATHS = { chat: '/v1/chat/completions', responses: '/v1/responses', image: '/v1/images/generations',
-  models: '/v1/models' };
-export const EDITS = '/v1/images/edits';
+import { t } from './i18n.js';
+
+const PREVIEWS = 2, PATHS = { chat: '/v1/chat/completions', responses: '/v1/responses',
+  image: '/v1/images/generations', edits: '/v1/images/edits', models: '/v1/models' };
+export const PICTURES_SHOWN = PREVIEWS + 1, ENDPOINTS = Object.values(PATHS);
+/** What the playground calls an endpoint. */
+export const modeOf = (path) => (path.includes('images') ? 'image' : path.endsWith('responses') ? 'responses' : 'chat');
 
 // -- The request
 
 const orNone = (value) => value || undefined;
-const toolsOf = (source, wrap) => (source.trim() ? JSON.parse(source).map(wrap) : undefined);
+const toolsOf = (source, wrap) => (source?.trim() ? JSON.parse(source).map(wrap) : undefined);
+const asked = (text, kind, pictures) => (pictures.length ? [{ type: kind, text }, ...pictures] : text);
 const BODIES = {
-  chat: (form, prompt, urls) => ({
-    model: form.model, stream: form.stream, stream_options: orNone(form.stream && { include_usage: true }),
-    messages: [...(form.system ? [{ role: 'system', content: form.system }] : []), { role: 'user', content: urls.length
-      ? [{ type: 'text', text: prompt }, ...urls.map((url) => ({ type: 'image_url', image_url: { url } }))] : prompt }],
-    reasoning_effort: orNone(form.effort),
-    tools: toolsOf(form.tools, (one) => (one.function || one.type !== 'function' ? one
-      : { type: 'function', function: { ...one, type: undefined } })),
+  chat: ({ model, stream, system, effort, tools, text }, urls) => ({
+    model, stream, stream_options: orNone(stream && { include_usage: true }), reasoning_effort: orNone(effort),
+    messages: [...(system ? [{ role: 'system', content: system }] : []), { role: 'user', content: asked(text, 'text',
+      urls.map((url) => ({ type: 'image_url', image_url: { url } }))) }],
+    tools: toolsOf(tools, ({ type, function: inner, ...one }) => (type === 'function' ? { type, function: inner ?? one }
+      : { type, ...one })),
   }),
-  responses: (form, prompt, urls) => ({
-    model: form.model, stream: form.stream, instructions: orNone(form.system),
-    input: urls.length ? [{ role: 'user', content: [{ type: 'input_text', text: prompt },
-      ...urls.map((url) => ({ type: 'input_image', image_url: url }))] }] : prompt,
-    reasoning: orNone(form.effort && { effort: form.effort, summary: 'auto' }),
-    tools: toolsOf(form.tools, ({ function: inner, ...one }) => ({ ...one, ...inner })),
+  responses: ({ model, stream, system, effort, tools, text }, urls) => ({
+    model, stream, instructions: orNone(system), reasoning: orNone(effort && { effort, summary: 'auto' }),
+    input: [{ role: 'user', content: asked(text, 'input_text', urls.map((url) => (
+      { type: 'input_image', image_url: url }))) }],
+    tools: toolsOf(tools, ({ function: inner, ...one }) => ({ ...one, ...inner })),
   }),
-  image: (form, prompt, urls) => ({
-    prompt, ...form.looks, stream: orNone(form.stream), partial_images: orNone(form.stream && PREVIEWS),
-    images: orNone(urls.length && urls.map((url) => ({ image_url: url }))),
+  image: ({ image: prompt, size, quality, background, output_format, stream }, urls) => ({
+    prompt, size, quality, background, output_format, stream: orNone(stream),
+    partial_images: orNone(stream && PREVIEWS), images: orNone(urls.length && urls.map((url) => ({ image_url: url }))),
   }),
   models: () => ({}),
 };
 
-/** {path, body} out of the form; `raw` is a body written by hand. Throws SyntaxError for JSON that is none. */
-export function callOf(mode, form, prompt, urls) {
-  const body = form.raw === null ? JSON.parse(JSON.stringify(BODIES[mode](form, prompt, urls))) : JSON.parse(form.raw);
-  return { path: mode === 'image' && body.images ? EDITS : PATHS[mode], body };
+/** {path, body} out of the form; its `raw` is a body written by hand. Throws for JSON that is none. */
+export function callOf(mode, form) {
+  const urls = (form.pictures ?? []).map((one) => one.data);
+  try {
+    const body = JSON.parse(form.raw ?? JSON.stringify(BODIES[mode](form, urls)));
+    return { path: PATHS[mode === 'image' && body.images ? 'edits' : mode], body };
+  } catch (error) { throw new Error(t('play.badJson', { reason: error.message })); }
 }
 
-// -- The answer. `made` gathers {text, thought, tools: [{name, text}], models, usage: [in, out], error}
+// -- The answer. `made` gathers {text, thought, tools: [{name, text}], models, usage: [in, out],
+// picture: {data, type, step}, error}
 
-function addTool(made, at, name, more) {
-  const one = made.tools[at] ??= { name: '', text: '' };
-  one.name ||= name ?? '';
-  one.text += more ?? '';
-}
-
+const addTool = ({ tools }, at, name = '', more = '') => { (tools[at] ??= { name, text: '' }).text += more; };
 const READ = {
-  chat(made, event) {
-    const choice = event.choices?.[0], said = choice?.delta ?? choice?.message ?? {};
-    made.text += said.content ?? said.refusal ?? '';
-    made.thought += said.reasoning_content ?? '';
-    for (const [at, { index = at, function: one = {} }] of (said.tool_calls ?? []).entries()) {
-      addTool(made, index, one.name, one.arguments);
-    }
+  chat(made, { choices: [{ delta, message: said = delta } = {}] = [] }) {
+    made.text += said?.content ?? said?.refusal ?? '';
+    made.thought += said?.reasoning_content ?? '';
+    said?.tool_calls?.forEach(({ index, function: one }, at) => addTool(made, index ?? at, one?.name, one?.arguments));
   },
-  responses(made, { type = '', delta = '', item, output_index: at, output = [] }) {
-    if (/^response\.(output_text|refusal)\.delta$/.test(type)) made.text += delta;
-    else if (/^response\.reasoning_(summary_)?text\.delta$/.test(type)) made.thought += delta;
-    else if (/^response\.(function_call_arguments|custom_tool_call_input)\.d/.test(type)) addTool(made, at, '', delta);
+  responses(made, { type = '', delta, item, output_index: at, output = [] }) {
+    const [, kind] = /^response\.(\w+)\.delta$/.exec(type) ?? [];
+    if (kind === 'output_text' || kind === 'refusal') made.text += delta;
+    else if (kind?.startsWith('reasoning')) made.thought += delta;
+    else if (kind) addTool(made, at, '', delta);
     else if (type === 'response.output_item.added' && item.name) addTool(made, at, item.name);
     output.forEach((one, index) => {
       if (one.type === 'message') made.text += one.content.map((part) => part.text ?? part.refusal ?? '').join('');
@@ -67,7 +65,8 @@ const READ = {
   },
   image(made, { type = '', b64_json: one, partial_image_index: index = 0, output_format: format = 'png', data = [] }) {
     const picture = data[0]?.b64_json ?? one;
-    if (picture) made.onpicture(picture, `image/${format}`, type.endsWith('partial_image') ? index + 1 : null);
+    const step = type.endsWith('partial_image') && index + 1;
+    if (picture) made.picture = { data: picture, type: `image/${format}`, step };
   },
   models(made, { data }) { made.models = data; },
 };
@@ -80,45 +79,29 @@ export function readAnswer(mode, made, event) {
   if (whole.error || event.type === 'error') made.error = whole.error ?? event;
 }
 
-// -- The same call elsewhere
+// -- The same call elsewhere: the texts call.<how> of strings.js, filled in
 
-const text = JSON.stringify;
+const METHODS = { [PATHS.chat]: 'chat.completions.create', [PATHS.responses]: 'responses.create',
+  [PATHS.image]: 'images.generate', [PATHS.edits]: 'images.edit', [PATHS.models]: 'models.list' };
+const WORDS = { true: 'True', false: 'False', null: 'None' };
+const python = (json) => json.replace(/"(?:[^"\\]|\\.)*"|true|false|null/g, (one) => WORDS[one] ?? one);
+const quoted = (value) => `'${value.replaceAll("'", "'\\''")}'`;
+
 /** A body as it can be shown: pictures are named, not written out. */
 export const shownBody = (body) => JSON.stringify(body, (name, value) => (
   typeof value === 'string' && value.startsWith('data:') ? `${value.slice(0, value.indexOf(',') + 1)}...` : value), 2);
 
-const python = (value, pad = '') => {
-  const inner = `${pad}    `, put = (open, all, close) => open + (all.length ? `\n${all.join('')}${pad}` : '') + close;
-  if (Array.isArray(value)) return put('[', value.map((one) => `${inner}${python(one, inner)},\n`), ']');
-  if (value === null) return 'None';
-  if (typeof value !== 'object') return { true: 'True', false: 'False' }[value] ?? text(value);
-  return put('{', Object.entries(value).map(([name, one]) => `${inner}${text(name)}: ${python(one, inner)},\n`), '}');
-};
-const METHODS = { [PATHS.chat]: 'chat.completions.create', [PATHS.responses]: 'responses.create',
-  [PATHS.image]: 'images.generate', [EDITS]: 'images.edit', [PATHS.models]: 'models.list' };
-
 /** A call as text: how = 'curl', 'python' or 'js'; `base` ends in /v1. Pictures become files beside it. */
-export function asCall(how, { path, body }, base, key = 'azt') {
-  const { images = [], ...given } = JSON.parse(shownBody(body)), isEmpty = !Object.keys(given).length;
-  const files = images.map((one, at) => `picture-${at + 1}.png`);
-  const shell = (value) => `'${value.replaceAll("'", "'\\''")}'`, loop = given.stream;
-  if (how === 'curl') {
-    const fields = [...files.map((name) => `-F ${shell(`image[]=@${name}`)}`),
-      ...Object.entries(given).map((one) => `--form-string ${shell(one.join('='))}`)];
-    const json = isEmpty ? '' : ` \\\n  -H 'Content-Type: application/json' \\\n  -d ${shell(text(given, null, 2))}`;
-    const data = files.length ? fields.map((one) => ` \\\n  ${one}`).join('') : json;
-    return `curl -N ${shell(base + path.slice(3))} \\\n  -H 'Authorization: Bearer ${key}'${data}\n`;
-  }
-  if (how === 'python') {
-    const opened = files.map((name) => `open("${name}", "rb")`).join(', ');
-    const values = [opened && `image=[${opened}]`, !isEmpty && `**${python(given)}`].filter(Boolean).join(', ');
-    return `from openai import OpenAI\n\nclient = OpenAI(base_url=${text(base)}, api_key=${text(key)})\n`
-      + `answer = client.${METHODS[path]}(${values})\n${loop ? 'for event in answer:\n    print(event)' : 'print(answer)'}\n`;
-  }
-  const opened = files.map((name) => `fs.createReadStream("${name}")`).join(', ');
-  const values = isEmpty ? '' : text(given, null, 2).replace('{', opened ? `{\n  "image": [${opened}],` : '{');
-  return `${opened && 'import fs from "node:fs";\n'}import OpenAI from "openai";\n\n`
-    + `const client = new OpenAI({ baseURL: ${text(base)}, apiKey: ${text(key)} });\n`
-    + `const answer = await client.${METHODS[path]}(${values});\n`
-    + `${loop ? 'for await (const event of answer) console.log(event);' : 'console.log(answer);'}\n`;
+export function asCall(how, { path, body }, base) {
+  const { images = [], ...given } = JSON.parse(shownBody(body)), json = JSON.stringify(given, null, 2);
+  const files = images.map((one, at) => t(`call.${how}.file`, { n: at + 1 })), all = files.join(', ');
+  const fields = Object.entries(given).map((one) => `--form-string ${quoted(one.join('='))}`);
+  const data = all ? fields : path === PATHS.models ? [] : [t('call.curl.json', { json: quoted(json) })];
+  const values = {
+    curl: [...files, ...data].map((one) => ` \\\n  ${one}`).join(''),
+    python: `${all && `image=[${all}], `}**${python(json)}`,
+    js: all ? json.replace('{', `{\n  "image": [${all}],`) : json,
+  }[how];
+  return t(given.stream && how !== 'curl' ? `call.${how}.stream` : `call.${how}`, {
+    base, url: base.slice(0, -3) + path, values, method: METHODS[path] });
 }

@@ -138,11 +138,13 @@ export function chips(label, options, value, onchange) {
   return el;
 }
 
-/** A labelled select whose label only screen readers need; the element itself is `.input`. */
+/** A labelled select whose label only screen readers need; `.input` is the element, `.set(options, value)` has others. */
 export function select(label, options, value, onchange) {
-  const input = h('select', { 'aria-label': label, title: label, on: { change: () => onchange?.(input.value) } },
-    options.map(([one, words]) => h('option', { value: one, selected: String(one) === String(value) }, words)));
-  return Object.assign(h('span', { class: 'select' }, input, icon('down')), { input });
+  const input = h('select', { 'aria-label': label, title: label, on: { change: () => onchange?.(input.value) } });
+  const set = (all, chosen) => fill(input, all.map(([one, words = one]) => h('option', { value: one,
+    selected: String(one) === String(chosen) }, words)));
+  set(options, value);
+  return Object.assign(h('span', { class: 'select' }, input, icon('down')), { input, set });
 }
 
 /** Label above, help and error below; `el.error(text)` says what is wrong, or nothing. */
@@ -404,11 +406,11 @@ export const warning = (words, shape = 'warn', ...more) => notice('warn', shape,
 export const facts = (pairs) => h('dl', { class: 'facts' }, pairs.map(([term, ...told]) => [h('dt', null, term),
   h('dd', null, told)]));
 
-/** Rows of cells, of which the first is a head; `heads` stand above them. */
-export const table = (rows, heads) => h('div', { class: 'scroll' }, h('table', null,
-  heads && h('thead', null, h('tr', null, heads.map((one) => h('th', { scope: 'col' }, one)))),
-  h('tbody', null, rows.map(([head, ...cells]) => h('tr', null, h('th', { scope: 'row' }, head),
-    cells.map((one) => h('td', null, one)))))));
+/** Rows of cells, of which the first is a head; `heads` stand above them, `kinds` are the classes of the columns. */
+export const table = (rows, heads, kinds = []) => h('div', { class: 'scroll' }, h('table', null,
+  heads && h('thead', null, h('tr', null, heads.map((one, at) => h('th', { scope: 'col', class: kinds[at] }, one)))),
+  h('tbody', null, rows.map(([head, ...cells]) => h('tr', null, h('th', { scope: 'row', class: kinds[0] }, head),
+    cells.map((one, at) => h('td', { class: kinds[at + 1] }, one)))))));
 
 /** A button that works only on the computer that runs azt. */
 export const ownButton = (label, props) => button(label, isLocal() ? props : { ...props, disabled: true,

@@ -199,7 +199,9 @@ def test_2000_events_are_a_few_rows_and_each_can_be_read(console: Any) -> None:
     last = page.locator(".event", has_text="response.completed")
     expect(last).to_be_visible()
     last.click()
-    expect(page.locator(".told .code:visible")).to_contain_text('"type":"response.completed"')
+    expect(page.get_by_role("dialog").locator(".code")).to_contain_text(
+        '"type":"response.completed"'
+    )
 
 
 def test_the_request_can_be_taken_elsewhere(console: Any) -> None:

@@ -4,133 +4,101 @@ import { legend, shareBar, stacked } from '../charts.js';
 import { fill, h } from '../dom.js';
 import { compact, num, now, percent, zone } from '../format.js';
 import { t } from '../i18n.js';
-import { current, hash, setQuery } from '../router.js';
+import { hash, setQuery } from '../router.js';
 import { accountOf, get, nameOf, on } from '../store.js';
-import { button, card, empty, errorPanel, segmented, skeleton } from '../ui.js';
+import * as ui from '../ui.js';
 
-const DAY = 86400000;
+const DAY = 86_400_000, AGAIN_MS = 10_000;
 /** Range -> days before today, and the bucket of its chart. */
 const RANGES = {
   today: [0, 'hour'], '7d': [6, 'hour'], '30d': [29, 'day'], '90d': [89, 'day'], process: [], all: [364, 'day'] };
-const MEASURES = ['tokens', 'requests', 'images'];
 const BY = { model: 'byModel', account: 'byAccount', endpoint: 'byEndpoint', client: 'bySource' };
-const AGAIN_MS = 10000;
+const CHOICES = { range: Object.keys(RANGES), measure: ['tokens', 'requests', 'images'], by: Object.keys(BY) };
+const FIRST = { range: '7d', measure: 'tokens', by: 'model' };
+/** A figure -> the sum, and of what it is a part. */
+const FIGURES = { requests: ['requestCount'], tokens: ['totalTokens'], cached: ['cachedInputTokens', 'inputTokens'],
+  images: ['imageCount'], failed: ['failureCount', 'requestCount'], unknown: ['unknownTokenCount'] };
 
-const dayOf = (ms) => new Intl.DateTimeFormat('sv-SE', { timeZone: zone() }).format(ms);
+const part = (n, whole) => (whole ? percent((n / whole) * 100) : '–');
+const label = (by, { key, label: told }) => (key === '_other' ? t('usage.other') : !key || key === '-'
+  ? t('usage.unnamed') : (by === 'account' && nameOf(accountOf(key))) || told || key);
 
 /** {from, bucket, tz} of a range: `from` is a day of the zone, or a time. */
 function stretch(range) {
-  const [days, bucket] = RANGES[range], since = get('gateway').startedAt || now();
-  if (days !== undefined) return { from: dayOf(now() - days * DAY), bucket, tz: zone() };
-  const age = now() - since;
-  return { from: since, bucket: age < DAY / 8 ? 'minute' : age < 8 * DAY ? 'hour' : 'day', tz: zone() };
-}
-
-function label(by, { key, label: told }) {
-  if (key === '_other') return t('usage.other');
-  if (key === '-' || !key) return t('usage.unnamed');
-  return (by === 'account' && nameOf(accountOf(key))) || told || key;
+  const [days, bucket] = RANGES[range], since = get('gateway').startedAt, age = now() - since, tz = zone();
+  const day = new Intl.DateTimeFormat('sv-SE', { timeZone: tz }).format(now() - (days ?? 0) * DAY);
+  return bucket ? { from: day, bucket, tz }
+    : { from: since, bucket: age < DAY / 8 ? 'minute' : age < 8 * DAY ? 'hour' : 'day', tz };
 }
 
 function figures(sums) {
-  const of = (name) => sums[name] || 0, short = (name) => compact(of(name));
-  const part = (name, whole) => (of(whole) ? percent((of(name) / of(whole)) * 100) : '–');
-  const tile = ([key, name, value, note]) => h('div', { class: 'card figure' }, h('span', { class: 'name' }, t(key)),
-    h('b', { title: num(of(name)) }, value), h('span', { class: 'note' }, note));
-  return h('div', { class: 'figures six' }, [
-    ['usage.requests', 'requestCount', short('requestCount'), t('usage.ok', { n: short('successCount') })],
-    ['usage.tokens', 'totalTokens', short('totalTokens'),
-      t('usage.inOut', { i: short('inputTokens'), o: short('outputTokens') })],
-    ['usage.cached', 'cachedInputTokens', part('cachedInputTokens', 'inputTokens'), t('usage.cachedNote')],
-    ['usage.images', 'imageCount', short('imageCount'), t('usage.imagesNote')],
-    ['usage.failed', 'failureCount', part('failureCount', 'requestCount'),
-      t('usage.failedNote', { n: short('failureCount'), c: short('cancelledCount') })],
-    ['usage.unknown', 'unknownTokenCount', short('unknownTokenCount'), t('usage.unknownNote')],
-  ].map(tile));
+  const words = Object.fromEntries(Object.entries(sums).map(([name, n]) => [name, compact(n)]));
+  const tile = ([name, [sum, whole]]) => ui.figure(t(`usage.${name}`), whole ? part(sums[sum], sums[whole])
+    : words[sum], t(`usage.${name}Note`, words), num(sums[sum]));
+  return h('div', { class: 'figures six' }, Object.entries(FIGURES).map(tile));
+}
+
+function table(title, heads, rows, none, actions) {
+  const place = ui.table(rows, heads.map((name) => t(`usage.${name}`)), ['name', 'num', 'num']);
+  Object.assign(place, { tabIndex: 0, role: 'group', ariaLabel: title });
+  return ui.card({ title, class: 'flush', actions }, rows.length ? place : ui.empty('check', t(none)));
 }
 
 function breakdown(by, rows) {
-  const whole = rows.reduce((sum, row) => sum + row.aggregate.requestCount, 0) || 1, title = t(`usage.by.${by}`);
-  const line = ({ aggregate, ...row }) => h('tr', null,
-    h('th', { scope: 'row', class: 'name', title: label(by, row) }, label(by, row)),
-    h('td', { class: 'num' }, num(aggregate.requestCount)), h('td', { class: 'num' }, compact(aggregate.totalTokens
-      || 0)),
-    h('td', { title: percent((aggregate.requestCount / whole) * 100) }, shareBar(aggregate.requestCount / whole)));
-  const heads = [[by], ['requests', 'num'], ['tokens', 'num'], ['share']];
-  return card({ title, class: 'flush' }, h('div', { class: 'scroll', tabindex: '0', role: 'group',
-    'aria-label': title },
-    h('table', null, h('thead', null, h('tr', null, heads.map(([name, kind]) => (
-      h('th', { scope: 'col', class: kind ?? null }, t(`usage.${name}`)))))), h('tbody', null, rows.map(line)))));
+  const whole = rows.reduce((sum, { aggregate }) => sum + aggregate.requestCount, 0);
+  const cells = ({ aggregate: { requestCount: n, totalTokens }, ...row }) => [h('span', { title: label(by, row) },
+    label(by, row)), num(n), compact(totalTokens), h('span', { title: part(n, whole) }, shareBar(n / whole))];
+  return table(t(`usage.by.${by}`), [by, 'requests', 'tokens', 'share'], rows.map(cells), 'usage.none');
 }
 
 function errors(rows) {
-  const line = ({ key, aggregate }) => h('tr', null, h('th', { scope: 'row', class: 'name' },
-    h('a', { href: hash('log', [], { result: 'failed', errorType: key }) }, key)),
-  h('td', { class: 'num' }, num(aggregate.requestCount)));
-  const log = h('a', { href: hash('log', [], { result: 'failed' }) }, t('ov.openLog'));
-  return card({ title: t('usage.errors'), class: 'flush', actions: log },
-    rows.length ? h('table', null, h('tbody', null, rows.map(line))) : empty('check', t('usage.noErrors')));
+  const link = (errorType, words) => h('a', { href: hash('log', [], { result: 'failed', errorType }) }, words);
+  const cells = ({ key, aggregate }) => [link(key, key), num(aggregate.requestCount)];
+  return table(t('usage.errors'), ['errors', 'requests'], rows.map(cells), 'usage.noErrors', link('', t('ov.openLog')));
 }
 
-export const page = {
-  title: 'nav.usage',
-  mount(root) {
-    const asked = ({ range, by, measure }) => ({ range: range in RANGES ? range : '7d', by: by in BY ? by : 'model',
-      measure: MEASURES.includes(measure) ? measure : 'tokens' });
-    let shown = '', sums = null, chart = null, readAt = 0, waiting = 0;
-    const tiles = h('div'), plot = h('div'), names = h('span'), parts = h('div', { class: 'cols' });
-    const pick = (name, options, prefix) => segmented(t(`usage.${name}`), options.map((one) => [one,
-      t(`${prefix}.${one}`)]),
-      asked(current().query)[name], (value) => setQuery({ [name]: value }));
-    const choices = { range: pick('range', Object.keys(RANGES), 'usage.range'), measure: pick('measure', MEASURES,
-      'usage'),
-      by: pick('by', Object.keys(BY), 'usage') };
-    fill(root, h('div', { class: 'stack usage' }, h('div', { class: 'toolbar' }, choices.range,
-      h('a', { class: 'note', href: '#/settings/general' }, t('usage.zone', { zone: zone() }))), tiles,
-    card({ title: t('usage.trend'), note: names, actions: [choices.measure, choices.by] }, plot), parts));
+function mount(root) {
+  let how = FIRST, load = null, chart = null, readAt = 0, waiting = 0;
+  const tiles = h('div'), plot = h('div'), names = h('span'), parts = h('div', { class: 'cols' });
+  const [range, measure, by] = Object.entries(CHOICES).map(([name, all]) => ui.segmented(t(`usage.${name}`),
+    all.map((one) => [one, t(`usage.${one}`)]), '', (value) => setQuery({ [name]: value })));
+  fill(root, h('div', { class: 'stack usage' }, h('div', { class: 'toolbar' }, range, h('a', { class: 'note',
+    href: hash('settings', ['general']) }, t('usage.zone', { zone: zone() }))), tiles,
+  ui.card({ title: t('usage.trend'), note: names, actions: [measure, by] }, plot), parts));
 
-    function draw(series, { range, by, measure }) {
-      const keys = series.keys.map((one) => ({ key: one.key, label: label(by, one) }));
-      const first = range === 'all' ? series.points.findIndex((one) => one.v.some(Boolean)) : 0;
-      const all = series.totals.reduce((sum, n) => sum + n, 0);
-      const data = { points: series.points.slice(Math.max(0, first)), keys, bucketMs: series.bucketMs, format: compact,
-        summary: t('usage.sum', { n: num(all), what: t(`usage.${measure}`), range: t(`usage.range.${range}`) }) };
-      fill(names, legend(keys));
-      if (chart) chart.update(data);
-      else fill(plot, chart = stacked(data));
-    }
+  async function read() {
+    const asked = how, { from, bucket, tz } = stretch(how.range), ofSums = how.range === 'all' ? {} : { from, tz };
+    [readAt, waiting] = [Date.now(), 0];
+    return [asked, ...await Promise.all([fetchJson('/usage', ofSums), fetchJson('/usage/series', { from, bucket, tz,
+      measure: how.measure, by: how.by, top: 4 })])];
+  }
 
-    async function load() {
-      const how = asked(current().query), { from, bucket, tz } = stretch(how.range);
-      readAt = Date.now();
-      try {
-        const [usage, series] = await Promise.all([fetchJson('/usage', how.range === 'all' ? {} : { from, tz }),
-          fetchJson('/usage/series', { from, bucket, tz, measure: how.measure, by: how.by, top: 4 })]);
-        if (JSON.stringify(how) !== shown) return;
-        sums = how.range === 'all' ? usage.lifetime : usage.range || usage.lifetime;
-        fill(tiles, figures(sums));
-        draw(series, how);
-        fill(parts, Object.entries(BY).map(([by, name]) => breakdown(by, usage[name] || [])), errors(usage.byError
-          || []));
-      } catch (error) {
-        if (!sums) fill(tiles, errorPanel(error, load));
-      }
-    }
+  function draw([asked, usage, { keys: all, points, totals, bucketMs }]) {
+    if (asked !== how) return;
+    const keys = all.map((one) => ({ key: one.key, label: label(how.by, one) }));
+    const first = how.range === 'all' ? Math.max(0, points.findIndex((one) => one.v.some(Boolean))) : 0;
+    const summary = t('usage.sum', { n: num(totals.reduce((sum, n) => sum + n, 0)), what: t(`usage.${how.measure}`),
+      range: t(`usage.${how.range}`) });
+    const data = { points: points.slice(first), keys, bucketMs, format: compact, summary };
+    fill(tiles, figures(usage.range));
+    fill(names, legend(keys));
+    if (chart) chart.update(data);
+    else fill(plot, chart = stacked(data));
+    fill(parts, Object.entries(BY).map(([name, key]) => breakdown(name, usage[key])), errors(usage.byError));
+  }
 
-    function update({ query }) {
-      const how = asked(query);
-      if (JSON.stringify(how) === shown) return;
-      if (!shown) fill(tiles, skeleton(3));
-      shown = JSON.stringify(how);
-      for (const [name, el] of Object.entries(choices)) el.set(how[name]);
-      load();
-    }
-    const again = () => { waiting = 0; load(); };
-    const off = on('usage', () => { waiting ||= setTimeout(again, Math.max(0, readAt + AGAIN_MS - Date.now())); });
-    const primary = button(t('usage.csv'), { icon: 'download', kind: 'primary', on: () => {
-      const { from, tz } = stretch(asked(current().query).range);
-      return download('/usage/export', { from, tz }, 'GET');
-    } });
-    return { update, primary, refresh: load, unmount: () => { off(); clearTimeout(waiting); } };
-  },
-};
+  function update({ query }) {
+    const chosen = ([name, first]) => [name, CHOICES[name].includes(query[name]) ? query[name] : first];
+    how = Object.fromEntries(Object.entries(FIRST).map(chosen));
+    for (const [name, el] of Object.entries({ range, measure, by })) el.set(how[name]);
+    if (load) load();
+    else load = ui.loader(tiles, read, draw);
+  }
+
+  const off = on('usage', () => { waiting ||= setTimeout(load, Math.max(0, readAt + AGAIN_MS - Date.now())); });
+  const save = () => download('/usage/export', { from: stretch(how.range).from, tz: zone() }, 'GET');
+  const primary = ui.button(t('usage.csv'), { icon: 'download', kind: 'primary', on: save });
+  return { update, primary, refresh: () => load(), unmount: () => { off(); clearTimeout(waiting); } };
+}
+
+export const page = { title: 'nav.usage', mount };
