@@ -102,7 +102,7 @@ VIEWS = [
     View("settings-about", "settings/about", ".settings .form"),
     View("playground", "playground?mode=responses", ".controls select", _answer),
     View("playground-events", "playground?mode=responses&tab=events", ".controls select", _answer),
-    View("playground-image", "playground?mode=image", ".controls select"),
+    View("playground-image", "playground?mode=image", ".controls select:visible"),
     View("log", "log", ".log tbody tr"),
     View("log-detail", "log", ".log tbody tr", _open_failure),
     View("sign-in", "signin", ".signin form"),

@@ -87,7 +87,7 @@ function whole(row, rows) {
       && ui.details(t(`log.${name}`), about(row[name]))),
     ui.row(ui.copyButton(() => likeIt(row), t('log.asCurl')),
       ui.copyButton(JSON.stringify(row, null, 2), t('fix.copy_details')), ui.copyButton(id, id, { kind: 'ghost mono' }),
-      beside('newer', 'left', failed[at - 1]), beside('older', 'right', failed[at + 1]))];
+      beside('newer', 'up', failed[at - 1]), beside('older', 'down', failed[at + 1]))];
 }
 
 async function clear() {

@@ -186,7 +186,7 @@ function buildForm() {
   return { asks: { ...controls, ...texts }, list, history, go, el };
 }
 
-// -- The right side: each tab is {parts, paint()}
+// -- The right side
 
 /** More of a text is added to its node: what is selected in it stays so. */
 const grow = (node, value) => (value.startsWith(node.data) ? node.appendData(value.slice(node.length))
