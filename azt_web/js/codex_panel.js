@@ -4,9 +4,8 @@ import { fill, h, icon } from './dom.js';
 import { bytes, mask, timeEl } from './format.js';
 import { t } from './i18n.js';
 import { accountOf, get, isLocal, nameOf, on, set } from './store.js';
-import * as ui from './ui.js';
-
-const { confirm, facts, note, ownButton, row, toast, warning } = ui;
+import { card, confirm, details, facts, loader, menu, note, ownButton, row, tag, toast, warning,
+  wording } from './ui.js';
 
 const MODES = ['openai', 'ai-zero-token'], KINDS = { '+': 'plus', '-': 'minus' };
 const look = () => set('codex', { ...get('codex') }); // the panel reads anew, before the watcher of the files tells
@@ -28,7 +27,7 @@ async function change(what, path, { body, names, shows, said }) {
     ended(`${words('done')} ${t('cdx.restart')}`, backup && { label: t('act.undo'), run: undo });
   } catch (error) {
     if (error.code !== 'file_changed') throw error;
-    await change(what, path, { body, names, shows, said: ui.wording(error) });
+    await change(what, path, { body, names, shows, said: wording(error) });
   }
 }
 
@@ -75,9 +74,9 @@ function requests({ on: isOn, since, matchesGateway, baseUrl, gatewayUrl, path, 
 function signIn({ accountId, email, exists }) {
   const account = accountOf(accountId), name = nameOf(account) || mask(email);
   const holds = t(name ? 'cdx.holds' : exists ? 'cdx.holdsOther' : 'cdx.holdsNone', { name });
-  const choose = ({ currentTarget }) => ui.menu(currentTarget, get('accounts').map((one) => ({ label: nameOf(one),
+  const choose = ({ currentTarget }) => menu(currentTarget, get('accounts').map((one) => ({ label: nameOf(one),
     icon: one.id === accountId ? 'check' : 'accounts', run: () => useInCodex(one) })));
-  return line('cdx.signIn', row(holds, ui.tag(account?.plan)), note(t('cdx.apart')), row(ownButton(t('cdx.another'),
+  return line('cdx.signIn', row(holds, tag(account?.plan)), note(t('cdx.apart')), row(ownButton(t('cdx.another'),
     { icon: 'switch', on: choose })));
 }
 
@@ -100,10 +99,10 @@ export function codexPanel() {
       requests(takeover, mode), line('cdx.history', h('div', { class: 'radios', role: 'radiogroup',
         'aria-label': t('cdx.history') }, MODES.map(radio))), signIn(auth), line('cdx.running', t('cdx.restart')),
       line('cdx.backups', kept.length ? backups(kept.slice(0, 5)) : note(t('cdx.noBackups')),
-        kept.length > 5 && ui.details(t('cdx.moreBackups', { n: kept.length - 5 }), backups(kept.slice(5)))),
+        kept.length > 5 && details(t('cdx.moreBackups', { n: kept.length - 5 }), backups(kept.slice(5)))),
       !isLocal() && note(t('share.localOnly')));
     if (focused === 'mode') place.querySelector('[name=mode]:checked').focus();
   }
-  return { el: ui.card({ title: t('cdx.title'), class: 'codex' }, place),
-    unmount: on('codex', ui.loader(place, () => fetchJson('/codex'), draw)) };
+  return { el: card({ title: t('cdx.title'), class: 'codex' }, place),
+    unmount: on('codex', loader(place, () => fetchJson('/codex'), draw)) };
 }

@@ -4,7 +4,7 @@ import { fill, h } from './dom.js';
 import { now, num, ticking, timeEl, wait, when } from './format.js';
 import { plural, t } from './i18n.js';
 import { get, isLocal } from './store.js';
-import { bullets, card, confirm, copyButton, details, dialog, field, loader, note, ownButton, row, select, table,
+import { bullets, card, confirm, copyButton, details, dialog, fieldForm, loader, note, ownButton, row, select, table,
   toggle, warning } from './ui.js';
 
 let pairing = null; // {url, expiresAt, address}: it outlives a change of the settings around it
@@ -45,20 +45,19 @@ export function sharingPanel(server, reload) {
     return [flip, answers && addresses()];
   }
 
-  async function newKey() {
-    const input = h('input', { type: 'text', maxlength: '64', autocomplete: 'off' });
-    const named = field(t('share.keyName'), input), title = t('share.newKey');
-    const body = [h('p', null, t(keys.length ? 'share.newKeyText' : 'share.firstKeyText')), named];
-    while (await confirm({ title, action: title, body })) {
-      try {
-        const { item: { name }, key } = await send('POST', '/keys', { name: input.value.trim() });
-        once(t('share.keyMade', { name }), key, share.addresses[0]?.baseUrl || get('gateway').baseUrl);
-        return load();
-      } catch (error) {
-        if (error.params?.field !== 'name') throw error;
-        named.error(t('share.keyNameWrong'));
-      }
-    }
+  function newKey() {
+    const input = h('input', { type: 'text', maxlength: '64', autocomplete: 'off' }), title = t('share.newKey');
+    const wrong = (error) => { throw error.params?.field === 'name' ? new Error(t('share.keyNameWrong')) : error; };
+    const make = async (wanted) => {
+      const { item: { name }, key } = await send('POST', '/keys', { name: wanted }).catch(wrong);
+      made.close();
+      once(t('share.keyMade', { name }), key, share.addresses[0]?.baseUrl || get('gateway').baseUrl);
+      await load();
+    };
+    const words = h('p', null, t(keys.length ? 'share.newKeyText' : 'share.firstKeyText'));
+    const form = fieldForm(t('share.keyName'), input, title, make, { kind: 'primary' });
+    const made = dialog({ title, body: [words, form] });
+    input.focus();
   }
 
   const revoke = (path, title, body) => ownButton(t('share.revoke'), { kind: 'danger', on: async () => {

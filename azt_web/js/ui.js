@@ -88,7 +88,7 @@ export const confirm = ({ title, body, action, danger, typed, wide }) => new Pro
   const ok = button(action, { kind: danger ? 'danger solid' : 'primary', on: agree });
   const asked = [typeof body === 'string' ? h('p', null, body) : body, typed && field(t('ui.type', { typed }), input)];
   const made = dialog({ title, wide, body: asked, footer: [cancel, ok], onclose: () => resolve(false) });
-  (danger ? cancel : made.body.querySelector('[type=text]') ?? ok).focus();
+  (danger ? cancel : ok).focus();
 });
 
 export function menu(anchor, items) {

@@ -7,9 +7,8 @@ import { known, pref, setPref, t } from '../i18n.js';
 import { current, hash, setQuery } from '../router.js';
 import { CLIENTS, atHost, clientSeen, snippets } from '../snippets.js';
 import { get, isLocal, on } from '../store.js';
-import * as ui from '../ui.js';
-
-const { bullets, card, note, row } = ui;
+import { bullets, button, card, codeBlock, copyButton, details, loader, note, row, segmented, select,
+  tabs } from '../ui.js';
 
 const OWN_CLIENTS = ['console', 'azt', 'Playground'];
 
@@ -28,7 +27,7 @@ function places({ addresses }) {
 
 const copyLine = (label, shown, from, words) => h('div', { class: 'copyline' }, h('span', { class: 'name' }, label),
   shown, words && note(words),
-  ui.copyButton(from, '', { kind: 'ghost square', 'aria-label': `${t('act.copy')}: ${label}` }));
+  copyButton(from, '', { kind: 'ghost square', 'aria-label': `${t('act.copy')}: ${label}` }));
 
 /** Waits for a call of this client, and tells how it went. */
 function checker({ id, seen }) {
@@ -47,7 +46,7 @@ function checker({ id, seen }) {
     stop = on('request', told);
     fill(said, h('span', { class: 'spin' }), t('con.checkWait', { client: named(id) }));
   };
-  return h('div', { class: 'row check' }, ui.button(t('con.check'), { icon: 'refresh', on: start }), said);
+  return h('div', { class: 'row check' }, button(t('con.check'), { icon: 'refresh', on: start }), said);
 }
 
 const listed = (key) => bullets(t(key).split('|'));
@@ -55,20 +54,20 @@ const listed = (key) => bullets(t(key).split('|'));
 export const page = {
   title: 'nav.connect',
   mount(root) {
-    const links = ui.tabs(t('ov.client'), CLIENTS.map(({ id }) => [id, named(id), hash('connect', [id])]), 'clients');
+    const links = tabs(t('ov.client'), CLIENTS.map(({ id }) => [id, named(id), hash('connect', [id])]), 'clients');
     const place = h('div', { class: 'stack' });
     let share = null, models = [], codex = null, shown = '';
 
     function build(client, wanted) {
       const { id } = client, isCodex = id === 'codex', all = places(share), blocks = h('div', { class: 'stack' });
       const [at, url] = all.find(([name]) => name === wanted) || all[0], base = `${url}${isCodex ? '/codex' : ''}/v1`;
-      const where = ui.segmented(t('con.at'), all.map(([name]) => [name, known(`con.at.${name}`) ? t(`con.at.${name}`)
+      const where = segmented(t('con.at'), all.map(([name]) => [name, known(`con.at.${name}`) ? t(`con.at.${name}`)
         : name]), at, (name) => setQuery({ at: name === 'here' ? null : name }));
-      const model = ui.select(t('ov.model'), models.map((one) => [one.id, one.id]), get('defaultModel'), () => code());
+      const model = select(t('ov.model'), models.map((one) => [one.id, one.id]), get('defaultModel'), () => code());
       const input = h('input', { type: 'text', value: key, 'aria-label': t('ov.key'), autocomplete: 'off',
         spellcheck: 'false', on: { input: () => { key = input.value; code(); } } });
       const code = () => fill(blocks, snippets(id, { base, codexBase: base, key: key || 'local',
-        model: model.input.value }).map((one) => ui.codeBlock(one.text, one)));
+        model: model.input.value }).map((one) => codeBlock(one.text, one)));
       code();
       const steps = h('ol', { class: 'numbered' }, t(`con.steps.${id}`).split('|').map((one) => h('li', null, one)));
       const closed = h('a', { class: 'note', href: '#/settings/sharing' }, t('con.closed'));
@@ -78,7 +77,7 @@ export const page = {
           copyLine(t('shell.base'), h('code', null, base), base),
           copyLine(t('ov.key'), input, () => key, t(get('gateway').keys ? 'con.needKey' : 'con.anyKey')),
           copyLine(t('ov.model'), model, () => model.input.value)), blocks, steps, checker(client)),
-      card({ title: t('con.endpoints') }, listed('con.offered'), ui.details(t('con.absent'), listed('con.notOffered'))));
+      card({ title: t('con.endpoints') }, listed('con.offered'), details(t('con.absent'), listed('con.notOffered'))));
     }
 
     function update({ parts, query }) {
@@ -92,7 +91,7 @@ export const page = {
       build(client, query.at);
     }
     fill(root, h('div', { class: 'connect-page' }, links, place));
-    ui.loader(place, () => Promise.all([fetchJson('/share'), fetchJson('/models')]), (found) => {
+    loader(place, () => Promise.all([fetchJson('/share'), fetchJson('/models')]), (found) => {
       [share, { items: models }] = found;
       update(current());
     });
