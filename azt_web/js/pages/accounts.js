@@ -7,7 +7,7 @@ import { num, timeEl } from '../format.js';
 import { plural, pref, setPref, t } from '../i18n.js';
 import { activate } from '../palette.js';
 import { current, go, hash, setQuery } from '../router.js';
-import { accountOf, canDo, nameOf, statusCounts, store } from '../store.js';
+import { accountOf, isLocal, nameOf, reducers, statusCounts, store } from '../store.js';
 import * as ui from '../ui.js';
 
 const TABLE_ABOVE = 24; // accounts; above it the table is the default
@@ -37,42 +37,34 @@ function matching({ status, plan, q = '', sort }) {
 
 // -- What is done
 
-const where = (one, tail = '') => `/accounts/${one.id}${tail}`;
+const where = (one) => `/accounts/${one.id}`;
 const idsOf = (some) => some.map((one) => one.id);
 const done = (words, undo) => ui.toast(words, { action: undo && { label: t('act.undo'), run: undo } });
-const saved = (one) => store.set('accounts', store.get('accounts').map((it) => (it.id === one.id ? one : it)));
 const again = (one) => hash('accounts', ['add', 'browser'], { account: one.id });
 /** Names that stay few: the first five, and how many more. */
 const named = (some) => h('ul', null, some.slice(0, 5).map((one) => h('li', null, nameOf(one))),
   some.length > 5 && h('li', null, plural('acc.andMore', some.length - 5)));
 
-const refreshOne = async (one) => saved(await send('POST', where(one, '/refresh-quota')));
+const refreshOne = async (one) => reducers.account(await send('POST', `${where(one)}/refresh-quota`));
 
-async function refreshMany(ids) {
-  try {
-    const { job } = await send('POST', '/accounts/refresh-quotas', ids ? { ids } : {}), jobs = store.get('jobs');
-    if (!jobs.some((it) => it.id === job.id)) store.set('jobs', [...jobs, job]);
-  } catch (error) {
-    if (error.code !== 'already_running') throw error; // its progress is on the page
-  }
-}
+/** Its progress is on the page, also of one that runs already. */
+const refreshMany = (ids) => send('POST', '/accounts/refresh-quotas', { ids }).then(({ job }) => reducers.job(job),
+  (error) => error.code === 'already_running' || ui.fail(error));
 
 async function exclude(some, excluded) {
   const changed = some.filter((one) => accountOf(one.id).excluded !== excluded);
-  for (const one of changed) saved(await send('PATCH', where(one), { excluded }));
+  for (const one of changed) reducers.account(await send('PATCH', where(one), { excluded }));
   const words = plural(excluded ? 'acc.excluded' : 'acc.included', changed.length);
   if (changed.length) done(words, () => exclude(changed, !excluded));
 }
 
 async function remove(some) {
   const ids = idsOf(some), next = store.get('routing').queue.find((it) => !ids.includes(it.id));
-  const heir = some.some((one) => one.active)
-    && h('p', null, t(next ? 'acc.remove.next' : 'acc.remove.noNext', { name: nameOf(accountOf(next?.id)) }));
+  const heir = t(next ? 'acc.remove.next' : 'acc.remove.noNext', { name: nameOf(accountOf(next?.id)) });
   const title = ids[1] ? plural('acc.remove.many', ids.length) : t('acc.remove.title', { name: nameOf(some[0]) });
-  const agreed = await ui.confirm({ title, action: t('act.remove'), danger: true,
-    body: [ids[1] && named(some), h('p', null, t('acc.remove.body')), heir],
-    typed: ids.length > TYPED_ABOVE ? String(ids.length) : undefined });
-  if (!agreed) return;
+  const body = [ids[1] && named(some), h('p', null, t('acc.remove.body')), some.some((one) => one.active) && heir];
+  const typed = ids.length > TYPED_ABOVE && String(ids.length);
+  if (!(await ui.confirm({ title, body, action: t('act.remove'), danger: true, typed }))) return;
   const { removed, undo } = await send('POST', '/accounts/remove', { ids });
   done(plural('acc.removed', removed), () => restore(undo));
 }
@@ -87,9 +79,8 @@ async function restore({ token }) {
 async function exportThem(some) {
   let format = 'json';
   const kinds = ui.segmented(t('exp.format'), [['json', 'JSON'], ['zip', 'ZIP']], format, (one) => { format = one; });
-  const agreed = await ui.confirm({ title: plural('exp.title', some.length), action: t('exp.download'),
-    body: [ui.warning(t('exp.warn')), named(some), kinds] });
-  if (!agreed) return;
+  const title = plural('exp.title', some.length), body = [ui.warning(t('exp.warn')), named(some), kinds];
+  if (!(await ui.confirm({ title, body, action: t('exp.download') }))) return;
   await download('/accounts/export', { ids: idsOf(some), format });
   done(t('exp.done'));
 }
@@ -111,14 +102,12 @@ const actions = (one) => [
 /** The live parts of one account. `patch(one)` changes what differs and never makes a control anew. */
 function pieces(pick) {
   let one = null;
-  const at = {
-    box: h('input', { type: 'checkbox', on: { click: (event) => pick(one, event.shiftKey) } }),
+  const small = (on) => ui.button(' ', { kind: 'small', on });
+  const at = { box: h('input', { type: 'checkbox', on: { click: (event) => pick(one, event.shiftKey) } }),
     name: h('a', { class: 'name' }), login: ui.button(t('login.again'), { kind: 'small', href: '#' }),
-    api: ui.button(' ', { kind: 'small', on: () => activate(one) }),
-    codex: ui.button(' ', { kind: 'small', on: () => useInCodex(one) }), extra: ui.moreMeters(),
+    api: small(() => activate(one)), codex: small(() => useInCodex(one)), extra: ui.moreMeters(),
     refresh: ui.iconButton('refresh', '', () => refreshOne(one)),
-    menu: ui.iconButton('more', '', () => { ui.menu(at.menu, actions(one)); }),
-  };
+    menu: ui.iconButton('more', '', () => ui.menu(at.menu, actions(one))) };
   for (const name of ['state', 'short', 'long', 'reset', 'used', 'seen']) at[name] = h('div', { class: name });
   const time = (host, ms, how = 'ago') => fill(host, ms > 0 && ms < Infinity ? timeEl(ms, how) : '–');
   const show = () => {
@@ -129,7 +118,7 @@ function pieces(pick) {
     [at.name.href, at.login.href] = [hash('accounts', [one.id]), again(one)];
     at.api.hidden = at.codex.hidden = ui.isRejected(one);
     at.login.hidden = !at.api.hidden;
-    at.codex.disabled = !canDo('codex');
+    at.codex.disabled = !isLocal();
     fill(at.state, ui.tag(one.plan), ui.pill(one),
       count > 0 && h('span', { class: 'note', title: plural('acc.exported', count) }, icon('download'), num(count)));
     const short = all.filter((it) => it.minutes <= DAY_MIN);
@@ -151,7 +140,7 @@ function pieces(pick) {
     role(at.api, serves, t(serves ? 'acc.servingApi' : 'acc.useApi'));
     role(at.codex, applied, t(applied ? 'acc.inCodex' : 'acc.useCodex'));
   };
-  at.roles = h('div', { class: 'row' }, at.login, at.api, at.codex);
+  at.roles = ui.row(at.login, at.api, at.codex);
   return at;
 }
 
@@ -184,7 +173,7 @@ function details(one) {
 /** What a person may set; each field is sent as soon as it is left. */
 function controls(one) {
   const change = async (values, undo) => {
-    saved(await send('PATCH', where(one), values));
+    reducers.account(await send('PATCH', where(one), values));
     if (undo) done(t('acc.saved'), () => change(undo));
   };
   const input = (name, props) => h('input', { ...props, value: one[name], on: { change: ({ target }) => change(
@@ -207,7 +196,7 @@ function openSheet(id, gone) {
   };
   const off = store.on(['accounts', 'codex', 'routing'], show);
   const box = ui.dialog({ title: nameOf(one), sheet: true, onclose: () => { off(); gone(); },
-    body: [h('div', { class: 'row' }, at.state, at.seen, at.refresh), at.roles, at.short, at.long, at.extra, own, more],
+    body: [ui.row(at.state, at.seen, at.refresh), at.roles, at.short, at.long, at.extra, own, more],
     footer: [ui.button(t('acc.remove'), { kind: 'danger', on: () => remove([one]) }),
       ui.button(t('acc.export'), { icon: 'download', on: () => exportThem([one]) })] });
   show();
@@ -228,31 +217,31 @@ function jobView({ id, failures }) {
     ui.button(t('acc.retryFailed'), { on: retry }), ui.iconButton('close', t('act.close'), close));
 }
 
-function goneView(one) {
-  const words = plural('acc.gone', one.count ?? 1, { name: one.label ?? '' });
-  return ui.notice('', 'trash', h('p', null, words, ' ', timeEl(one.expiresAt, 'until')),
-    ui.button(t('act.undo'), { icon: 'undo', on: () => restore(one) }));
-}
+const goneView = ({ count = 1, label: name = '', expiresAt, token }) => ui.notice('', 'trash',
+  h('p', null, plural('acc.gone', count, { name }), ' ', timeEl(expiresAt, 'until')),
+  ui.button(t('act.undo'), { icon: 'undo', on: () => restore({ token }) }));
 
 function mount(root) {
   let limit = CHUNK, shown = [], anchor = -1, sheet = null;
   const made = new Map(); // id -> its row, also while it is filtered out
   const ask = (changes) => { limit = CHUNK; setQuery(changes); };
-  const clear = () => { selected.clear(); draw(); };
-  const every = () => { shown.forEach((one) => selected.add(one.id)); draw(); };
+  const choose = (some, isOn = true) => {
+    for (const { id } of some) selected[isOn ? 'add' : 'delete'](id);
+    draw();
+  };
   const search = h('input', { type: 'search', placeholder: t('acc.search'), 'aria-label': t('acc.search'),
     on: { input: () => ask({ q: search.value }) } });
   const chips = ui.chips(t('acc.status'), [], '', (status) => ask({ status }));
   const view = ui.segmented(t('acc.view'), ['cards', 'table'].map((one) => [one, t(`acc.${one}`)]), '',
     (one) => { setPref('accounts.view', one); draw(); });
   const [jobs, none, gone, selects] = ['stack', 'none', 'stack', 'row'].map((name) => h('div', { class: name }));
-  const items = h('tbody'), count = h('strong'), more = ui.button(' ', { kind: 'ghost', on: every });
+  const items = h('tbody'), count = h('strong'), more = ui.button(' ', { kind: 'ghost', on: () => choose(shown) });
   const heads = COLUMNS.map((name) => h('th', { scope: 'col', class: `c-${name}` }, t(`acc.col.${name}`)));
   const table = h('table', null, h('thead', null, h('tr', null, h('td'), heads, h('td'))), items);
   const tools = MANY.map(([key, shape, run]) => ui.button(t(key), { icon: shape,
     on: () => run(store.get('accounts').filter((one) => selected.has(one.id))) }));
   const bulk = h('div', { class: 'bulk', role: 'toolbar', 'aria-label': t('acc.bulk') }, count, tools, more,
-    ui.button(t('acc.clear'), { kind: 'ghost', on: clear }));
+    ui.button(t('acc.clear'), { kind: 'ghost', on: () => choose(store.get('accounts'), false) }));
   const iconic = (key, props) => ui.button(t(key), { 'aria-label': t(key), ...props }); // a phone shows the icon alone
   const primary = [iconic('acc.refreshAll', { icon: 'refresh', on: () => refreshMany() }),
     iconic('acc.add', { icon: 'plus', kind: 'primary', href: '#/accounts/add' })];
@@ -264,22 +253,18 @@ function mount(root) {
   function pick(one, isRange) {
     const at = shown.findIndex((it) => it.id === one.id), isOn = !selected.has(one.id);
     const [from, to] = [at, isRange && anchor >= 0 ? anchor : at].sort((a, b) => a - b);
-    for (const it of shown.slice(from, to + 1)) selected[isOn ? 'add' : 'delete'](it.id);
     anchor = at;
-    draw();
+    choose(shown.slice(from, to + 1), isOn);
   }
-
-  function patch(el, one) {
-    const { at } = el;
-    at.patch(one);
-    at.box.checked = selected.has(one.id);
-    el.classList.toggle('active', one.active);
-    el.classList.toggle('selected', at.box.checked);
-  }
-
   function make({ id }) {
     if (!made.has(id)) made.set(id, row(pieces(pick)));
     return made.get(id);
+  }
+  function patch(el, one) {
+    el.at.patch(one);
+    el.at.box.checked = selected.has(one.id);
+    el.classList.toggle('active', one.active);
+    el.classList.toggle('selected', el.at.box.checked);
   }
 
   function drawChoices({ status = '', plan = '', sort = 'reset' }) {
@@ -318,23 +303,23 @@ function mount(root) {
   const drawJobs = () => keyed(jobs, store.get('jobs').filter(isOver), (job) => job.id, jobView);
   const drawGone = () => fill(gone, store.get('removed').map(goneView));
   const find = h('div', { class: 'search' }, icon('search'), search);
-  const toolbar = h('div', { class: 'toolbar' }, find, chips, selects, view);
-  fill(root, h('div', { class: 'stack' }, toolbar, jobs, table, none, gone, drop, bulk));
+  fill(root, h('div', { class: 'stack' }, h('div', { class: 'toolbar' }, find, chips, selects, view), jobs, table, none,
+    gone, drop, bulk));
   const off = [store.on(['accounts', 'codex', 'routing'], draw), store.on('jobs', drawJobs),
     store.on('removed', drawGone)];
   drawJobs();
   drawGone();
   const part = (name) => (el) => el.at[name].click();
   return {
-    primary, search, refresh: () => refreshMany().catch(ui.fail),
+    primary, search, refresh: () => refreshMany(),
     rows: { list: () => [...items.children], open: part('name'), select: part('box'), menu: part('menu') },
-    update({ parts: [id] }) {
+    update({ parts: [part] }) {
+      const id = part === 'add' ? undefined : part;
+      const leave = () => sheet?.id === id && go(hash('accounts', [], current().query));
       draw();
-      const wanted = id === 'add' ? undefined : id;
-      if (sheet?.id === wanted) return;
+      if (sheet?.id === id) return;
       sheet?.box.close();
-      const leave = () => { if (sheet?.id === id) go(hash('accounts', [], current().query)); };
-      sheet = wanted && { id, box: openSheet(id, leave) };
+      sheet = id && { id, box: openSheet(id, leave) };
     },
     unmount() {
       off.forEach((stop) => stop());

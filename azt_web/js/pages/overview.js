@@ -23,22 +23,26 @@ const why = (code) => t(known(`reason.${code}`) ? `reason.${code}` : 'reason.oth
 const sum = (list) => list.reduce((all, n) => all + n, 0);
 const nameLink = (account) => h('a', { href: hash('accounts', [account.id]), title: account.email }, nameOf(account));
 const link = (href, key) => h('a', { href }, t(key));
-const span = (...words) => h('span', { class: 'note' }, words);
+let offs = [];
+/** `el`, which `update()` draws now and whenever one of these slices changes. */
+function live(slices, el, update) {
+  offs.push(on(slices, update));
+  update();
+  return el;
+}
 
 // -- now serving
 
 function hero() {
-  const title = h('h2', { class: 'live' }), name = h('a'), state = row(), auto = span(), more = moreMeters();
+  const title = h('h2', { class: 'live' }), name = h('a'), state = row(), more = moreMeters(), auto = h('span');
   const line = h('ol', { class: 'queue' }), skipped = h('div', { class: 'skipped' });
-  const item = (one) => ({ icon: one.active ? 'check' : 'accounts', label: `${nameOf(one)} · ${least(one)}`,
-    run: () => activate(one) });
-  const change = button(t('hero.switch'), { icon: 'switch', on: () => { menu(change, get('accounts').map(item)); } });
-  const fresh = iconButton('refresh', '', async () => (
-    reducers.account(await send('POST', `/accounts/${get('routing').activeId}/refresh-quota`))));
+  const choose = () => menu(change, get('accounts').map((one) => ({ icon: one.active ? 'check' : 'accounts',
+    label: `${nameOf(one)} · ${least(one)}`, run: () => activate(one) })));
+  const read = async () => reducers.account(await send('POST', `/accounts/${get('routing').activeId}/refresh-quota`));
+  const change = button(t('hero.switch'), { icon: 'switch', on: choose }), fresh = iconButton('refresh', '', read);
   const who = h('div', null, title, h('p', { class: 'name' }, name), state, row(change, fresh), more);
-  const next = h('div', null, h('div', { class: 'over' }, h('h2', null, t('hero.next')), auto), line, skipped);
+  const next = h('div', null, h('div', { class: 'over' }, h('h2', null, t('hero.next')), note(auto)), line, skipped);
   const el = h('section', { class: 'card hero', 'aria-label': t('hero.now') });
-
   function serving(account) {
     const { quota } = account, shown = windows(account).slice(0, 2), seen = quota?.capturedAt;
     const how = { big: true, at: seen, trusted: quota?.trusted !== false && !isRejected(account) };
@@ -51,15 +55,14 @@ function hero() {
     keyed(el, [{ el: who }, ...bars, { el: next }], (one) => one.el ?? one.key,
       (one) => one.el ?? h('div', null, meter(one, how)), (cell, one) => one.el || cell.firstChild.patch(one, how));
   }
-
-  function update() {
+  return live(['accounts', 'routing'], el, () => {
     const { queue, skipped: passed, autoSwitch, activeId } = get('routing'), account = accountOf(activeId);
     fill(title, account ? [h('i'), t('hero.now'), h('span', { class: 'role' }, 'API')] : t('hero.none'));
     change.hidden = !get('accounts').length;
     fresh.hidden = more.hidden = !account;
+    if (!account) fill(state, note(t('hero.noneText')));
     if (account) serving(account);
     else keyed(el, [who], (one) => one, (one) => one);
-    if (!account) fill(state, note(t('hero.noneText')));
     text(auto, autoSwitch ? t('hero.autoOn') : t('hero.autoOff'));
     const others = queue.filter(({ id }) => id !== activeId && accountOf(id)).slice(0, 3);
     const place = (one, title) => h('li', { title }, nameLink(one), tag(one.plan), h('b', null, least(one)));
@@ -69,30 +72,28 @@ function hero() {
       { name: nameOf(accountOf(id)), why: why(reason), t: until && at(until) });
     fill(skipped, passed.length > 0 && details(plural('hero.skipped', passed.length),
       h('ul', null, passed.slice(0, 8).map((one) => h('li', null, sentence(one))))));
-  }
-  return { el, update };
+  });
 }
 
 // -- what needs me
 
 /** One sentence and one action each, the most urgent first; what accounts say of themselves counts too. */
 function notices() {
-  const el = h('div', { class: 'notices' }), order = Object.keys(KINDS);
+  const el = h('div', { class: 'notices' }), order = ({ level }) => Object.keys(KINDS).indexOf(level);
   const worded = (key, { id, until, ...params } = {}) => t(key, { ...params, name: nameOf(accountOf(id)) || '?',
     t: until ? at(until) : '' });
   const again = (account) => button(t('login.again'), { href: hash('accounts', ['add', 'browser'], { account }) });
   const item = ({ level, code, params, message, action }) => notice(KINDS[level], level === 'info' ? 'info' : 'warn',
     known(`notice.${code}`) ? worded(`notice.${code}`, params) : message,
     action?.kind === 'login' && again(action.accountId));
-  const update = () => {
+  return live(['accounts', 'notices'], el, () => {
     const told = new Set(get('notices').map((one) => one.params?.id));
     const own = get('accounts').filter((one) => isRejected(one) && !told.has(one.id)).map(({ id, status }) => (
       { level: 'warn', code: status, params: { id }, action: { kind: 'login', accountId: id } }));
-    const all = [...get('notices'), ...own].sort((a, b) => order.indexOf(a.level) - order.indexOf(b.level));
+    const all = [...get('notices'), ...own].sort((a, b) => order(a) - order(b));
     fill(el, all.slice(0, 2).map(item), all.length > 2
       && h('a', { href: '#/accounts?status=action' }, plural('ov.more', all.length - 2)));
-  };
-  return { el, update };
+  });
 }
 
 // -- figures and traffic
@@ -120,14 +121,16 @@ function figures() {
     ].map(([key, ...words]) => figure(t(key), ...words, hours[key]?.some(Boolean)
       && sparkline(hours[key], t('fig.perHour', { name: t(key) })))));
   };
-  const refresh = async () => {
+  const read = async () => {
     const [calls, used] = await Promise.all([['requests', 'result'], ['tokens', 'model']]
       .map((what) => series(24 * HOUR, 'hour', ...what)));
     const sums = ({ points }) => points.map((one) => sum(one.v));
     hours = { 'fig.requests': sums(calls), 'fig.tokens': sums(used), 'fig.failures': column(calls, 'failed') };
     update();
   };
-  return { el, update, refresh };
+  const refresh = () => read().catch(() => {}); // they stand without their little charts
+  refresh();
+  return [live('today', el, update), refresh];
 }
 
 function traffic() {
@@ -145,16 +148,15 @@ function traffic() {
     return [told.points.map((one, i) => ({ t: one.t, v: all.map((list) => list[i]) })), told.bucketMs];
   };
   const refresh = loader(place, read, (got) => take(...got));
-  /** The minute that is running, from the event stream. */
-  const minute = (one) => {
+  offs.push(on('usage', ({ minute: { t: at, ok, failed } }) => { // the minute that is running
     if (range !== '1h' || !data) return;
-    const { points } = data, fresh = { t: one.t, v: [one.ok, one.failed, one.cancelled || 0] };
-    const found = points.findIndex((point) => point.t === one.t);
-    take(found < 0 ? [...points.slice(-59), fresh] : points.with(found, fresh), data.bucketMs);
-  };
+    const { points, bucketMs } = data, found = points.findIndex((one) => one.t === at);
+    const fresh = { t: at, v: [ok, failed, points[found]?.v[2] ?? 0] };
+    take(found < 0 ? [...points.slice(-59), fresh] : points.with(found, fresh), bucketMs);
+  }));
   const choice = segmented(t('traffic.range'), Object.keys(RANGES).map((one) => [one, t(`traffic.${one}`)]), range,
     (one) => { setPref('traffic', range = one); refresh(); });
-  return { el: card({ title: t('traffic.title'), note: legend(keys), actions: choice }, place), refresh, minute };
+  return [card({ title: t('traffic.title'), note: legend(keys), actions: choice }, place), refresh];
 }
 
 // -- lists
@@ -173,13 +175,12 @@ function recent() {
     return h('tr', { on: { click: ({ target }) => target.closest('a') || go(to) } },
       h('td', null, h('a', { href: to }, time)), cells);
   };
-  const update = () => {
+  const all = link('#/log', 'ov.openLog');
+  return live('recent', card({ title: t('ov.recent'), class: 'flush', actions: all }, table, none), () => {
     keyed(list, get('recent').slice(0, 5), (one) => one.id, make, patch);
     none.hidden = get('recent').length > 0;
     table.hidden = !none.hidden;
-  };
-  const all = link('#/log', 'ov.openLog');
-  return { el: card({ title: t('ov.recent'), class: 'flush', actions: all }, table, none), update, list };
+  });
 }
 
 function pool() {
@@ -191,12 +192,11 @@ function pool() {
     if (back < Infinity) ticking(time, back, () => t(key, { d: wait(back - now()) }));
     return h('li', null, nameLink(one), pill(one), h('b', null, least(one)), time);
   };
-  const update = () => {
+  const el = card({ title: t('ov.pool'), class: 'flush', note: count, actions: link('#/accounts', 'ov.all') }, list);
+  return live('accounts', el, () => {
     text(count, t('ov.poolNote', { n: num(get('accounts').length) }));
-    fill(list, [...get('accounts')].sort((a, b) => soonest(a) - soonest(b)).slice(0, 5).map(item));
-  };
-  const all = link('#/accounts', 'ov.all');
-  return { el: card({ title: t('ov.pool'), class: 'flush', note: count, actions: all }, list), update };
+    fill(list, get('accounts').toSorted((a, b) => soonest(a) - soonest(b)).slice(0, 5).map(item));
+  });
 }
 
 /** The snippet of the client used last, or of another. */
@@ -214,6 +214,7 @@ function connect() {
   return [segmented(t('ov.client'), few.map((id) => [id, t(`client.${id}`)]), last, choose), shown];
 }
 
+let leave = () => {}; // the sign-in of the first step
 /** The first three steps. What is signed in or imported meanwhile, in whatever way, ticks the first one. */
 function firstRun(over) {
   const places = [1, 2, 3].map(() => h('div', { class: 'doing' }));
@@ -221,58 +222,51 @@ function firstRun(over) {
     h('li', null, h('span', { class: 'step' }, i + 1), h('h3', null, t(key)), places[i])));
   const dismiss = button(t('first.dismiss'), { kind: 'ghost', on: over });
   const el = card({ title: t('first.title'), class: 'first', actions: dismiss }, h('ol', null, rows));
-  let isIn = null, leave = () => {};
-  const update = () => {
+  let isIn = null;
+  fill(places[2], connect(), link('#/connect', 'ov.moreClients'));
+  return live('accounts', el, () => {
     const [account] = get('accounts'), form = h('div', { class: 'stack' });
     if (isIn === Boolean(account)) return;
     isIn = Boolean(account);
     rows[0].classList.toggle('done', isIn);
     rows[1].classList.toggle('locked', !isIn);
     leave(false); // what began in another tab may end there
-    if (!isIn) leave = signIn(form, { method: 'browser' });
+    leave = isIn ? () => {} : signIn(form, { method: 'browser' });
     const others = ['device', 'import'].map((way) => [' ', link(`#/accounts/add/${way}`, `first.${way}`)]);
     fill(places[0], isIn ? [good(t('login.done', { name: nameOf(account) })), tag(account.plan)]
       : [form, note(t('first.other'), others)]);
     fill(places[1], isIn ? testCall(null, [], () => rows[1].classList.add('done')) : note(t('first.tryLocked')));
-  };
-  fill(places[2], connect(), link('#/connect', 'ov.moreClients'));
-  return { el, update, leave: () => leave(false) };
+  });
 }
 
 function mount(root) {
-  const top = hero(), bad = notices(), numbers = figures(), chart = traffic(), calls = recent(), all = pool();
-  const first = h('div'), main = h('div', { class: 'cols' }, chart.el);
-  const rest = h('div', { class: 'stack' }, numbers.el, main, h('div', { class: 'cols' }, calls.el, all.el));
-  // They stay until dismissed, or until a client of the person's own has called.
-  let steps = pref('first') !== 'done' && !get('firstRun').clientSeen && firstRun(() => {
+  const [numbers, readNumbers] = figures(), [chart, readChart] = traffic(), first = h('div');
+  const main = h('div', { class: 'cols' }, chart), lists = h('div', { class: 'cols' }, recent(), pool());
+  const rest = h('div', { class: 'stack' }, numbers, main, lists), actions = link('#/connect', 'ov.moreClients');
+  const more = () => main.append(card({ title: t('ov.connect'), actions }, connect()));
+  // The steps stay until dismissed, or until a client of the person's own has called.
+  let isNew = pref('first') !== 'done' && !get('firstRun').clientSeen;
+  const update = () => { rest.hidden = isNew && !get('accounts').length; }; // there is nothing else to do then
+  const over = () => {
+    isNew = false;
     setPref('first', 'done');
+    leave(false);
     fill(first);
-    steps = steps.leave();
-    begin();
-  });
-  const update = () => {
-    rest.hidden = steps && !get('accounts').length; // until there is an account, the steps are all there is to do
-    for (const one of [top, bad, steps, all]) one?.update?.();
-  };
-  const begin = () => {
-    const actions = link('#/connect', 'ov.moreClients');
-    if (steps) fill(first, steps.el);
-    else main.append(card({ title: t('ov.connect'), actions }, connect()));
+    more();
     update();
   };
-  const readHours = () => numbers.refresh().catch(() => {}); // the figures stand without their little charts
-  const offs = [on(['accounts', 'routing', 'notices'], update), on('recent', calls.update), on('today', numbers.update),
-    on('usage', ({ minute }) => chart.minute(minute))];
-  fill(root, h('div', { class: 'stack' }, top.el, bad.el, first, rest));
-  begin();
-  calls.update();
-  numbers.update();
-  readHours();
+  if (isNew) fill(first, firstRun(over));
+  else more();
+  fill(root, h('div', { class: 'stack' }, hero(), notices(), first, live('accounts', rest, update)));
   return {
-    primary: button(t('acc.add'), { icon: 'plus', kind: steps ? 'default' : 'primary', href: '#/accounts/add' }),
-    refresh() { chart.refresh(); readHours(); },
-    rows: { list: () => [...calls.list.children] },
-    unmount() { offs.forEach((off) => off()); if (steps) steps.leave(); },
+    primary: button(t('acc.add'), { icon: 'plus', kind: isNew ? 'default' : 'primary', href: '#/accounts/add' }),
+    refresh() { readChart(); readNumbers(); },
+    rows: { list: () => [...root.querySelectorAll('.brief tr')] },
+    unmount() {
+      offs.forEach((off) => off());
+      offs = [];
+      leave(false);
+    },
   };
 }
 
