@@ -66,11 +66,13 @@ async function remove(some) {
   const typed = ids.length > TYPED_ABOVE && String(ids.length);
   if (!(await ui.confirm({ title, body, action: t('act.remove'), danger: true, typed }))) return;
   const { removed, undo } = await send('POST', '/accounts/remove', { ids });
+  reducers['account.removed']({ ids, undo }); // its event may know no undo yet
   done(plural('acc.removed', removed), () => restore(undo));
 }
 
 async function restore({ token }) {
-  const { restored } = await send('POST', '/accounts/restore', { token });
+  const { restored, accounts } = await send('POST', '/accounts/restore', { token });
+  accounts.forEach(reducers.account);
   store.set('removed', store.get('removed').filter((one) => one.token !== token));
   done(plural('acc.restored', restored));
 }
@@ -109,7 +111,6 @@ function pieces(pick) {
     refresh: ui.iconButton('refresh', '', () => refreshOne(one)),
     menu: ui.iconButton('more', '', () => ui.menu(at.menu, actions(one))) };
   for (const name of ['state', 'short', 'long', 'reset', 'used', 'seen']) at[name] = h('div', { class: name });
-  const time = (host, ms, how = 'ago') => fill(host, ms > 0 && ms < Infinity ? timeEl(ms, how) : '–');
   const show = () => {
     const all = ui.windows(one), name = nameOf(one), count = one.exports?.count;
     text(at.name, name);
@@ -125,9 +126,9 @@ function pieces(pick) {
     ui.meters(at.short, all.length ? short : [{ key: 'primary', minutes: 300 }], one);
     ui.meters(at.long, all.filter((it) => it.minutes > DAY_MIN), one);
     at.extra.patch(one.quota?.extra ?? [], one);
-    time(at.reset, ui.resetOf(one), 'until');
-    time(at.used, one.lastUsedAt);
-    time(at.seen, one.quota?.capturedAt);
+    fill(at.reset, timeEl(ui.resetOf(one), 'until'));
+    fill(at.used, timeEl(one.lastUsedAt));
+    fill(at.seen, timeEl(one.quota?.capturedAt));
   };
   const role = (button, isOn, label) => {
     button.ariaPressed = String(isOn);
@@ -155,7 +156,7 @@ const row = (at) => Object.assign(h('tr', null, [at.box, at.name, at.state, at.s
 function details(one) {
   const left = (one.history ?? []).map((it) => it.secondary ?? it.primary), { exports, requests } = one;
   const copied = ui.copyButton(one.accountId, '', { kind: 'ghost square', 'aria-label': t('act.copy') });
-  const when = (ms) => ms > 0 && timeEl(ms, 'when'), window = ui.windowName(ui.windows(one).at(-1) ?? {});
+  const when = (ms) => ms && timeEl(ms, 'when'), window = ui.windowName(ui.windows(one).at(-1) ?? {});
   const rows = requests.map((it) => h('li', null, h('a', { href: hash('log', [it.id]) }, timeEl(it.at, 'when')),
     ` ${it.status ?? ''} ${it.model ?? ''} `, h('span', { class: 'note' }, it.client)));
   const known = { email: nameOf({ ...one, label: '' }), id: one.accountId && [h('code', null, one.accountId), copied],
@@ -301,7 +302,10 @@ function mount(root) {
   }
 
   const drawJobs = () => keyed(jobs, store.get('jobs').filter(isOver), (job) => job.id, jobView);
-  const drawGone = () => fill(gone, store.get('removed').map(goneView));
+  const drawGone = () => {
+    const views = new Map(store.get('removed').map((one) => [one.token, goneView(one)]));
+    fill(gone, ...views.values());
+  };
   const find = h('div', { class: 'search' }, icon('search'), search);
   fill(root, h('div', { class: 'stack' }, h('div', { class: 'toolbar' }, find, chips, selects, view), jobs, table, none,
     gone, drop, bulk));
