@@ -2,9 +2,7 @@
 import { ICONS } from './icons.js';
 
 /** Where a link may lead: the provider's pages, and this computer (the sign-in of the demo and of tests). */
-const PLACES = {
-  'https:': ['auth.openai.com', 'chatgpt.com'], 'http:': ['127.0.0.1', 'localhost', location.hostname],
-};
+const PLACES = { 'https:': ['auth.openai.com', 'chatgpt.com'], 'http:': ['127.0.0.1', 'localhost', location.hostname] };
 /** Set as properties, because the attribute is only where they start. */
 const PROPERTIES = ['checked', 'disabled', 'hidden', 'indeterminate', 'open', 'selected', 'value'];
 const SVG = 'http://www.w3.org/2000/svg';
@@ -27,36 +25,30 @@ function apply(node, props) {
   }
 }
 
-const isShown = (child) => child === 0 || (Boolean(child) && child !== true);
 function add(node, children) {
-  node.append(...children.flat(Infinity).filter(isShown));
+  node.append(...children.flat(Infinity).filter((child) => child === 0 || (child && child !== true)));
   return node;
 }
-
 function build(node, props, children) {
-  const isChild = typeof props !== 'object' || props instanceof Node || Array.isArray(props);
-  if (!isChild) apply(node, props ?? {});
-  return add(node, isChild ? [props, ...children] : children);
+  apply(node, props ?? {});
+  return add(node, children);
 }
 
 /** An element: `h('a', {href: '#/log', class: 'x', on: {click}}, 'text', node, [more])`. */
 export const h = (tag, props, ...children) => build(document.createElement(tag), props, children);
 export const svg = (tag, props, ...children) => build(document.createElementNS(SVG, tag), props, children);
-
 export const icon = (name) => svg('svg', { viewBox: '0 0 16 16', class: `icon i-${name}`, 'aria-hidden': 'true' },
   svg('path', { d: ICONS[name] }));
 
 export function text(node, value) {
   if (node.textContent !== String(value)) node.textContent = value;
 }
-
 export function fill(node, ...children) {
   node.replaceChildren();
   return add(node, children);
 }
 
 const KEPT = new WeakMap();
-
 /** Children of `parent` follow `items`: survivors are moved, never made anew; `patch(node, item)` fills each. */
 export function keyed(parent, items, keyOf, make, patch) {
   const before = KEPT.get(parent) ?? new Map(), after = new Map();

@@ -8,8 +8,8 @@ let ahead = 0, gatewayZone = 'UTC', masking = false, second = 0;
 
 /** The clock of the gateway, which is what reset times are measured by. */
 export const now = () => Date.now() + ahead;
-export function setNow(server) { ahead = Math.abs(server - Date.now()) > 2000 ? server - Date.now() : 0; }
-export function setGatewayZone(name) { gatewayZone = name || 'UTC'; }
+export const setNow = (server) => { ahead = Math.abs(server - Date.now()) > 2000 ? server - Date.now() : 0; };
+export const setGatewayZone = (name) => { gatewayZone = name || 'UTC'; };
 
 const formats = new Map();
 /** Making a format takes longer than using it a hundred times. */
@@ -48,12 +48,9 @@ export function wait(ms) {
   return n < 2 * MINUTE || n >= HOUR ? duration(n) : t('time.m', { n: Math.round(n / MINUTE) });
 }
 
-/** The zone that days and times are shown in: `browser` (the default), `gateway`, or a name. */
-export function zone() {
-  const chosen = pref('zone', 'browser');
-  return { browser: OWN_ZONE, gateway: gatewayZone }[chosen] ?? chosen;
-}
-
+const zones = () => ({ browser: OWN_ZONE, gateway: gatewayZone });
+/** The zone that days and times are shown in: that of the `browser` (the default), of the `gateway`, or a name. */
+export const zone = () => zones()[pref('zone', 'browser')] ?? pref('zone');
 const date = (ms, options) => format(Intl.DateTimeFormat, { timeZone: zone(), hourCycle: 'h23', ...options }, ms);
 const HM = { hour: '2-digit', minute: '2-digit' }, DM = { day: 'numeric', month: 'short' };
 export const clock = (ms) => date(ms, { ...HM, second: '2-digit' });
@@ -61,10 +58,8 @@ export const minute = (ms) => date(ms, HM);
 export const day = (ms) => date(ms, DM);
 export const when = (ms) => date(ms, { ...HM, ...DM, year: 'numeric' });
 /** As short as it is clear: the time today, the weekday within six days, else the date. */
-export function at(ms) {
-  const isNear = Math.abs(ms - now()) < 6 * DAY;
-  return date(ms, { ...HM, ...(day(ms) !== day(now()) && (isNear ? { weekday: 'short' } : DM)) });
-}
+export const at = (ms) => date(ms, { ...HM, ...(day(ms) === day(now()) ? {}
+  : Math.abs(ms - now()) < 6 * DAY ? { weekday: 'short' } : DM) });
 export const ago = (ms) => (now() - ms < 5000 ? t('time.now') : t('time.ago', { d: wait(now() - ms) }));
 export const until = (ms) => (ms <= now() ? t('time.now') : t('time.in', { d: wait(ms - now()) }));
 /** Full date, time and zone: the title behind every short one. */
@@ -77,7 +72,6 @@ export function ticking(node, ms, words) {
   ticks.set(node, { ms, words, born: Date.now() });
   return node;
 }
-
 setInterval(() => {
   if (document.hidden) return;
   second += 1;
@@ -96,5 +90,5 @@ export function timeEl(ms, how = 'ago') {
 
 /** Screenshot mode: e-mails are shown with stars. */
 export const isMasking = () => masking;
-export function setMasking(wanted) { masking = wanted; }
+export const setMasking = (wanted) => { masking = wanted; };
 export const mask = (email) => (masking && email ? email.replace(/^(.)[^@]*@/, '$1•••@') : email ?? '');

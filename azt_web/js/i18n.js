@@ -1,18 +1,14 @@
 // Two languages, and what this browser remembers of the person's choices.
 import { STRINGS } from './strings.js';
 
-const LANGUAGES = ['en', 'zh-CN'];
-const listeners = new Set();
+const LANGUAGES = ['en', 'zh-CN'], listeners = new Set();
 
 /** Kept in this browser: language, theme, time zone, views. Never a secret, a name or a text. */
 export function pref(name, fallback = null) {
   try {
     return localStorage.getItem(`azt.${name}`) ?? fallback;
-  } catch {
-    return fallback;
-  }
+  } catch { return fallback; }
 }
-
 export function setPref(name, value) {
   try {
     if (value === null) localStorage.removeItem(`azt.${name}`);
@@ -33,11 +29,9 @@ export function setLang(wanted) {
 }
 
 export const known = (key) => key in STRINGS;
-
 /** The sentence of a key, with `{name}` replaced by `params.name`. */
 export const t = (key, params = {}) => (STRINGS[key]?.[LANGUAGES.indexOf(language)] ?? key)
   .replace(/\{(\w+)\}/g, (whole, name) => params[name] ?? whole);
-
 /** `key.one` or `key.other`, as the language counts; `{n}` is the number. */
 export function plural(key, n, params = {}) {
   const form = new Intl.PluralRules(language).select(n) === 'one' ? 'one' : 'other';

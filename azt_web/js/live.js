@@ -4,8 +4,7 @@ import { setGatewayZone, setNow } from './format.js';
 import { load, reducers, set } from './store.js';
 
 const PAUSES_S = [1, 2, 4, 8], HIDDEN_MS = 30000;
-let lastId = 0, pid = 0, version = '', leaving = '', onversion = null;
-let failures = 0, ending = null, timer = 0, hidden = 0;
+let lastId = 0, pid = 0, version = '', leaving = '', failures = 0, ending = null, timer = 0, hidden = 0;
 
 /** Everything at once, and where the events go on from. */
 export async function refetch() {
@@ -16,35 +15,32 @@ export async function refetch() {
   load(state);
 }
 
-function take({ event, data, id }) {
-  if (id) lastId = Number(id);
+/** `onversion()`: another version answers. */
+function take({ event, data, id }, onversion) {
   const told = JSON.parse(data);
-  if (event === 'hello') greet(told);
-  else if (event === 'resync') refetch().catch(() => {});
+  if (id) lastId = Number(id);
+  if (event === 'hello') {
+    setNow(told.now);
+    if (told.pid !== pid) refetch().catch(() => {}); // another process: its numbers start anew
+    if (version && told.version !== version) onversion();
+    [leaving, lastId, version] = ['', lastId || told.eventId, told.version];
+  } else if (event === 'resync') refetch().catch(() => {});
   else if (event === 'bye' && told.reason === 'session_ended') api.hooks.signIn();
   else reducers[event]?.(told);
   if (event === 'gateway' && told.status === 'restarting') leaving = told.to;
 }
 
-function greet(hello) {
-  setNow(hello.now);
-  leaving = '';
-  if (hello.pid !== pid) refetch().catch(() => {}); // another process: its numbers start anew
-  lastId ||= hello.eventId;
-  if (version && hello.version !== version) onversion();
-  version = hello.version;
-}
-
+let onevent = null;
 async function run() {
-  const mine = ending = new AbortController();
+  const { signal } = ending = new AbortController();
   const onhead = () => { failures = 0; set('connection', { state: 'live', retryAt: 0 }); };
   try {
     if (failures >= 3) await refetch(); // at least that, if events cannot be had
-    await api.watch(lastId, { signal: mine.signal, onevent: take, onhead });
+    await api.watch(lastId, { signal, onevent, onhead });
   } catch (error) {
-    if (error.status === 401 || error.status === 403) return;
+    if ([401, 403].includes(error.status)) return;
   }
-  if (!mine.signal.aborted) again();
+  if (!signal.aborted) again();
 }
 
 /** After a pause. At another port this page can ask nothing: it only goes there, when it should be up. */
@@ -63,16 +59,12 @@ function stop() {
   ending?.abort();
   ending = null;
 }
-
 /** Open the stream: at the start, as another person, or because someone does not want to wait. */
-export function retryNow() {
-  stop();
-  run();
-}
+export const retryNow = () => { stop(); run(); };
 
 /** Once: how events are followed from now on; `told()` when another version answers. */
 export function follow(told) {
-  onversion = told;
+  onevent = (one) => take(one, told);
   document.addEventListener('visibilitychange', () => {
     clearTimeout(hidden);
     if (document.hidden) hidden = setTimeout(stop, HIDDEN_MS);

@@ -18,19 +18,16 @@ import * as router from './router.js';
 import { accountOf, get, nameOf, on, set, statusCounts } from './store.js';
 import * as ui from './ui.js';
 
-const unknown = { title: 'page.unknown', mount: (root) => {
-  const home = ui.button(t('nav.overview'), { kind: 'primary', href: '#/overview' });
-  fill(root, ui.empty('search', t('page.unknownText'), home));
-  return { primary: null };
-} };
+const home = () => ui.button(t('nav.overview'), { kind: 'primary', href: '#/overview' });
+const unknown = { title: 'page.unknown',
+  mount: (root) => fill(root, ui.empty('search', t('page.unknownText'), home())) && { primary: null } };
 const MAIN = { overview, accounts, playground, log, usage, connect, settings };
 /** Its first letter follows `g`; its title is `nav.` and its icon; the first four stay in the bar of a phone. */
 const NAV = Object.entries(MAIN).map(([name, { title }]) => ({ name, title, shape: title.slice(4) }));
 const NEEDS_ACTION = ['login_rejected', 'auth_error', 'expired'];
 
-const $ = (id) => document.getElementById(id);
-const openSearch = () => openBox(NAV);
-let view = null, title = '', unseen = 0;
+const $ = (id) => document.getElementById(id), openSearch = () => openBox(NAV);
+let view = null, called = '', unseen = 0;
 
 // -- the frame
 
@@ -44,18 +41,14 @@ function frame() {
   $('rail').setAttribute('aria-label', t('shell.nav'));
   $('toasts').setAttribute('aria-label', t('box.messages'));
   fill($('nav'), NAV.map(entry), h('li', { class: 'n-more' }, more));
-  fill($('foot'), h('p', { class: 'live', id: 'live' }, h('i'), h('span')), h('p', { class: 'note', id: 'version' }),
-    languages());
-  fill($('tools'), find, h('span', { id: 'base' }), ui.iconButton('moon', t('shell.theme'), ui.flipTheme, { id: 'theme' }),
-    h('span', { class: 'primary-slot', id: 'primary' }));
-  base();
-  connection();
-  counts();
+  const live = h('p', { class: 'live', id: 'live' }, h('i'), h('span'));
+  fill($('foot'), live, h('p', { class: 'note', id: 'version' }), languages());
+  const flip = ui.iconButton('moon', t('shell.theme'), ui.flipTheme, { id: 'theme' });
+  fill($('tools'), find, h('span', { id: 'base' }), flip, h('span', { class: 'primary-slot', id: 'primary' }));
+  for (const show of [base, connection, counts]) show();
 }
 
-const languages = () => h('div', { class: 'languages', role: 'group', 'aria-label': t('shell.language') },
-  Object.entries({ en: 'English', 'zh-CN': '中文' }).map(([code, name]) => h('button', { type: 'button', lang: code,
-    'aria-pressed': String(lang() === code), on: { click: () => setLang(code) } }, name)));
+const languages = () => ui.segmented(t('shell.language'), [['en', 'English'], ['zh-CN', '中文']], lang(), setLang);
 
 function openMore() {
   const shut = (then) => () => { made.close(); then?.(); };
@@ -67,8 +60,8 @@ function openMore() {
 
 function base() {
   const { baseUrl = '', listen = [], version } = get('gateway'), short = baseUrl.replace('http://', '');
-  const words = t('shell.copyBase', { url: short });
-  const chip = ui.copyButton(() => get('gateway').baseUrl, '', { kind: 'chip-copy', 'aria-label': words, title: words });
+  const title = t('shell.copyBase', { url: short });
+  const chip = ui.copyButton(() => get('gateway').baseUrl, '', { kind: 'chip-copy', 'aria-label': title, title });
   chip.prepend(h('small', null, t('shell.base')), ' ', h('code', null, short));
   fill($('base'), baseUrl && chip);
   text($('version'), [listen[0], version && `v${version}`].filter(Boolean).join(' · '));
@@ -93,16 +86,15 @@ function counts() {
     const badge = document.querySelector(`[data-page=${name}] .count`);
     Object.assign(badge, { hidden: !n, textContent: n, title: t(`badge.${name}`, { n }) });
   }
-  document.title = `${isUrgent ? '(!) ' : ''}${title} · azt`;
+  document.title = `${isUrgent ? '(!) ' : ''}${called} · azt`;
   $('icon').setAttribute('href', isUrgent ? 'favicon-dot.svg' : 'favicon.svg');
 }
 
 // -- pages
 
 function onpage(page, made) {
-  view = made;
-  title = t(page.title);
-  text($('title'), title);
+  [view, called] = [made, t(page.title)];
+  text($('title'), called);
   const add = ui.button(t('acc.add'), { icon: 'plus', kind: 'primary', href: '#/accounts/add' });
   fill($('primary'), made.primary === undefined ? add : made.primary);
 }
@@ -120,7 +112,6 @@ function onroute(route, moved) {
 // -- keys
 
 let before = '';
-
 /** Single letters, while nothing is being typed, no dialog is open and the settings have not ended them. */
 function onkey(event) {
   const { key, target } = event, was = before, { rows, search, refresh } = view ?? {};
@@ -155,7 +146,6 @@ function onrouting(routing, changes) {
 }
 
 const followed = new Set();
-
 /** One line for each job that runs, and a word when one that was seen running is done. */
 function onjobs(jobs, changes) {
   for (const { id, kind, state, done, failed, total } of changes.flat()) {

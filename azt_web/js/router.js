@@ -6,7 +6,6 @@ export function search(query) {
   const given = new URLSearchParams(Object.entries(query ?? {}).filter(([, value]) => (value ?? '') !== ''));
   return given.size ? `?${given}` : '';
 }
-
 export const hash = (page, parts = [], query = {}) => (
   `#/${[page, ...parts.map(encodeURIComponent)].join('/')}${search(query)}`);
 
@@ -15,36 +14,29 @@ export function parse(address) {
   try {
     const [page = 'overview', ...parts] = path.split('/').filter(Boolean).map(decodeURIComponent);
     return { page, parts, query: Object.fromEntries(new URLSearchParams(query)) };
-  } catch {
-    return { page: 'unknown', parts: [], query: {} }; // a % that encodes nothing
-  }
+  } catch { return { page: 'unknown', parts: [], query: {} }; } // a % that encodes nothing
 }
 
 export const current = () => shown;
 export const go = (to) => { location.hash = to; };
-
 export function replace(to) {
   history.replaceState(history.state, '', to);
   shown = parse(to);
 }
-
 /** Change the query in place: no new entry in the history. */
 export function setQuery(changes) {
   replace(hash(shown.page, shown.parts, { ...shown.query, ...changes }));
   mounted?.view.update?.(shown);
 }
 
-function unmount() {
-  mounted?.view.unmount?.();
-  mounted = null;
-  shell.outlet.replaceChildren();
-}
-
-function show(moves) {
+/** Show the page of the address; `isAnew`: even if it is shown already (another language, another person). */
+function show(moves, isAnew) {
   shown = parse(location.hash);
-  const isOther = mounted?.name !== shown.page;
+  const isOther = isAnew || mounted?.name !== shown.page;
   if (isOther) {
-    unmount();
+    mounted?.view.unmount?.();
+    mounted = null;
+    shell.outlet.replaceChildren();
     const page = pages[shown.page] ?? pages.unknown, view = page.mount(shell.outlet, { route: shown });
     mounted = { name: shown.page, view };
     shell.onpage(page, view);
@@ -52,25 +44,18 @@ function show(moves) {
   shell.onroute(shown, isOther && moves);
   mounted.view.update?.(shown);
 }
-
-/** Take the page down and put it up again: another language, another person. */
-export function remount() {
-  unmount();
-  show(false);
-}
+export const remount = () => show(false, true);
 
 /** `how` = {outlet, onpage(page, view), onroute(route, moved)}; `table` = {name: page, unknown: page}. */
 export function start(table, how) {
-  [pages, shell] = [table, how];
-  history.scrollRestoration = 'manual';
   const scrolls = {};
   let key = 0;
+  [pages, shell, history.scrollRestoration] = [table, how, 'manual'];
   addEventListener('scroll', () => { scrolls[history.state?.at ?? -1] = scrollY; }, { passive: true });
   const arrive = (moves) => {
     if (!/^#\/./.test(location.hash)) history.replaceState(null, '', '#/overview');
-    const back = history.state?.at, before = shown.page;
+    const back = history.state?.at, top = scrolls[back] ?? 0, before = shown.page;
     if (back === undefined) history.replaceState({ at: key += 1 }, '');
-    const top = scrolls[back] ?? 0;
     show(moves);
     if (shown.page !== before) requestAnimationFrame(() => scrollTo(0, top));
   };

@@ -11,13 +11,11 @@ const listeners = Object.fromEntries(Object.keys(state).map((slice) => [slice, n
 let changes = new Map();
 
 export const get = (slice) => state[slice];
-
 /** `fn(value, changes)` at most once a frame for each of `slices`; `changes`: all that was set since, oldest first. */
 export function on(slices, fn) {
   const heard = [slices].flat().map((slice) => listeners[slice].add(fn));
   return () => heard.forEach((one) => one.delete(fn));
 }
-
 export function set(slice, value, change = value) {
   state[slice] = value;
   if (!changes.size) (document.hidden ? setTimeout : requestAnimationFrame)(tell); // a hidden tab has no frames
@@ -29,13 +27,10 @@ function tell() {
   changes = new Map();
   for (const [slice, list] of told) for (const fn of [...listeners[slice]]) fn(state[slice], list);
 }
-
 export const store = { get, on, set };
 
 /** All of `GET /state`. */
-export function load(all) {
-  for (const slice of Object.keys(state)) if (slice in all) set(slice, all[slice]);
-}
+export const load = (all) => Object.keys(all).forEach((slice) => slice in state && set(slice, all[slice]));
 
 const merge = (slice, told) => set(slice, { ...state[slice], ...told }, told);
 const has = (list, { id }) => list.some((one) => one.id === id);
@@ -44,7 +39,6 @@ function upsert(slice, item, most = Infinity) {
   const list = has(state[slice], item) ? swap(state[slice], item) : [...state[slice], item];
   set(slice, list.slice(-most), item);
 }
-
 function sawRequest(type, row) {
   const { recent } = state;
   set('request', { type, row });
@@ -77,14 +71,9 @@ export const reducers = {
 
 export const accountOf = (id) => state.accounts.find((one) => one.id === id) ?? null;
 export const nameOf = (account) => (account ? account.label || mask(account.email) || account.id : '');
-
 /** {all, ready, low, ...}: how many accounts are in each state. */
-export function statusCounts() {
-  const counts = { all: state.accounts.length };
-  for (const { status } of state.accounts) counts[status] = (counts[status] ?? 0) + 1;
-  return counts;
-}
-
+export const statusCounts = () => state.accounts.reduce((counts, { status }) => (
+  { ...counts, [status]: (counts[status] ?? 0) + 1 }), { all: state.accounts.length });
 /** Is this page at the computer that runs azt? Elsewhere nothing is exported and no file of Codex is touched. */
 export const isLocal = () => state.session?.scope !== 'lan';
 export const canDo = isLocal;

@@ -28,9 +28,9 @@ async function busy(el, work) {
 
 // -- messages
 
+const SHOWN = 3, KEPT = 50;
 /** The newest last: [{at, text}]. */
 export const messages = [];
-const SHOWN = 3, KEPT = 50;
 
 export function toast(said, { kind = 'ok', action } = {}) {
   const place = document.getElementById('toasts'), isError = kind === 'error';
@@ -144,7 +144,7 @@ export function select(label, options, value, onchange) {
   const set = (all, chosen) => fill(input, all.map(([one, words = one]) => h('option', { value: one,
     selected: String(one) === String(chosen) }, words)));
   set(options, value);
-  return Object.assign(h('span', { class: 'select' }, input, icon('down')), { input, set });
+  return Object.assign(h('span', { class: 'select' }, input), { input, set });
 }
 
 /** Label above, help and error below; `el.error(text)` says what is wrong, or nothing. */
@@ -264,17 +264,14 @@ export function fieldForm(label, content, action, run, { help, kind } = {}) {
 export const figure = (name, value, words, title, ...more) => h('div', { class: 'card figure' },
   h('span', { class: 'name' }, name), h('b', { title }, value), h('span', { class: 'note' }, words), more);
 
+const BAD = ['bad', 'cross'], WARN = ['warn', 'warn'];
 /** Status -> [colour, icon]; its words are st.<status>. */
-const STATES = {
-  ready: ['ok', 'check'], low: ['warn', 'warn'], empty: ['warn', 'warn'], unknown: ['idle', 'clock'],
-  login_rejected: ['bad', 'cross'], auth_error: ['bad', 'cross'], expired: ['bad', 'cross'],
-  excluded: ['idle', 'pause'],
-};
+const STATES = { ready: ['ok', 'check'], low: WARN, empty: WARN, unknown: ['idle', 'clock'], login_rejected: BAD,
+  auth_error: BAD, expired: BAD, excluded: ['idle', 'pause'] };
 
 /** A word with its colour and icon. */
-export const badge = ([colour, shape], words, title) => (
-  h('span', { class: `pill ${colour}`, title }, icon(shape), words));
-
+export const badge = ([colour, shape], words, title) => h('span', { class: `pill ${colour}`, title },
+  icon(shape), words);
 export function pill({ status, statusParams }) {
   const back = statusParams?.until, key = status === 'empty' && !back ? 'st.emptyNow' : `st.${status}`;
   return badge(STATES[status], t(key, { t: back && at(back) }), back && exact(back));

@@ -491,7 +491,7 @@ def test_no_width_scrolls_sideways(pool: Any, width: int) -> None:
 
 def test_in_chinese_no_sentence_is_left_in_english(pool: Any) -> None:
     page = pool.page
-    page.get_by_role("button", name="中文").click()
+    page.get_by_role("radio", name="中文").click()
     rows(pool).first.get_by_role("checkbox").click()
     shown = page.inner_text("#main")
     row(pool, NAMES[0]).get_by_role("link").click()

@@ -333,7 +333,7 @@ def test_language_and_theme_change_in_place_and_are_remembered(console: Any) -> 
     """36."""
     page = console.page
     page.evaluate("window.same = 'page'")
-    page.get_by_role("button", name="中文").click()
+    page.get_by_role("radio", name="中文").click()
     expect(page.get_by_role("heading", level=1)).to_have_text("概览")
     assert page.evaluate("document.documentElement.lang") == "zh-CN"
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
