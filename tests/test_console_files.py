@@ -11,8 +11,8 @@ WEB = ROOT / "azt_web"
 FILES = {path.relative_to(WEB).as_posix(): path for path in WEB.rglob("*") if path.is_file()}
 TEXTS = {name: path.read_text(encoding="utf-8") for name, path in sorted(FILES.items())}
 CODE = {name: text for name, text in TEXTS.items() if name.endswith(".js")}
-LINES_MAX = 4_584  # console.md 9 asks for 3,500: never raise this
-WIDTH_MAX, WIDE_MAX = 120, 28
+LINES_MAX = 4_348  # console.md 9 asks for 3,500: never raise this
+WIDTH_MAX, WIDE_MAX = 120, 3
 
 
 # -- Colours (console.md 4.2) ----------------------------------------------------------------------
