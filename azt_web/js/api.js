@@ -2,7 +2,6 @@
 import { search } from './router.js';
 
 const BASE = '/_gateway/admin', PATIENCE_MS = 60000;
-
 /** Set by main.js: `proof()` asks for the admin token, true when it was given; `signIn()` shows where. */
 export const hooks = {};
 

@@ -8,11 +8,10 @@ const colourOf = ({ colour }, i) => `k-${colour ?? `c${i + 1}`}`;
 
 export function sparkline(values, summary) {
   const most = Math.max(1, ...values), step = 96 / values.length, tall = (n) => Math.max(1, (n / most) * 34);
-  return svg('svg', { class: 'spark', viewBox: '0 0 96 34', width: 96, height: 34, role: 'img', 'aria-label': summary },
+  return svg('svg', { class: 'spark', width: 96, height: 34, role: 'img', 'aria-label': summary },
     values.map((n, i) => svg('rect', { x: i * step, y: 34 - tall(n), width: Math.max(1, step - 1.5), height: tall(n),
       class: !n && 'none' })));
 }
-
 export const legend = (keys) => h('ul', { class: 'legend' },
   keys.map((key, i) => h('li', { class: colourOf(key, i) }, h('i'), key.label)));
 
@@ -77,6 +76,7 @@ export function stacked(first) {
     else if (width) fill(area, drawing(data, show, width, chosen));
   };
   const choose = (index) => { if (index !== chosen) { chosen = index; draw(); } };
+  const none = () => choose(-1), pointermove = ({ target }) => choose(Number(target.dataset.at ?? -1));
   const keydown = (event) => {
     const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key], last = data.points.length - 1;
     if (!step || last < 0) return;
@@ -90,25 +90,18 @@ export function stacked(first) {
     flip.ariaPressed = String(area.hidden);
     draw();
   };
-  const none = () => choose(-1), pointermove = ({ target }) => choose(Number(target.dataset.at ?? -1));
   const readout = h('p', { class: 'readout' }), area = h('div', { class: 'plot', tabindex: '0', role: 'img',
     on: { pointermove, pointerleave: none, blur: none, keydown } });
   const table = h('div', { class: 'scroll', hidden: true, tabindex: '0', role: 'group' });
   const flip = h('button', { type: 'button', class: 'link', 'aria-pressed': 'false', on: { click: swap } },
     t('chart.table'));
-  new ResizeObserver(([{ contentRect }]) => {
-    if (Math.abs(contentRect.width - width) < 1) return;
-    width = Math.floor(contentRect.width);
-    draw();
-  }).observe(area);
+  new ResizeObserver(([{ contentRect }]) => { width = Math.floor(contentRect.width); draw(); }).observe(area);
   draw();
   return Object.assign(h('div', { class: 'chart' }, h('div', { class: 'over' }, readout, flip), area, table), {
     update: (next) => { data = next; chosen = Math.min(chosen, data.points.length - 1); draw(); } });
 }
 
-export const shareBar = (part) => (
-  h('span', { class: 'share', 'aria-hidden': 'true', vars: { '--v': `${part * 100}%` } }, h('i')));
-
+export const shareBar = (part) => h('span', { class: 'share', vars: { '--v': `${part * 100}%` } }, h('i'));
 /** Steps one after the other: [{label, ms}]. */
 export function waterfall(steps) {
   const whole = Math.max(1, steps.reduce((sum, one) => sum + one.ms, 0));

@@ -5,7 +5,6 @@ import { lang, pref, t } from './i18n.js';
 const MINUTE = 60000, HOUR = 60 * MINUTE, DAY = 24 * HOUR;
 const OWN_ZONE = Intl.DateTimeFormat().resolvedOptions().timeZone;
 let ahead = 0, gatewayZone = 'UTC', masking = false, second = 0;
-
 /** The clock of the gateway, which is what reset times are measured by. */
 export const now = () => Date.now() + ahead;
 export const setNow = (server) => { ahead = Math.abs(server - Date.now()) > 2000 ? server - Date.now() : 0; };

@@ -30,7 +30,6 @@ const $ = (id) => document.getElementById(id), openSearch = () => openBox(NAV);
 let view = null, called = '', unseen = 0;
 
 // -- the frame
-
 function frame() {
   const entry = ({ name, shape, title: words }) => h('li', { class: `n-${name}` }, h('a', { href: `#/${name}`,
     'data-page': name }, icon(shape), h('span', null, t(words)), h('b', { class: 'count', hidden: true })));
@@ -91,7 +90,6 @@ function counts() {
 }
 
 // -- pages
-
 function onpage(page, made) {
   [view, called] = [made, t(page.title)];
   text($('title'), called);
@@ -110,7 +108,6 @@ function onroute(route, moved) {
 }
 
 // -- keys
-
 let before = '';
 /** Single letters, while nothing is being typed, no dialog is open and the settings have not ended them. */
 function onkey(event) {
@@ -135,7 +132,6 @@ function onkey(event) {
 }
 
 // -- what happens elsewhere
-
 function onrouting(routing, changes) {
   const { cause } = changes.findLast((one) => one.cause) ?? {};
   if (!cause) return;

@@ -6,8 +6,8 @@ import * as ui from './ui.js';
 
 const LARGE_BYTES = 4 << 20, LARGE_PX = 2048, KINDS = ['image/png', 'image/jpeg', 'image/webp'];
 
-async function redraw(source, type) {
-  const bitmap = source instanceof Blob ? await createImageBitmap(source) : source;
+async function redraw(blob, type) {
+  const bitmap = await createImageBitmap(blob);
   const scale = Math.min(1, LARGE_PX / Math.max(bitmap.width, bitmap.height));
   const canvas = h('canvas', { width: Math.round(bitmap.width * scale), height: Math.round(bitmap.height * scale) });
   canvas.getContext('2d').drawImage(bitmap, 0, 0, canvas.width, canvas.height);
@@ -22,15 +22,13 @@ export async function readPicture(file) {
   const body = t('play.scaleBody', { name: file.name, size: bytes(file.size), width, height, px: LARGE_PX });
   if (isLarge && !(await ui.confirm({ title: t('play.scale'), body, action: t('play.scaleDo') }))) return null;
   const type = isLarge ? 'image/jpeg' : 'image/png';
-  const blob = isLarge || !KINDS.includes(file.type) ? await redraw(bitmap, type) : file;
-  const reader = new FileReader();
-  const data = await new Promise((done) => { reader.onload = () => done(reader.result); reader.readAsDataURL(blob); });
-  return { name: file.name, size: blob.size, data, url: URL.createObjectURL(blob) };
+  const blob = isLarge || !KINDS.includes(file.type) ? await redraw(file, type) : file;
+  const reader = new FileReader(), read = new Promise((done) => { reader.onload = () => done(reader.result); });
+  reader.readAsDataURL(blob);
+  return { name: file.name, size: blob.size, data: await read, url: URL.createObjectURL(blob) };
 }
 
-export function blobOf(base64, type) {
-  return new Blob([Uint8Array.from(atob(base64), (one) => one.charCodeAt(0))], { type });
-}
+export const blobOf = (base64, type) => new Blob([Uint8Array.from(atob(base64), (one) => one.charCodeAt(0))], { type });
 
 /** Clipboards take PNG alone, and only in secure contexts. */
 export const canCopyPicture = () => Boolean(navigator.clipboard?.write && globalThis.ClipboardItem);

@@ -27,22 +27,20 @@ async function busy(el, work) {
 }
 
 // -- messages
-
 const SHOWN = 3, KEPT = 50;
 /** The newest last: [{at, text}]. */
 export const messages = [];
 
 export function toast(said, { kind = 'ok', action } = {}) {
   const place = document.getElementById('toasts'), isError = kind === 'error';
-  const close = () => { clearTimeout(timer); el.remove(); };
+  const hold = () => clearTimeout(timer), close = () => { hold(); el.remove(); };
   const act = () => { close(); return action.run(); };
-  const el = h('div', { class: `toast ${kind}`, role: isError ? 'alert' : null },
-    icon({ ok: 'check', info: 'info', error: 'warn' }[kind]), h('p', null, said),
+  const leave = () => { if (!isError) timer = setTimeout(close, action ? 10000 : 6000); };
+  const el = h('div', { class: `toast ${kind}`, role: isError ? 'alert' : null,
+    on: { pointerenter: hold, focusin: hold, pointerleave: leave, focusout: leave } },
+  icon({ ok: 'check', info: 'info', error: 'warn' }[kind]), h('p', null, said),
     action && button(action.label, { kind: 'ghost', on: act }), iconButton('close', t('act.close'), close));
   let timer = 0;
-  const leave = () => { if (!isError) timer = setTimeout(close, action ? 10000 : 6000); };
-  for (const type of ['pointerenter', 'focusin']) el.addEventListener(type, () => clearTimeout(timer));
-  for (const type of ['pointerleave', 'focusout']) el.addEventListener(type, leave);
   messages.push({ at: Date.now(), text: said });
   messages.splice(0, messages.length - KEPT);
   if (place.children.length >= SHOWN) place.firstChild.remove();
@@ -58,7 +56,6 @@ export const wording = ({ code, params, message }) => (known(`err.${code}`) ? t(
 export const fail = (error) => error.name === 'AbortError' || toast(wording(error), { kind: 'error' });
 
 // -- dialogs
-
 export function dialog({ title, body, footer = [], wide, sheet, onclose }) {
   const id = nextId('dialog'), content = h('div', { class: 'body' }, body), close = () => el.close();
   const closed = () => {
@@ -114,7 +111,6 @@ export function menu(anchor, items) {
 }
 
 // -- choices
-
 /** One of a few exclusive views; `el.set(value)` shows another without telling. */
 export function segmented(label, options, value, onchange) {
   const name = nextId('one'), inputs = new Map(options.map(([one]) => [one, h('input', { type: 'radio', name,
@@ -184,7 +180,6 @@ export function tabs(label, links, kind) {
 }
 
 // -- copying
-
 /** The clipboard, where there is one; else the old way; else the text is shown, selected. */
 export async function copy(value) {
   const isDone = await navigator.clipboard?.writeText(value).then(() => true, () => false); // or no secure context
@@ -205,15 +200,15 @@ export async function copy(value) {
 
 /** `from`: the text, or a function that makes it. */
 export function copyButton(from, label = t('act.copy'), props = {}) {
+  const show = (isDone) => {
+    el.classList.toggle('done', isDone);
+    if (label) text(el.querySelector('.label'), isDone ? t('act.copied') : label);
+  };
   const el = button(label, { icon: 'copy', ...props, on: async () => {
     if (!(await copy(await (typeof from === 'function' ? from() : from)))) return;
-    const show = (is, words) => {
-      el.classList.toggle('done', is);
-      if (label) text(el.querySelector('.label'), words);
-    };
-    show(true, t('act.copied'));
+    show(true);
     announce(t('act.copied'));
-    setTimeout(() => show(false, label), 1600);
+    setTimeout(show, 1600, false);
   } });
   return el;
 }
@@ -234,7 +229,6 @@ export function codeBlock(source, { label = '' } = {}) {
 }
 
 // -- pieces of pages
-
 export function card({ title, note, actions, ...props }, ...children) {
   const id = nextId('card');
   return h('section', { ...props, class: `card ${props.class ?? ''}`, 'aria-labelledby': title && id },
@@ -263,7 +257,6 @@ export function fieldForm(label, content, action, run, { help, kind } = {}) {
 /** One number, with its name above and a note below; the full number is its title. */
 export const figure = (name, value, words, title, ...more) => h('div', { class: 'card figure' },
   h('span', { class: 'name' }, name), h('b', { title }, value), h('span', { class: 'note' }, words), more);
-
 const BAD = ['bad', 'cross'], WARN = ['warn', 'warn'];
 /** Status -> [colour, icon]; its words are st.<status>. */
 const STATES = { ready: ['ok', 'check'], low: WARN, empty: WARN, unknown: ['idle', 'clock'], login_rejected: BAD,
@@ -326,12 +319,10 @@ export function meter(quota, options) {
     fill(pace, words && [icon(shape), words]);
     ticking(reset, resets ?? 0, say);
     reset.title = resets ? exact(resets) : '';
-    track.style.setProperty('--v', `${value ?? 0}%`);
-    track.style.setProperty('--t', `${tick}%`);
+    for (const [key, part] of [['--v', value ?? 0], ['--t', tick]]) track.style.setProperty(key, `${part}%`);
     track.classList.toggle('ticked', tick > 0 && tick < 100);
-    track.setAttribute('aria-label', name.textContent);
-    track.setAttribute('aria-valuenow', value ?? 0);
-    track.setAttribute('aria-valuetext', [left.textContent, say(), words].filter(Boolean).join(', '));
+    Object.assign(track, { ariaLabel: name.textContent, ariaValueNow: value ?? 0,
+      ariaValueText: [left.textContent, say(), words].filter(Boolean).join(', ') });
   };
   el.patch(quota, options);
   return el;
@@ -385,20 +376,16 @@ export function errorPanel(error, retry) {
 /** Grey blocks where rows will be; the style sheet shows them only after 150 ms. */
 export const skeleton = (rows = 3) => h('div', { class: 'skeleton', role: 'status', 'aria-busy': 'true',
   'aria-label': t('ui.loading') }, Array.from({ length: rows }, () => h('i')));
-
 export const details = (summary, ...children) => h('details', null, h('summary', null, icon('right'), summary),
   h('div', { class: 'inner' }, children));
-
 export const row = (...children) => h('div', { class: 'row' }, children);
 export const note = (...words) => h('p', { class: 'note' }, words);
 export const bullets = (items) => h('ul', { class: 'bullets' }, items.map((one) => h('li', null, one)));
 export const good = (words) => h('p', { class: 'good', role: 'status' }, icon('check'), words);
-
 /** A banner; `words` may be an element with more in it. */
 export const notice = (kind, shape, words, ...more) => h('div', { class: `notice ${kind}` }, icon(shape),
   words instanceof Node ? words : h('p', null, words), more);
 export const warning = (words, shape = 'warn', ...more) => notice('warn', shape, words, ...more);
-
 /** Pairs of a term and what is told of it. */
 export const facts = (pairs) => h('dl', { class: 'facts' }, pairs.map(([term, ...told]) => [h('dt', null, term),
   h('dd', null, told)]));
@@ -431,7 +418,6 @@ export function loader(place, read, draw) {
 }
 
 // -- theme
-
 export const theme = () => pref('theme', 'system');
 export function setTheme(wanted) {
   setPref('theme', wanted);
