@@ -68,7 +68,7 @@ def _choose_two(page: Any) -> None:
 
 def _open_sheet(page: Any) -> None:
     page.locator(".accounts a.name").first.click()
-    page.locator("dialog summary").first.click()
+    page.locator("dialog summary:visible").first.click()
     page.locator("dialog .facts").wait_for()
 
 
