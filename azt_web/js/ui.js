@@ -137,8 +137,10 @@ export function chips(label, options, value, onchange) {
 /** A labelled select whose label only screen readers need; `.input` is the element, `.set(options, value)` has others. */
 export function select(label, options, value, onchange) {
   const input = h('select', { 'aria-label': label, title: label, on: { change: () => onchange?.(input.value) } });
-  const set = (all, chosen) => fill(input, all.map(([one, words = one]) => h('option', { value: one,
-    selected: String(one) === String(chosen) }, words)));
+  const set = (all, chosen) => {
+    keyed(input, all, String, ([one, words = one]) => h('option', { value: one }, words));
+    if (all.some(([one]) => String(one) === String(chosen))) input.value = chosen;
+  };
   set(options, value);
   return Object.assign(h('span', { class: 'select' }, input), { input, set });
 }

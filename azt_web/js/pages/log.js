@@ -136,9 +136,8 @@ function mount(root) {
   }
 
   function paintFilters() {
-    const account = store.get('accounts').map((one) => [one.id, nameOf(one)]);
-    const range = Object.keys(RANGES).map((one) => [one, t(`log.range.${one}`)]);
-    const all = { endpoint: ENDPOINTS, ...facets, account, range };
+    const all = { endpoint: ENDPOINTS, ...facets, account: store.get('accounts').map((one) => [one.id, nameOf(one)]),
+      range: Object.keys(RANGES).map((one) => [one, t(`log.range.${one}`)]) };
     SELECTS.forEach((name, at) => {
       const options = [['', t(`log.by.${name}`)], ...(all[name] ?? []).map((one) => [one].flat())];
       const chosen = query[name] ?? '';

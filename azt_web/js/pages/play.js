@@ -215,14 +215,14 @@ function ending({ id, text: said, picture, switches, error, models: listed, stat
         ui.copyButton(id, id, { kind: 'ghost mono' })]));
 }
 
-/** Each makes [how it is painted, its parts]. */
+const pane = (name, paintIt, ...parts) => Object.assign(h('div', { class: `pane ${name}` }, parts), { paintIt });
 const PANES = {
   answer() {
     const [said, thought, called] = [new Text(), new Text(), new Text()], tools = h('pre', { class: 'tool' }, called);
     const empty = ui.empty('play', t('play.nothing')), end = h('div'), step = h('figcaption');
     const img = h('img', { alt: t('play.picture') }), figure = h('figure', { class: 'frame' }, img, step);
     const thinking = ui.details(t('play.thought'), h('p', { class: 'said' }, thought));
-    return [() => {
+    return pane('answer', () => {
       const { picture, tools: calls = [] } = run ?? {};
       grow(said, run?.text ?? '');
       grow(thought, run?.thought ?? '');
@@ -232,7 +232,7 @@ const PANES = {
       if (picture && img.src !== picture.url) img.setAttribute('src', picture.url);
       text(step, picture?.step ? t('play.preview', { n: picture.step, m: PICTURES_SHOWN }) : t('play.final'));
       keyed(end, run ? [run] : [], markOf, ending);
-    }, empty, thinking, h('p', { class: 'said' }, said), tools, figure, end];
+    }, empty, thinking, h('p', { class: 'said' }, said), tools, figure, end);
   },
   events() {
     const sheet = h('div', { class: 'roll' }), list = h('div', { class: 'roller', tabindex: '0', role: 'group',
@@ -240,27 +240,27 @@ const PANES = {
     const make = ({ n, at, event, data }) => h('button', { type: 'button', class: 'event', vars: { '--n': n }, on: {
       click: () => ui.dialog({ title: event, wide: true, body: ui.codeBlock(data.slice(0, CHARS_MAX)) }) } },
     h('span', null, duration(at)), h('b', null, event), h('span', { class: 'cut' }, data.slice(0, 200)));
-    return [() => {
+    return pane('events', () => {
       const all = run?.events ?? [], first = Math.max(0, Math.floor(list.scrollTop / ROW_PX) - ROWS_SPARE);
       const last = first + Math.ceil(list.clientHeight / ROW_PX) + 2 * ROWS_SPARE;
       sheet.style.setProperty('--rows', all.length);
       keyed(sheet, all.slice(first, last), (one) => one.key, make);
-    }, list];
+    }, list);
   },
   request() {
     const place = h('div'), base = () => store.get('gateway').baseUrl, words = ({ path, body }) => t('play.http', {
       method: view.mode === 'models' ? 'GET' : 'POST', url: base() + path.slice(3), body: shownBody(body) });
     const copy = (how) => ui.copyButton(() => asCall(how, nextCall(), base()), t(`play.as.${how}`));
     const make = (one) => ui.codeBlock(one, { label: t('play.tab.request') });
-    return [() => {
+    return pane('request', () => {
       let now;
       try { now = words(nextCall()); } catch (error) { now = error.message; }
       keyed(place, [now], String, make);
-    }, ui.row(['curl', 'python', 'js'].map(copy)), place];
+    }, ui.row(['curl', 'python', 'js'].map(copy)), place);
   },
   timing() {
     const place = h('div'), make = (rows) => (rows.length ? waterfall(rows) : ui.empty('clock', t('play.noTiming')));
-    return [() => keyed(place, [timingRows(run?.detail?.timing ?? {})], JSON.stringify, make), place];
+    return pane('timing', () => keyed(place, [timingRows(run?.detail?.timing ?? {})], JSON.stringify, make), place);
   },
 };
 
@@ -296,15 +296,11 @@ function mount(root, { route: { query: given } }) {
   Object.assign(form, { text: said, image }, model && { model }, account && { account });
   const pick = (name, all, words) => ui.segmented(t(`play.${name}s`), all.map((one) => [one, t(`play.${words}${one}`)]),
     '', (value) => setQuery({ [name]: value }));
-  const panes = TABS.map((name) => {
-    const [paintIt, ...parts] = PANES[name]();
-    return { name, paintIt, el: h('div', { class: `pane ${name}` }, parts) };
-  });
+  const panes = TABS.map((name) => PANES[name]());
   const modes = pick('mode', MODES, ''), tabs = pick('tab', TABS, 'tab.');
   const stop = ui.button(t('play.stop'), { icon: 'stop', kind: 'danger', on: () => run.stopper.abort() });
   view = { ...buildForm(), stop, facts: h('p', { class: 'run-facts' }) };
-  view.told = ui.card({ class: 'told' }, h('div', { class: 'run-head' }, tabs, stop), view.facts,
-    panes.map((one) => one.el));
+  view.told = ui.card({ class: 'told' }, h('div', { class: 'run-head' }, tabs, stop), view.facts, panes);
   fill(root, h('div', { class: 'play', on: { click: paintSoon, input: paintSoon } }, modes,
     h('div', { class: 'play-two' }, view.el, view.told)));
   const off = [store.on('models', loadModels), store.on('recent', explain), store.on('accounts', paintForm)];
@@ -315,12 +311,12 @@ function mount(root, { route: { query: given } }) {
     update({ query }) {
       const mode = oneOf(MODES, query.mode), tab = oneOf(TABS, query.tab);
       if (view.mode && view.mode !== mode) form.raw = null;
-      Object.assign(view, { mode, pane: panes.find((one) => one.name === tab) });
+      Object.assign(view, { mode, pane: panes[TABS.indexOf(tab)] });
       modes.set(mode);
       tabs.set(tab);
       view.asks.prompt.value = form[promptOf(mode)];
       for (const [name, el] of Object.entries(view.asks)) { el.hidden = !isAsked(name, mode); el.show?.(); }
-      for (const { name, el } of panes) el.hidden = name !== tab;
+      for (const one of panes) one.hidden = one !== view.pane;
       text(view.go.querySelector('.label'), t(`play.go.${mode}`));
       paintForm();
       paint();
