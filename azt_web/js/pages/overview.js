@@ -232,9 +232,9 @@ function firstRun(over) {
     rows[1].classList.toggle('locked', !isIn);
     leave(false); // what began in another tab may end there
     leave = isIn ? () => {} : signIn(form, { method: 'browser' });
-    const others = ['device', 'import'].map((way) => [' ', link(`#/accounts/add/${way}`, `first.${way}`)]);
+    const [device, files] = ['device', 'import'].map((way) => link(`#/accounts/add/${way}`, `first.${way}`));
     fill(places[0], isIn ? [good(t('login.done', { name: nameOf(account) })), tag(account.plan)]
-      : [form, note(t('first.other'), others)]);
+      : [form, note(t('first.other'), ' ', device, ' · ', files)]);
     fill(places[1], isIn ? testCall(null, [], () => rows[1].classList.add('done')) : note(t('first.tryLocked')));
   });
 }
