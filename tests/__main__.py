@@ -193,7 +193,7 @@ def claims_table(folder: Path) -> list[str]:
 
 def pytest_options(arguments: list[str]) -> list[str]:
     workers = min(4, os.cpu_count() or 1)
-    return ["--quiet", "--numprocesses", str(workers), *arguments]
+    return ["--quiet", "--numprocesses", str(workers), "--dist=worksteal", *arguments]
 
 
 if __name__ == "__main__":

@@ -45,7 +45,8 @@ def node(tmp_path: Path) -> Run:
         pytest.skip("node is not installed")
 
     def call(code: str, *arguments: Any) -> Any:
-        script = "globalThis.document = { documentElement: {} }; globalThis.navigator ??= {};\n"
+        script = "globalThis.document = { documentElement: {} };\n"
+        script += "globalThis.navigator ??= { languages: [] };\n"  # Node has it since 21
         for name in ("i18n", "snippets"):
             file = (ROOT / f"azt_web/js/{name}.js").as_uri()
             script += f"const {name} = await import({json.dumps(file)});\n"

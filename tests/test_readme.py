@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import functools
 import json
 import os
 import re
@@ -92,6 +93,7 @@ def test_every_kind_of_example_is_there() -> None:
 ROWS = re.findall(r"^\| (\d+) \| (.+?) \| ([\d,]+) \| (\d+) \| (.+?) \|$", README, re.MULTILINE)
 
 
+@functools.cache
 def claims_made() -> dict[int, set[str]]:
     """Row -> the tests that count a claim of it, as `file::test`."""
     found: dict[int, set[str]] = {}

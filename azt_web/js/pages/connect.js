@@ -83,10 +83,10 @@ export const page = {
     function update({ parts, query }) {
       const client = CLIENTS.find(({ id }) => id === parts[0]) || CLIENTS.find(({ id }) => id === pref('client'))
         || clientSeen(get('firstRun').clientSeen), wanted = `${client.id} ${query.at}`;
+      if (parts[0] === client.id) setPref('client', client.id);
+      links.show(client.id);
       if (wanted === shown || !share) return;
       shown = wanted;
-      if (parts[0]) setPref('client', client.id);
-      links.show(client.id);
       stop();
       build(client, query.at);
     }
