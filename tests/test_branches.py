@@ -26,7 +26,11 @@ PARTS: dict[str, tuple[str, str]] = {
         "test_gate.py test_forms.py test_outbound.py test_http_server.py",
         "# -- the gate",
     ),
-    "state": ("test_state_files.py test_gateway.py test_command_line.py", "# 4. State files"),
+    "state": (
+        "test_state_files.py test_gateway.py test_command_line.py test_usage.py test_codex_files.py"
+        " test_adoption.py test_renewals.py",
+        "# 4. State files",
+    ),
     "refresh": (
         "test_renewals.py test_oauth.py test_rotation.py test_gateway.py",
         "Renewals _take_tokens _fingerprint refresh_tokens _sign_in_again",

@@ -625,6 +625,23 @@ def test_a_damaged_history_is_refused(codex: Codex, history: sqlite3.Connection)
     assert path.read_bytes() == raw
 
 
+def test_a_history_whose_pages_disagree_is_refused(
+    codex: Codex, history: sqlite3.Connection
+) -> None:
+    history.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    history.close()
+    path = codex.paths.codex_home / "state_5.sqlite"
+    raw = bytearray(path.read_bytes())
+    raw[36:40] = (7).to_bytes(4, "big")  # so many free pages, says its head
+    path.write_bytes(raw)
+
+    with refused("history_unusable") as error:
+        codex.change("openai", moves=True)
+
+    assert "it is damaged" in error.value.message
+    assert path.read_bytes() == raw
+
+
 @pytest.mark.parametrize("content", [b"", b"no database at all" * 100])
 def test_an_unknown_history_is_refused_and_noted(codex: Codex, content: bytes) -> None:
     path = codex.has("").paths.codex_home / "state_9.sqlite"

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import socket
 import stat
 import subprocess
 import sys
@@ -722,3 +723,66 @@ def test_a_foreign_file_is_read_up_to_its_limit(tmp_path: Path) -> None:
         azt.read_foreign(foreign, 99)
     with pytest.raises(OSError):
         azt.read_foreign(tmp_path / "missing", 100)
+
+
+# -- Logs ------------------------------------------------------------------------------------------
+
+
+def test_a_line_that_a_crash_has_torn_spoils_no_other(folder: Path) -> None:
+    log = folder / "usage" / "day.jsonl"
+    azt.append_bytes(log, b"whole\n")
+    with log.open("ab") as file:
+        file.write(b"torn")
+
+    size = azt.append_bytes(log, b"next\n", sync=True)
+
+    assert log.read_bytes() == b"whole\ntorn\nnext\n"
+    assert size == log.stat().st_size
+
+
+def test_a_log_that_finds_no_room_keeps_whole_lines(folder: Path) -> None:
+    log = folder / "day.jsonl"
+    azt.append_bytes(log, b"whole\n")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(azt.AztError) as refused:
+            azt.append_bytes(log, b"longer than that\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    assert refused.value.status == 507
+    assert log.read_bytes() == b"whole\n"
+
+
+def test_what_is_longer_than_any_line_is_skipped(folder: Path) -> None:
+    log = folder / "day.jsonl"
+    azt.append_bytes(log, b"first\n" + b"\0" * (3 * azt.MAX_LINE_BYTES) + b"\nlast\n")
+
+    assert list(azt.read_from(log, 0)) == [b"first\n", b"last\n"]
+
+
+# -- What the system tells -------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
+def test_of_who_listens_at_least_the_user_is_told() -> None:
+    one, other = socket.socketpair()
+    with one, other, socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        socket.send_fds(one, [b"in flight"], [listener.fileno()])  # listens, in no one's hands
+        listener.close()
+        unknown = azt.port_holder(port)
+
+    assert unknown == f"a program of the user {os.getuid()}"
+    assert azt.port_holder(port) == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
+def test_what_this_process_holds_is_counted() -> None:
+    before = azt.process_figures()
+    with open(os.devnull):
+        after = azt.process_figures()
+
+    assert after["open_fds"] == before["open_fds"] + 1
+    assert before["threads"] >= 1 and before["resident_memory_bytes"] > 1_000_000
