@@ -4,6 +4,7 @@ what an auditor searches for. The README is held to the program here too."""
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -296,7 +297,7 @@ def test_nothing_names_the_machine_it_was_written_on() -> None:
 
 def azt_help(*command: str) -> str:
     done = subprocess.run(
-        [sys.executable, "azt.py", *command, "--help"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "azt", *command, "--help"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -310,6 +311,7 @@ def words_in_help(*command: str) -> set[str]:
     return set(re.findall(r"^ {4}(\w+) ", listed, re.MULTILINE)) if mark else set()
 
 
+@functools.cache
 def commands_in_help() -> set[str]:
     found = set()
     for word in words_in_help():
