@@ -2165,7 +2165,7 @@ def _has_too_many_marks(body: bytes | bytearray) -> bool:
         end = start + _MARKS_SLICE_BYTES
         while body[end - 1 : end] == b"\\":
             end += 1  # never between the two bytes of an escape
-        marks = body[start:end].replace(rb"\\", b"").replace(rb"\"", b"")
+        marks = body[start:end].replace(rb"\\", b"  ").replace(rb"\"", b"  ")
         pieces = marks.translate(None, _NO_MARKS).split(b'"')
         count += (len(pieces) - 1) / 2 + sum(map(len, pieces[inside::2]))
         start, inside = end, (inside + len(pieces) - 1) % 2
