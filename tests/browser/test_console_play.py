@@ -272,7 +272,7 @@ def test_25_a_picture_is_attached_and_edited(console: Any, tmp_path: Path) -> No
     expect(page.locator(".pictures")).to_contain_text("cat.png")
 
     send(page, "Generate")
-    expect(page.locator(".frame figcaption")).to_have_text("finished")
+    expect(page.locator(".frame:visible figcaption")).to_have_text("finished")
 
     sent = [one.body for one in console.upstream.requests if one.method == "POST"]
     assert f"data:image/png;base64,{as_base64(given)}" in json.dumps(sent[-1])
