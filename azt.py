@@ -151,13 +151,11 @@ MAX_HEAD_BYTES, MAX_HEAD_FIELDS = 32 * KIB, 100
 MAX_BODY_BYTES, MAX_BODIES_BYTES = 128 * MIB, 512 * MIB  # of one request, of all at once
 MAX_TRAILER_BYTES, MAX_CHUNK_EXTENSION_BYTES = 8 * KIB, 256
 MAX_CODING_LAYERS, ZSTD_WINDOW_LOG = 2, 23
-MAX_JSON_DEPTH, MAX_JSON_MARKS = 64, 600_000
+MAX_JSON_DEPTH, MAX_JSON_MARKS, MAX_JSON_ESCAPES = 64, 600_000, 8_000_000
 MAX_LINE_BYTES = 256 * KIB  # of our own logs
-JSON_PIECES_MAX = 10_000
-HEADS_KEPT_MAX = 256
+JSON_PIECES_MAX, HEADS_KEPT_MAX = 10_000, 256
 MAX_CONNECTIONS, MAX_CONNECTIONS_PER_PEER, MAX_CONNECTIONS_LOOPBACK = 4096, 128, 2048
-MAX_LAN_STREAMS, MAX_CALL_THREADS = 64, 1024
-LISTEN_BACKLOG = 1024
+MAX_LAN_STREAMS, MAX_CALL_THREADS, LISTEN_BACKLOG = 64, 1024, 1024
 
 # What the upstream may send, and what is held of it until the client has its status.
 MAX_ANSWER_HEAD_BYTES = 64 * KIB
@@ -2177,8 +2175,10 @@ def parse_json(body: bytes | bytearray, clears: bool = False) -> Any:
 
     clears  empty a bytearray as soon as it is a text: a large body is then not held three times
     raises  ValueError (also for NaN, numbers of more than 4,300 digits, not UTF-8, too deep, too
-            many values)
+            many values or escapes)
     """
+    if body.count(b"\\") > MAX_JSON_ESCAPES:  # each takes as long as 20 plain characters
+        raise ValueError(f"more than {MAX_JSON_ESCAPES} escapes")
     if len(body) > MAX_JSON_MARKS and _has_too_many_marks(body):
         raise ValueError(f"more than {MAX_JSON_MARKS} strings and values")
     try:

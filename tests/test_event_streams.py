@@ -390,6 +390,13 @@ def test_values_are_counted_exactly_whatever_stands_in_strings(value: Any, size:
         assert azt._has_too_many_marks(body)
 
 
+def test_eight_million_escapes_are_the_limit() -> None:
+    fits = b'"' + rb"\n" * azt.MAX_JSON_ESCAPES + b'"'
+    assert azt.parse_json(fits) == "\n" * azt.MAX_JSON_ESCAPES
+    with pytest.raises(ValueError, match="8000000 escapes"):
+        azt.parse_json(fits.replace(b"n", rb"n\n", 1))
+
+
 @pytest.mark.parametrize("opening, closing", [("[", "]"), ('{"a":', "}"), ('[{"a":', "}]")])
 def test_depth_64_is_the_limit(opening: str, closing: str) -> None:
     levels = 64 // opening.replace('"a":', "").__len__()

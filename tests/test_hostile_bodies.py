@@ -485,6 +485,12 @@ BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
             "items": (b'{"model":"gpt-5.5","input":[', b'{"role":"user","content":"x"},', b"{}]}"),
         }.items()
     },
+    "as many escapes as are taken": (
+        "gzip",
+        lambda: packed(
+            filled(b'{"a":"' + b'\\",' * azt.MAX_JSON_ESCAPES, b"x,", b'"}', LIMIT - 1), "gzip"
+        ),
+    ),
     "1 GiB, zstd": ("zstd", lambda: zstd_bomb(1024 * MIB)),
     "1 GiB, brotli": ("br", lambda: b"\x5b\xff\xff\xff\x03" + b"\x00" * 800),
     "gzip that ends early": ("gzip", lambda: gzip.compress(b"[" * MIB)[:-9]),
