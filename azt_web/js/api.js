@@ -1,7 +1,7 @@
 // The only module that calls the gateway.
 import { search } from './router.js';
 
-const BASE = '/_gateway/admin', PATIENCE_MS = 60000;
+const BASE = '/_gateway/admin', PATIENCE_MS = 60000, JSON_TYPE = 'application/json';
 /** Set by main.js: `proof()` asks for the admin token, true when it was given; `signIn()` shows where. */
 export const hooks = {};
 
@@ -14,23 +14,22 @@ export class ApiError extends Error {
 }
 
 /** One call; its answer is good. A missing proof is asked for, and the call made once more. */
-async function call(method, path, { body, query, signal, headers, patient, keepalive } = {}) {
-  const isForm = body instanceof FormData, own = method === 'GET' ? {} : { 'X-AZT-Admin': '1' };
-  if (body && !isForm) own['Content-Type'] = 'application/json';
-  const init = { method, headers: { ...own, ...headers }, body: isForm ? body : JSON.stringify(body), keepalive };
-  for (let isAgain = false; ; isAgain = true) {
-    const signals = [signal, !patient && !isForm && AbortSignal.timeout(PATIENCE_MS)].filter(Boolean);
-    const how = { ...init, cache: 'no-store', signal: AbortSignal.any(signals) };
-    const answer = await fetch(BASE + path + search(query), how).catch((error) => {
-      if (signal?.aborted) throw error;
-      throw new ApiError(0, { code: error.name === 'TimeoutError' ? 'no_answer' : 'offline' });
-    });
-    if (answer.ok) return answer;
-    const { error: said } = await answer.json().catch(() => ({}));
-    const error = new ApiError(answer.status, { requestId: answer.headers.get('x-request-id'), ...said });
-    if (error.code === 'not_signed_in') hooks.signIn();
-    if (error.code !== 'proof_needed' || isAgain || !(await hooks.proof())) throw error;
-  }
+async function call(method, path, how = {}, isAgain = false) {
+  const { body, query, signal, headers, patient, keepalive } = how, isForm = body instanceof FormData;
+  const own = { ...method !== 'GET' && { 'X-AZT-Admin': '1' }, ...body && !isForm && { 'Content-Type': JSON_TYPE } };
+  const signals = [signal, !patient && !isForm && AbortSignal.timeout(PATIENCE_MS)].filter(Boolean);
+  const init = { method, headers: { ...own, ...headers }, body: isForm ? body : JSON.stringify(body), keepalive,
+    cache: 'no-store', signal: AbortSignal.any(signals) };
+  const answer = await fetch(BASE + path + search(query), init).catch((error) => {
+    if (signal?.aborted) throw error;
+    throw new ApiError(0, { code: error.name === 'TimeoutError' ? 'no_answer' : 'offline' });
+  });
+  if (answer.ok) return answer;
+  const { error: said } = await answer.json().catch(() => ({}));
+  const error = new ApiError(answer.status, { requestId: answer.headers.get('x-request-id'), ...said });
+  if (error.code === 'not_signed_in') hooks.signIn();
+  if (error.code !== 'proof_needed' || isAgain || !await hooks.proof()) throw error;
+  return call(method, path, how, true);
 }
 
 const parsed = async (answer) => (answer.status === 204 ? null : answer.json());
@@ -38,14 +37,12 @@ export const get = async (path, query, how) => parsed(await call('GET', path, { 
 /** `body`: an object, or a FormData. */
 export const send = async (method, path, body = {}, how = {}) => parsed(await call(method, path, { body, ...how }));
 export const upload = (path, form, query) => send('POST', path, form, { query });
-
 /** The answer becomes a file in the downloads; nothing of it is shown. */
 export async function download(path, body, method = 'POST') {
   const answer = await call(method, path, method === 'GET' ? { query: body } : { body });
   const [, name] = /filename="([\w.-]{1,80})"/.exec(answer.headers.get('content-disposition')) ?? [];
   saveBlob(await answer.blob(), name ?? 'azt-download');
 }
-
 export function saveBlob(blob, name) {
   const href = URL.createObjectURL(blob);
   Object.assign(document.createElement('a'), { href, download: name }).click();
@@ -54,7 +51,7 @@ export function saveBlob(blob, name) {
 
 /** Server-sent events out of text that comes in any pieces: `feed(text)` calls `onevent({event, data, id})`. */
 export function sseReader(onevent) {
-  let rest = '', event = '', data = [], id = '';
+  let rest = '', id = '', event = '', data = [];
   const take = (line) => {
     const [, name, value] = /^([^:]*):? ?(.*)$/s.exec(line);
     if (name === 'data') data.push(value);
@@ -66,26 +63,21 @@ export function sseReader(onevent) {
   };
   return (piece) => {
     const lines = (rest + piece).split(/\r\n|\n|\r(?!$)/); // a \r at the end may be the first half of \r\n
-    rest = lines.pop();
-    lines.forEach(take);
+    rest = lines.pop(); lines.forEach(take);
   };
 }
-
 /** A call whose answer may be a stream: `onhead({headers})`, then `onevent({event, data, id})`; else {json}. */
 export async function stream(path, body, { signal, onhead, onevent, method = 'POST', headers: own }) {
   const answer = await call(method, path, { body, signal, headers: own, patient: true }), { headers } = answer;
   onhead?.({ headers });
-  if (!headers.get('content-type')?.startsWith('text/event-stream')) return { json: await answer.json(), headers };
+  if (!headers.get('content-type')?.startsWith('text/event-stream')) return { json: await answer.json() };
   const feed = sseReader(onevent), reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   try {
     for (let piece; !(piece = await reader.read()).done;) feed(piece.value);
-  } catch (error) {
-    throw error.name === 'AbortError' ? error : new ApiError(0, { code: 'stream_cut' });
-  }
+  } catch (error) { throw error.name === 'AbortError' ? error : new ApiError(0, { code: 'stream_cut' }); }
   feed('\n');
-  return { headers };
+  return {};
 }
-
 /** The gateway's own events, from the one after `lastId`; ends when the stream does. */
 export const watch = (lastId, how) => stream('/events', undefined, {
   ...how, method: 'GET', headers: lastId ? { 'Last-Event-ID': String(lastId) } : {} });

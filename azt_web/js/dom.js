@@ -4,8 +4,7 @@ import { ICONS } from './icons.js';
 /** Where a link may lead: the provider's pages, and this computer (the sign-in of the demo and of tests). */
 const PLACES = { 'https:': ['auth.openai.com', 'chatgpt.com'], 'http:': ['127.0.0.1', 'localhost', location.hostname] };
 /** Set as properties, because the attribute is only where they start. */
-const PROPERTIES = ['checked', 'disabled', 'hidden', 'indeterminate', 'open', 'selected', 'value'];
-const SVG = 'http://www.w3.org/2000/svg';
+const PROPERTIES = ['checked', 'disabled', 'hidden', 'open', 'value'], SVG = 'http://www.w3.org/2000/svg';
 
 function safeHref(url) {
   if (/^(#|\/(?!\/))/.test(url)) return url;
@@ -13,9 +12,9 @@ function safeHref(url) {
   if (!PLACES[protocol]?.includes(hostname)) throw new Error('a link to a place that is not on the list');
   return url;
 }
-
-function apply(node, props) {
-  for (const [name, value] of Object.entries(props)) {
+const nodes = (children) => children.flat(Infinity).filter((child) => child === 0 || (child && child !== true));
+function build(node, props, children) {
+  for (const [name, value] of Object.entries(props ?? {})) {
     if (name === 'on') for (const [type, run] of Object.entries(value)) node.addEventListener(type, run);
     else if (name === 'vars') for (const [key, one] of Object.entries(value)) node.style.setProperty(key, one);
     else if (PROPERTIES.includes(name)) node[name] = value ?? (name === 'value' ? '' : false);
@@ -23,15 +22,8 @@ function apply(node, props) {
     else if (name === 'style' || name.startsWith('on')) throw new Error(`${name} is not for text`);
     else node.setAttribute(name, value === true ? '' : name === 'href' ? safeHref(value) : String(value));
   }
-}
-
-function add(node, children) {
-  node.append(...children.flat(Infinity).filter((child) => child === 0 || (child && child !== true)));
+  node.append(...nodes(children));
   return node;
-}
-function build(node, props, children) {
-  apply(node, props ?? {});
-  return add(node, children);
 }
 
 /** An element: `h('a', {href: '#/log', class: 'x', on: {click}}, 'text', node, [more])`. */
@@ -39,14 +31,8 @@ export const h = (tag, props, ...children) => build(document.createElement(tag),
 export const svg = (tag, props, ...children) => build(document.createElementNS(SVG, tag), props, children);
 export const icon = (name) => svg('svg', { viewBox: '0 0 16 16', class: `icon i-${name}`, 'aria-hidden': 'true' },
   svg('path', { d: ICONS[name] }));
-
-export function text(node, value) {
-  if (node.textContent !== String(value)) node.textContent = value;
-}
-export function fill(node, ...children) {
-  node.replaceChildren();
-  return add(node, children);
-}
+export const text = (node, value) => { if (node.textContent !== String(value)) node.textContent = value; };
+export const fill = (node, ...children) => { node.replaceChildren(...nodes(children)); return node; };
 
 const KEPT = new WeakMap();
 /** Children of `parent` follow `items`: survivors are moved, never made anew; `patch(node, item)` fills each. */
@@ -55,15 +41,11 @@ export function keyed(parent, items, keyOf, make, patch) {
   for (const item of items) {
     const key = keyOf(item), node = before.get(key) ?? make(item);
     patch?.(node, item);
-    after.set(key, node);
-    before.delete(key);
+    after.set(key, node); before.delete(key);
   }
-  for (const node of before.values()) node.remove();
+  before.forEach((node) => node.remove());
   let at = parent.firstChild;
-  for (const node of after.values()) {
-    if (node === at) at = at.nextSibling;
-    else parent.insertBefore(node, at);
-  }
+  for (const node of after.values()) if (node === at) at = at.nextSibling; else parent.insertBefore(node, at);
   KEPT.set(parent, after);
 }
 

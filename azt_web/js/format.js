@@ -2,8 +2,7 @@
 import { h, text } from './dom.js';
 import { lang, pref, t } from './i18n.js';
 
-const MINUTE = 60000, HOUR = 60 * MINUTE, DAY = 24 * HOUR;
-const OWN_ZONE = Intl.DateTimeFormat().resolvedOptions().timeZone;
+const MINUTE = 60000, HOUR = 60 * MINUTE, DAY = 24 * HOUR, OWN_ZONE = Intl.DateTimeFormat().resolvedOptions().timeZone;
 let ahead = 0, gatewayZone = 'UTC', masking = false, second = 0;
 /** The clock of the gateway, which is what reset times are measured by. */
 export const now = () => Date.now() + ahead;
@@ -18,28 +17,24 @@ function format(Kind, options, value) {
   return formats.get(key).format(value);
 }
 
-const number = (n, options = {}) => (Number.isFinite(n) ? format(Intl.NumberFormat, options, n) : '–');
-export const num = (n) => number(n);
-export const compact = (n) => number(n, Math.abs(n) > 9999 ? { notation: 'compact', maximumSignificantDigits: 3 } : {});
-export const percent = (n) => number(n / 100, { style: 'percent', maximumFractionDigits: Math.abs(n) < 10 ? 1 : 0 });
-
+export const num = (n, options = {}) => (Number.isFinite(n) ? format(Intl.NumberFormat, options, n) : '–');
+export const compact = (n) => num(n, Math.abs(n) > 9999 ? { notation: 'compact', maximumSignificantDigits: 3 } : {});
+export const percent = (n) => num(n / 100, { style: 'percent', maximumFractionDigits: Math.abs(n) < 10 ? 1 : 0 });
 export function bytes(n) {
   const step = n < 1000 ? 0 : Math.min(3, Math.floor(Math.log10(n) / 3));
   const unit = ['byte', 'kilobyte', 'megabyte', 'gigabyte'][step];
-  return number(n / 1000 ** step, { style: 'unit', unit, unitDisplay: 'short', maximumFractionDigits: step ? 1 : 0 });
+  return num(n / 1000 ** step, { style: 'unit', unit, unitDisplay: 'short', maximumFractionDigits: step ? 1 : 0 });
 }
-
 /** Two units at most: `840 ms`, `4.9 s`, `3 h 06 m`, `2 d 22 h`. */
 export function duration(ms) {
   const n = Math.max(0, ms), of = (unit) => Math.floor(n / unit), two = (value) => String(value).padStart(2, '0');
   if (!Number.isFinite(ms)) return '–';
   if (n < 1000) return t('time.ms', { n: Math.round(n) });
-  if (n < MINUTE) return t('time.s', { n: number(n / 1000, { maximumFractionDigits: n < 9950 ? 1 : 0 }) });
+  if (n < MINUTE) return t('time.s', { n: num(n / 1000, { maximumFractionDigits: n < 9950 ? 1 : 0 }) });
   if (n < HOUR) return t('time.ms2', { m: of(MINUTE), s: two(of(1000) % 60) });
   if (n < DAY) return t('time.hm', { h: of(HOUR), m: two(of(MINUTE) % 60) });
   return t('time.dh', { d: of(DAY), h: of(HOUR) % 24 });
 }
-
 /** A stretch that a person waits for: whole seconds below two minutes, else no seconds. */
 export function wait(ms) {
   const n = Math.max(0, ms);
@@ -47,14 +42,12 @@ export function wait(ms) {
   return n < 2 * MINUTE || n >= HOUR ? duration(n) : t('time.m', { n: Math.round(n / MINUTE) });
 }
 
-const zones = () => ({ browser: OWN_ZONE, gateway: gatewayZone });
 /** The zone that days and times are shown in: that of the `browser` (the default), of the `gateway`, or a name. */
-export const zone = () => zones()[pref('zone', 'browser')] ?? pref('zone');
+export const zone = () => ({ browser: OWN_ZONE, gateway: gatewayZone })[pref('zone', 'browser')] ?? pref('zone');
 const date = (ms, options) => format(Intl.DateTimeFormat, { timeZone: zone(), hourCycle: 'h23', ...options }, ms);
 const HM = { hour: '2-digit', minute: '2-digit' }, DM = { day: 'numeric', month: 'short' };
 export const clock = (ms) => date(ms, { ...HM, second: '2-digit' });
-export const minute = (ms) => date(ms, HM);
-export const day = (ms) => date(ms, DM);
+export const minute = (ms) => date(ms, HM), day = (ms) => date(ms, DM);
 export const when = (ms) => date(ms, { ...HM, ...DM, year: 'numeric' });
 /** As short as it is clear: the time today, the weekday within six days, else the date. */
 export const at = (ms) => date(ms, { ...HM, ...(day(ms) === day(now()) ? {}
@@ -67,8 +60,7 @@ export const exact = (ms) => `${date(ms, { dateStyle: 'medium', timeStyle: 'medi
 const ticks = new Map();
 /** `node` shows `words()`, made again as time goes by: each second near `ms`, else twice a minute. */
 export function ticking(node, ms, words) {
-  text(node, words());
-  ticks.set(node, { ms, words, born: Date.now() });
+  text(node, words()); ticks.set(node, { ms, words, born: Date.now() });
   return node;
 }
 setInterval(() => {
@@ -79,7 +71,6 @@ setInterval(() => {
     else if (Math.abs(ms - now()) < 2 * MINUTE || second % 30 === 0) text(node, words());
   }
 }, 1000);
-
 /** A time that keeps itself current: how = 'ago', 'until', 'clock', 'when' or 'at'. */
 export function timeEl(ms, how = 'ago') {
   if (!Number.isFinite(ms)) return h('span', null, '–');

@@ -2,30 +2,24 @@
 import { STRINGS } from './strings.js';
 
 const LANGUAGES = ['en', 'zh-CN'], listeners = new Set();
-
 /** Kept in this browser: language, theme, time zone, views. Never a secret, a name or a text. */
 export function pref(name, fallback = null) {
-  try {
-    return localStorage.getItem(`azt.${name}`) ?? fallback;
-  } catch { return fallback; }
+  try { return localStorage.getItem(`azt.${name}`) ?? fallback; } catch { return fallback; }
 }
 export function setPref(name, value) {
   try {
-    if (value === null) localStorage.removeItem(`azt.${name}`);
-    else localStorage.setItem(`azt.${name}`, value);
+    if (value === null) localStorage.removeItem(`azt.${name}`); else localStorage.setItem(`azt.${name}`, value);
   } catch { /* a browser that keeps nothing forgets it with the page */ }
 }
 
 const wished = [pref('lang', ''), ...navigator.languages].map((one) => one.slice(0, 2).toLowerCase());
 let language = wished.find((one) => one === 'en' || one === 'zh') === 'zh' ? 'zh-CN' : 'en';
 document.documentElement.lang = language;
-
 export const lang = () => language;
 export const onLang = (fn) => listeners.add(fn);
 export function setLang(wanted) {
   language = document.documentElement.lang = wanted;
-  setPref('lang', language);
-  for (const fn of listeners) fn();
+  setPref('lang', language); listeners.forEach((fn) => fn());
 }
 
 export const known = (key) => key in STRINGS;

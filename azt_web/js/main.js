@@ -15,21 +15,21 @@ import { page as settings } from './pages/settings.js';
 import { askProof, page as signin } from './pages/signin.js';
 import { page as usage } from './pages/usage.js';
 import * as router from './router.js';
-import { accountOf, get, nameOf, on, set, statusCounts } from './store.js';
+import { accountOf, get, nameOf, on, set } from './store.js';
 import * as ui from './ui.js';
 
-const home = () => ui.button(t('nav.overview'), { kind: 'primary', href: '#/overview' });
-const unknown = { title: 'page.unknown',
-  mount: (root) => fill(root, ui.empty('search', t('page.unknownText'), home())) && { primary: null } };
+const unknown = { title: 'page.unknown', mount(root) {
+  const home = ui.button(t('nav.overview'), { kind: 'primary', href: '#/overview' });
+  return fill(root, ui.empty('search', t('page.unknownText'), home)) && {};
+} };
 const MAIN = { overview, accounts, playground, log, usage, connect, settings };
 /** Its first letter follows `g`; its title is `nav.` and its icon; the first four stay in the bar of a phone. */
 const NAV = Object.entries(MAIN).map(([name, { title }]) => ({ name, title, shape: title.slice(4) }));
-const NEEDS_ACTION = ['login_rejected', 'auth_error', 'expired'];
-
 const $ = (id) => document.getElementById(id), openSearch = () => openBox(NAV);
 let view = null, called = '', unseen = 0;
 
 // -- the frame
+const languages = () => ui.segmented(t('shell.language'), [['en', 'English'], ['zh-CN', '中文']], lang(), setLang);
 function frame() {
   const entry = ({ name, shape, title: words }) => h('li', { class: `n-${name}` }, h('a', { href: `#/${name}`,
     'data-page': name }, icon(shape), h('span', null, t(words)), h('b', { class: 'count', hidden: true })));
@@ -37,18 +37,14 @@ function frame() {
   const find = h('button', { type: 'button', class: 'find', title: t('shell.search'), on: { click: openSearch } },
     icon('search'), h('span', null, t('shell.search')), h('kbd', { 'aria-hidden': 'true' }, 'Ctrl K'));
   text($('skip'), t('shell.skip'));
-  $('rail').setAttribute('aria-label', t('shell.nav'));
-  $('toasts').setAttribute('aria-label', t('box.messages'));
+  [$('rail').ariaLabel, $('toasts').ariaLabel] = [t('shell.nav'), t('box.messages')];
   fill($('nav'), NAV.map(entry), h('li', { class: 'n-more' }, more));
-  const live = h('p', { class: 'live', id: 'live' }, h('i'), h('span'));
-  fill($('foot'), live, h('p', { class: 'note', id: 'version' }), languages());
+  fill($('foot'), h('p', { class: 'live', id: 'live' }, h('i'), h('span')), h('p', { class: 'note', id: 'version' }),
+    languages());
   const flip = ui.iconButton('moon', t('shell.theme'), ui.flipTheme, { id: 'theme' });
   fill($('tools'), find, h('span', { id: 'base' }), flip, h('span', { class: 'primary-slot', id: 'primary' }));
-  for (const show of [base, connection, counts]) show();
+  base(); connection(); counts();
 }
-
-const languages = () => ui.segmented(t('shell.language'), [['en', 'English'], ['zh-CN', '中文']], lang(), setLang);
-
 function openMore() {
   const shut = (then) => () => { made.close(); then?.(); };
   const link = ({ name, shape, title: words }) => ui.button(t(words), { icon: shape, href: `#/${name}`, on: shut() });
@@ -56,53 +52,42 @@ function openMore() {
     ui.button(t('shell.theme'), { icon: 'moon', on: ui.flipTheme }),
     ui.button(t('shell.search'), { icon: 'search', on: shut(openSearch) }), languages()) });
 }
-
 function base() {
   const { baseUrl = '', listen = [], version } = get('gateway'), short = baseUrl.replace('http://', '');
   const title = t('shell.copyBase', { url: short });
-  const chip = ui.copyButton(() => get('gateway').baseUrl, '', { kind: 'chip-copy', 'aria-label': title, title });
+  const chip = ui.copyButton(baseUrl, '', { kind: 'chip-copy', 'aria-label': title, title });
   chip.prepend(h('small', null, t('shell.base')), ' ', h('code', null, short));
-  fill($('base'), baseUrl && chip);
-  text($('version'), [listen[0], version && `v${version}`].filter(Boolean).join(' · '));
+  fill($('base'), baseUrl && chip); text($('version'), version ? `${listen[0]} · v${version}` : '');
 }
-
 function connection() {
-  const { state, retryAt, to } = get('connection'), isGone = ['offline', 'restarting'].includes(state), left = h('p');
+  const { state, retryAt, to } = get('connection'), isGone = ['offline', 'restarting'].includes(state);
   const key = to ? 'live.moving' : state === 'restarting' ? 'live.restarting' : 'shell.offline';
   const words = () => t(key, { to, s: Math.max(1, Math.ceil((retryAt - Date.now()) / 1000)) });
-  $('live').dataset.state = state;
-  text($('live').lastChild, t(`live.${state}`));
+  $('live').dataset.state = state; text($('live').lastChild, t(`live.${state}`));
   document.body.classList.toggle('offline', isGone);
   fill($('gone'), isGone && h('div', { class: 'notice warn', id: 'offline', role: 'status' }, icon('warn'),
-    ticking(left, Date.now(), words), to ? ui.button(t('live.go'), { kind: 'ghost', href: to })
-      : ui.button(t('shell.retry'), { kind: 'ghost', on: () => { retryNow(); } })));
+    ticking(h('p'), Date.now(), words), ui.button(t(to ? 'live.go' : 'shell.retry'), { kind: 'ghost',
+      ...to ? { href: to } : { on: retryNow } })));
 }
-
 function counts() {
-  const states = statusCounts(), action = NEEDS_ACTION.reduce((sum, one) => sum + (states[one] ?? 0), 0);
+  const action = get('accounts').filter(ui.isRejected).length;
   const isUrgent = action > 0 || get('notices').some((one) => one.level !== 'info');
-  for (const [name, n] of Object.entries({ accounts: action, log: unseen })) {
-    const badge = document.querySelector(`[data-page=${name}] .count`);
-    Object.assign(badge, { hidden: !n, textContent: n, title: t(`badge.${name}`, { n }) });
-  }
+  for (const [name, n] of [['accounts', action], ['log', unseen]]) Object.assign(
+    document.querySelector(`[data-page=${name}] b`), { hidden: !n, textContent: n, title: t(`badge.${name}`, { n }) });
   document.title = `${isUrgent ? '(!) ' : ''}${called} · azt`;
-  $('icon').setAttribute('href', isUrgent ? 'favicon-dot.svg' : 'favicon.svg');
+  $('icon').href = isUrgent ? 'favicon-dot.svg' : 'favicon.svg';
 }
 
 // -- pages
 function onpage(page, made) {
   [view, called] = [made, t(page.title)];
-  text($('title'), called);
-  const add = ui.button(t('acc.add'), { icon: 'plus', kind: 'primary', href: '#/accounts/add' });
-  fill($('primary'), made.primary === undefined ? add : made.primary);
+  text($('title'), called); fill($('primary'), made.primary);
 }
-
 function onroute(route, moved) {
   if (route.page === 'log') unseen = 0;
   document.body.classList.toggle('bare', route.page === 'signin' && !get('session').signedIn);
-  for (const link of document.querySelectorAll('[data-page]')) {
-    link.ariaCurrent = link.dataset.page === route.page ? 'page' : null;
-  }
+  const mark = (one) => { one.ariaCurrent = one.dataset.page === route.page ? 'page' : null; };
+  document.querySelectorAll('[data-page]').forEach(mark);
   counts();
   if (moved && !document.querySelector('dialog[open]')) $('title').focus({ preventScroll: true });
 }
@@ -113,22 +98,18 @@ let before = '';
 function onkey(event) {
   const { key, target } = event, was = before, { rows, search, refresh } = view ?? {};
   const isChord = event.ctrlKey || event.metaKey, isSearch = isChord && key.toLowerCase() === 'k';
-  const isTyping = target.matches('select, textarea, input:not([type=checkbox], [type=radio])');
-  const isBusy = isTyping || event.defaultPrevented || document.querySelector('dialog[open], :popover-open');
+  const isBusy = event.defaultPrevented || document.querySelector('dialog[open], :popover-open')
+    || target.matches('select, textarea, input:not([type=checkbox], [type=radio])');
   if (!isSearch && (isChord || event.altKey || isBusy || pref('keys') === 'off')) return;
   before = key;
   const list = rows?.list() ?? [], at = list.findIndex((row) => row.contains(document.activeElement)), here = list[at];
-  const page = was === 'g' && NAV.find(({ name }) => name[0] === key);
+  const page = was === 'g' && NAV.find(({ name }) => name[0] === key), to = (hash) => () => router.go(hash);
   const step = { j: 1, k: -1, ArrowDown: 1, ArrowUp: -1 }[key], walks = step && list[0] && (here || key.length === 1);
   const walk = () => (list[here ? at + step : 0] ?? here).querySelector('a, button').focus();
-  const does = isSearch ? openSearch : page ? () => router.go(`#/${page.name}`) : walks ? walk : {
-    '/': search && (() => search.focus()), n: () => router.go('#/accounts/add'), r: refresh,
-    '?': () => showShortcuts(NAV), x: here && rows.select && (() => rows.select(here)),
-    '.': here && rows.menu && (() => rows.menu(here)),
-  }[key];
-  if (!does) return;
-  event.preventDefault();
-  does();
+  const does = isSearch ? openSearch : page ? to(`#/${page.name}`) : walks ? walk : { n: to('#/accounts/add'),
+    r: refresh, '/': search && (() => search.focus()), '?': () => showShortcuts(NAV),
+    x: here && rows.select && (() => rows.select(here)), '.': here && rows.menu && (() => rows.menu(here)) }[key];
+  if (does) { event.preventDefault(); does(); }
 }
 
 // -- what happens elsewhere
@@ -149,21 +130,20 @@ function onjobs(jobs, changes) {
     if (state === 'done' && followed.delete(id)) ui.toast(t('job.done', words), { kind: failed ? 'info' : 'ok' });
   }
   const running = jobs.filter((job) => ['queued', 'running'].includes(job.state));
-  for (const { id } of running) followed.add(id);
+  running.forEach(({ id }) => followed.add(id));
   keyed($('jobs'), running, (job) => job.id, ui.jobLine, (line, job) => line.patch(job));
 }
-
 function onrequest(last, changes) {
   if (router.current().page !== 'log') unseen += changes.filter((one) => one?.row.result === 'failed').length;
   counts();
 }
 
+// -- the start
 async function boot() {
   const entrance = () => router.hash('signin', [], { to: location.hash });
-  ui.setTheme(ui.theme());
-  frame();
-  api.hooks.proof = askProof;
-  api.hooks.signIn = () => router.current().page === 'signin' || router.go(entrance());
+  ui.setTheme(ui.theme()); frame();
+  Object.assign(api.hooks, { proof: askProof,
+    signIn: () => router.current().page === 'signin' || router.go(entrance()) });
   const heard = { gateway: base, connection, routing: onrouting, jobs: onjobs, request: onrequest };
   for (const [slice, fn] of Object.entries({ ...heard, accounts: counts, notices: counts })) on(slice, fn);
   onLang(() => { frame(); router.remount(); });
@@ -182,7 +162,6 @@ async function boot() {
   follow(() => ui.toast(t('shell.newVersion'), { kind: 'info', action: reload }));
   if (session.signedIn) retryNow();
 }
-
 const isNew = 'showPopover' in HTMLElement.prototype && CSS.supports('color', 'light-dark(red, red)');
 if (isNew) boot();
 else document.body.prepend(h('p', { class: 'plain' }, t('shell.oldBrowser')));

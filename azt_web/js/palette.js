@@ -20,7 +20,6 @@ export async function activate(account) {
   const action = isOther && { label: t('act.undo'), run: () => serve(before) };
   toast(t('toast.switched', { name: nameOf(account) }), { action });
 }
-
 export function showShortcuts(pages) {
   const row = ([keys, words]) => h('div', null, h('dt', null, keys.split(' ').map((key) => h('kbd', null, key))),
     h('dd', null, t(words)));
@@ -28,13 +27,12 @@ export function showShortcuts(pages) {
   const single = toggle(t('keys.single'), pref('keys') !== 'off', (on) => setPref('keys', on ? null : 'off'));
   dialog({ title: t('keys.list'), body: [h('dl', { class: 'keys' }, all.map(row)), single] });
 }
-
 function showMessages() {
   const said = messages.toReversed().map((one) => h('li', null, h('time', null, clock(one.at)), one.text));
   dialog({ title: t('box.messages'), body: h('ul', { class: 'messages' }, said[0] ? said : t('box.noMessages')) });
 }
 
-/** What the box offers: {shape, words, hint, run}. */
+/** What the box offers: {shape, words, hint, run}, and the text that is searched. */
 function entries(pages) {
   const to = (shape, words, ...parts) => [shape, words, () => go(hash(...parts)), t('box.page')];
   return [
@@ -44,8 +42,7 @@ function entries(pages) {
     ['refresh', t('acc.refreshAll'), () => send('POST', '/accounts/refresh-quotas')],
     ...get('accounts').flatMap((one) => [
       ['switch', t('box.serve', { name: nameOf(one) }), () => activate(one), one.label && mask(one.email)],
-      ['accounts', nameOf(one), () => go(hash('accounts', [one.id])), t('box.account')],
-    ]),
+      ['accounts', nameOf(one), () => go(hash('accounts', [one.id])), t('box.account')]]),
     ...CLIENTS.map(({ id }) => to('connect', t('box.connect', { name: t(`client.${id}`) }), 'connect', [id])),
     ...SECTIONS.map((one) => to('settings', `${t('nav.settings')}: ${t(`section.${one}`)}`, 'settings', [one])),
     ['moon', t('shell.theme'), flipTheme],
@@ -54,39 +51,34 @@ function entries(pages) {
     ['log', t('box.messages'), showMessages], ['info', t('keys.list'), () => showShortcuts(pages), '?'],
   ].map(([shape, words, run, hint = '']) => ({ shape, words, run, hint, text: `${words} ${hint}`.toLowerCase() }));
 }
-
 export function openBox(pages) {
   if (document.querySelector('dialog[open]')) return;
   const all = entries(pages), list = h('ul', { role: 'listbox', id: 'found', 'aria-label': t('shell.search') });
   let found = [], at = 0;
-  const run = (one) => { box.close(); Promise.resolve(one.run()).catch(fail); };
+  const run = async (one) => { box.close(); await one.run(); };
   const mark = (step) => {
     at = (at + step + found.length) % found.length || 0;
-    [...list.children].forEach((row, i) => row.setAttribute('aria-selected', String(i === at)));
-    list.children[at].scrollIntoView({ block: 'nearest' });
-    input.setAttribute('aria-activedescendant', `found-${at}`);
+    [...list.children].forEach((row, i) => { row.ariaSelected = String(i === at); });
+    list.children[at].scrollIntoView({ block: 'nearest' }); input.setAttribute('aria-activedescendant', `found-${at}`);
   };
   const search = () => {
     const words = input.value.toLowerCase().split(/\s+/);
     found = all.filter((one) => words.every((word) => one.text.includes(word))).slice(0, 40);
-    fill(list, found.map((one, i) => h('li', { id: `found-${i}`, role: 'option', on: { click: () => run(one) } },
-      icon(one.shape), h('span', null, one.words), one.hint && h('small', null, one.hint))),
-    !found[0] && h('li', { class: 'note', role: 'option', 'aria-disabled': 'true' }, t('ui.nothing')));
-    at = 0;
-    mark(0);
+    fill(list, found.map((one, i) => h('li', { id: `found-${i}`, role: 'option',
+      on: { click: () => run(one).catch(fail) } }, icon(one.shape), h('span', null, one.words),
+    one.hint && h('small', null, one.hint))), !found[0] && h('li', { class: 'note', role: 'option',
+      'aria-disabled': 'true' }, t('ui.nothing')));
+    at = 0; mark(0);
   };
   const keydown = (event) => {
     const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
-    if (!step && !(event.key === 'Enter' && found[at])) return;
+    if (step) mark(step); else if (event.key === 'Enter' && found[at]) list.children[at].click(); else return;
     event.preventDefault();
-    if (step) mark(step);
-    else run(found[at]);
   };
   const input = h('input', { type: 'text', role: 'combobox', 'aria-expanded': 'true', 'aria-controls': 'found',
     'aria-label': t('shell.search'), placeholder: t('shell.search'), autocomplete: 'off', spellcheck: 'false',
     on: { input: search, keydown } });
   const box = dialog({ title: t('shell.search'), body: [input, list] });
   box.el.classList.add('box');
-  search();
-  input.focus();
+  search(); input.focus();
 }

@@ -8,7 +8,6 @@ export function search(query) {
 }
 export const hash = (page, parts = [], query = {}) => (
   `#/${[page, ...parts.map(encodeURIComponent)].join('/')}${search(query)}`);
-
 export function parse(address) {
   const [path, query = ''] = address.replace(/^#\//, '').split('?');
   try {
@@ -19,10 +18,7 @@ export function parse(address) {
 
 export const current = () => shown;
 export const go = (to) => { location.hash = to; };
-export function replace(to) {
-  history.replaceState(history.state, '', to);
-  shown = parse(to);
-}
+export const replace = (to) => { history.replaceState(history.state, '', to); shown = parse(to); };
 /** Change the query in place: no new entry in the history. */
 export function setQuery(changes) {
   replace(hash(shown.page, shown.parts, { ...shown.query, ...changes }));
@@ -32,20 +28,17 @@ export function setQuery(changes) {
 /** Show the page of the address; `isAnew`: even if it is shown already (another language, another person). */
 function show(moves, isAnew) {
   shown = parse(location.hash);
-  const isOther = isAnew || mounted?.name !== shown.page;
+  const isOther = isAnew || mounted?.name !== shown.page, page = pages[shown.page] ?? pages.unknown;
   if (isOther) {
-    mounted?.view.unmount?.();
-    mounted = null;
+    mounted?.view.unmount?.(); mounted = null;
     shell.outlet.replaceChildren();
-    const page = pages[shown.page] ?? pages.unknown, view = page.mount(shell.outlet, { route: shown });
-    mounted = { name: shown.page, view };
-    shell.onpage(page, view);
+    mounted = { name: shown.page, view: page.mount(shell.outlet, { route: shown }) };
+    shell.onpage(page, mounted.view);
   }
   shell.onroute(shown, isOther && moves);
   mounted.view.update?.(shown);
 }
 export const remount = () => show(false, true);
-
 /** `how` = {outlet, onpage(page, view), onroute(route, moved)}; `table` = {name: page, unknown: page}. */
 export function start(table, how) {
   const scrolls = {};
@@ -59,6 +52,5 @@ export function start(table, how) {
     show(moves);
     if (shown.page !== before) requestAnimationFrame(() => scrollTo(0, top));
   };
-  addEventListener('hashchange', () => arrive(true));
-  arrive(false);
+  addEventListener('hashchange', () => arrive(true)); arrive(false);
 }

@@ -4,8 +4,7 @@ import { mask } from './format.js';
 const state = {
   session: null, gateway: {}, defaultModel: '', routing: { queue: [], skipped: [] }, accounts: [], removed: [],
   codex: {}, today: {}, recent: [], notices: [], jobs: [], models: {}, firstRun: {}, settings: {}, login: null,
-  request: null, usage: null, connection: { state: 'connecting', retryAt: 0 },
-};
+  request: null, usage: null, connection: { state: 'connecting', retryAt: 0 } };
 const RECENT_KEPT = 20, JOBS_KEPT = 8;
 const listeners = Object.fromEntries(Object.keys(state).map((slice) => [slice, new Set()]));
 let changes = new Map();
@@ -21,14 +20,11 @@ export function set(slice, value, change = value) {
   if (!changes.size) (document.hidden ? setTimeout : requestAnimationFrame)(tell); // a hidden tab has no frames
   changes.set(slice, [...(changes.get(slice) ?? []), change]);
 }
-
 function tell() {
-  const told = changes;
-  changes = new Map();
+  const told = changes; changes = new Map();
   for (const [slice, list] of told) for (const fn of [...listeners[slice]]) fn(state[slice], list);
 }
 export const store = { get, on, set };
-
 /** All of `GET /state`. */
 export const load = (all) => Object.keys(all).forEach((slice) => slice in state && set(slice, all[slice]));
 
@@ -56,16 +52,13 @@ export const reducers = {
     merge('routing', told);
     set('accounts', state.accounts.map((one) => ({ ...one, active: one.id === state.routing.activeId })));
   },
-  'request.started': (row) => sawRequest('started', row),
-  'request.finished': (row) => sawRequest('finished', row),
+  'request.started': (row) => sawRequest('started', row), 'request.finished': (row) => sawRequest('finished', row),
   usage: (told) => { set('usage', told); set('today', told.today); },
-  gateway: (told) => merge('gateway', told),
-  models: (told) => merge('models', told),
+  gateway: (told) => merge('gateway', told), models: (told) => merge('models', told),
   codex: (told) => merge('codex', { ...told, authAccountId: told.auth?.accountId }),
   job: (job) => upsert('jobs', job, JOBS_KEPT),
   login: (flow) => { if (flow.status === 'done') upsert('accounts', flow.account); set('login', flow); },
-  settings: (settings) => set('settings', settings),
-  notice: (notice) => upsert('notices', notice),
+  settings: (settings) => set('settings', settings), notice: (notice) => upsert('notices', notice),
   'notice.cleared': ({ id }) => set('notices', state.notices.filter((one) => one.id !== id)),
 };
 
@@ -76,4 +69,3 @@ export const statusCounts = () => state.accounts.reduce((counts, { status }) => 
   { ...counts, [status]: (counts[status] ?? 0) + 1 }), { all: state.accounts.length });
 /** Is this page at the computer that runs azt? Elsewhere nothing is exported and no file of Codex is touched. */
 export const isLocal = () => state.session?.scope !== 'lan';
-export const canDo = isLocal;

@@ -11,10 +11,8 @@ import { button, dialog, fieldForm, note, row, wording } from '../ui.js';
 async function enter(what) {
   await send('POST', '/session', what);
   set('session', await fetchJson('/session'));
-  await refetch();
-  retryNow();
+  await refetch(); retryNow();
 }
-
 /** The field for the admin token (`pairs`: or a pairing code) and its button; `done()` after it was right. */
 function tokenForm(done, pairs) {
   const input = h('input', { type: 'password', autocomplete: 'current-password', name: 'token', required: true });
@@ -34,25 +32,20 @@ export const askProof = () => new Promise((resolve) => {
   form.querySelector('input').focus();
 });
 
-function mount(root, { route }) {
-  const code = ['pair', 'open'].includes(route.page) && route.parts[0], box = h('div', { class: 'content' });
-  const { lan, scope } = get('session');
-  const inside = () => {
-    replace(/^#\/(?!signin|pair|open)/.test(route.query.to) ? route.query.to : '#/overview');
-    remount();
-  };
+function mount(root, { route: { page: way, parts: [code], query: { to } } }) {
+  const box = h('div', { class: 'content' }), { lan, scope } = get('session');
+  const inside = () => { replace(/^#\/(?!signin|pair|open)/.test(to) ? to : '#/overview'); remount(); };
   const ask = (words) => fill(box, h('h2', null, t('signin.heading')), h('p', null, t('signin.text')),
     words && h('p', { class: 'wrong', role: 'alert' }, icon('warn'), words), tokenForm(inside, true),
     note(t('signin.pair')));
   fill(root, h('section', { class: 'card signin' }, box));
-  if (code) {
+  if (code && way !== 'signin') {
     history.replaceState(null, '', '#/signin'); // single use, and not for the history
     fill(box, h('p', { role: 'status' }, t('signin.checking')));
     enter({ code }).then(inside, (error) => ask(wording(error)));
   } else if (scope === 'lan' && lan?.consoleOn === false) {
     fill(box, h('h2', null, t('lan.closed')), h('p', null, t('lan.closedText')));
   } else ask('');
-  return { primary: null };
+  return {};
 }
-
 export const page = { title: 'signin.title', mount };
