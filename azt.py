@@ -250,9 +250,11 @@ class UpstreamError(AztError):
     "network"    no connection, or a broken one
     "request"    the request itself was refused: no other account helps
 
-    `quota` is what its headers tell of the account's quota (room 8); `host` could not be reached.
+    `quota` is what its headers tell of the account's quota (room 8); `host` could not be reached;
+    by `upstream_id` the provider finds the call in its own logs.
     """
 
+    upstream_id: str | None = field(default=None, kw_only=True)
     host: str = field(default="", kw_only=True)
     fault: Fault = field(default="request", kw_only=True)
     quota: Json = field(default_factory=dict, kw_only=True)
@@ -2031,8 +2033,7 @@ class Audit:
 
     def __init__(self, *folders: Path) -> None:
         self._folders = [os.path.realpath(folder) + os.sep for folder in folders]
-        self._named = set(_LOCAL_NAMES)
-        self._here = threading.local()
+        self._named, self._here = set(_LOCAL_NAMES), threading.local()
         sys.dont_write_bytecode = True
         sys.addaudithook(self)
 
@@ -3607,24 +3608,30 @@ def upstream_error(
     headers  lower-case names
     body     `{"error": {...}}`, `{"detail": "..."}` or `{"detail": {"code"}}`; HTML is dropped
     """
-    inner = _error_object(body)
+    inner, known_as = _error_object(body), upstream_id(headers)
     if 200 <= status < 400:
         message = f"The upstream answered {status} without an event stream."
-        return UpstreamError(502, "upstream_error", message)
+        return UpstreamError(502, "upstream_error", message, upstream_id=known_as)
     if status == 403 and not any(inner.values()):
         reason = "a browser check" if "cf-mitigated" in headers else "an HTML page"
         message = (
             f"The upstream refused the connection with {reason}. This is about the network or the "
             "region, not about your account: try another network or set a proxy."
         )
-        return UpstreamError(403, "upstream_forbidden", message)
+        return UpstreamError(403, "upstream_forbidden", message, upstream_id=known_as)
     quota = quota_from_headers(headers, now)
     full = [one["resets_at"] for one in quota.get("windows", ()) if one["used"] >= 100]
     if status == 429 and full and "resets_in_seconds" not in inner:
         inner = {"resets_at": max(full), **inner}
     error = _classify(status, inner, _retry_after(headers.get("retry-after"), now), now)
-    error.quota = quota
+    error.quota, error.upstream_id = quota, known_as
     return error
+
+
+def upstream_id(headers: Mapping[str, str]) -> str | None:
+    """How the provider names this call: the order is Codex's own."""
+    names = ("x-request-id", "x-oai-request-id", "cf-ray")
+    return next((_shown(headers[name], 80) for name in names if headers.get(name)), None)
 
 
 def event_error(event: Json, now: float) -> UpstreamError:
@@ -4003,8 +4010,7 @@ class Relay:
     def __init__(
         self, pool: ConnectionPool, answer: Answer, translator: Translator, streaming: bool
     ) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._pool = pool
+        self._loop, self._pool = asyncio.get_running_loop(), pool
         self._framing = answer.framing
         self._feed = translator.feed if streaming else translator.absorb
         self._streaming = streaming
@@ -4015,14 +4021,11 @@ class Relay:
         self._over: asyncio.Future[None] = self._loop.create_future()
         self._out = bytearray()
         self._sink: Sink | None = None
-        self._has_content = False
-        self._paused = False
+        self._has_content = self._paused = False
         self._watched = -1  # the descriptor that the loop tells about
         self._timer: asyncio.TimerHandle | None = None
         self._last_read_s = self._last_write_s = self._loop.time()
-        self.answer = answer
-        self.translator = translator
-        self.ended = False
+        self.answer, self.translator, self.ended = answer, translator, False
         self.first_output_s: float | None = None
         self.on_end: Callable[[Relay], None] | None = None
 
@@ -5883,9 +5886,7 @@ class StopMatcher:
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self.hit = False
-        self._stops = stops
-        self._pending = ""
+        self.hit, self._stops, self._pending = False, stops, ""
 
     def push(self, text: str, *, is_last: bool = False) -> str:
         text = self._pending + text
@@ -7324,7 +7325,9 @@ class Rotation:
         entry["startedAt"], began_s = int(time.time() * 1000), time.monotonic()
         try:
             result = await attempt
-            entry["connectMs"] = getattr(getattr(result, "answer", None), "connect_ms", None)
+            answer = getattr(result, "answer", None)
+            entry["connectMs"] = getattr(answer, "connect_ms", None)
+            entry["upstreamRequestId"] = answer and upstream_id(answer.headers)
             return result
         except AztError as error:
             until = error.extra.get("resets_at")
@@ -7332,6 +7335,7 @@ class Rotation:
                 "status": error.status,
                 "errorType": error.code,
                 "until": until and until * 1000,
+                "upstreamRequestId": getattr(error, "upstream_id", None),
             }
             raise
         finally:
@@ -7544,6 +7548,7 @@ class RequestRecord:
     images: int = 0
     image_route: str = "none"
     request_bytes: int = 0
+    response_bytes: int = 0
     tries: list[Json] = field(default_factory=list)
     request: Json = field(default_factory=dict)
     response: Json = field(default_factory=dict)
@@ -7622,10 +7627,11 @@ class RequestRecord:
             "timing": timing,
             "why": explain(self),
             "request": {"bytes": self.request_bytes, **self.request},
-            "response": self.response,
+            "response": {"bytes": self.response_bytes, **self.response},
             "headers": self.headers,
             "keyId": self.key_id,
             "remote": self.remote,
+            "upstreamRequestId": tries[-1].get("upstreamRequestId") if tries else None,
         }
 
 
@@ -8328,9 +8334,7 @@ class Gateway:
     """State, pools and what saves them. Made by room 18, handed to every handler."""
 
     def __init__(self, environment: Environment, flags: Mapping[str, Any]) -> None:
-        self.environment = environment
-        self.paths = environment.paths
-        self.flags = flags
+        self.environment, self.paths, self.flags = environment, environment.paths, flags
         self.settings = self.started_settings = load_settings(None, environment, flags)
         self.store = AccountStore()
         self.catalogue = Catalogue.read(None, None)
@@ -8365,8 +8369,7 @@ class Gateway:
         self.running: Callable[[], list[RequestRecord]] = list
         # Drain for so many seconds, then start anew; None for a gateway that a command has started.
         self.restart: Callable[[float], None] | None = None
-        self.usage = UsageStats()
-        self.requests = RequestLog(0)
+        self.usage, self.requests = UsageStats(), RequestLog(0)
         self.events = Events()
         self.telling: asyncio.Task[None] | None = None  # who watches of changes (room 16c)
         self.minute = {"t": 0, "ok": 0, "failed": 0}  # the newest in which a request has ended
@@ -9622,6 +9625,7 @@ class _Exchange:
         if b"\r\nx-request-id: " not in head:
             own += f"x-request-id: {self.request.id}\r\n"
         if size is not None:
+            record.response_bytes = size
             spent_ms = round((time.monotonic() - record.started_s) * 1000)
             own += f"openai-processing-ms: {spent_ms}\r\n"
         if reply.status not in (204, 304):
@@ -9641,6 +9645,7 @@ class _Exchange:
             framed = b"%x\r\n%b\r\n" % (len(data), data) if self.is_modern else data
             self.connection.transport.write(self._unsent + framed)
             self._unsent = b""
+            self.request.record.response_bytes += len(data)
 
     def finish(self) -> None:
         self._put(b"")
@@ -9747,9 +9752,7 @@ class Connection(asyncio.Protocol):
         self.exchange: _Exchange | None = None
         self._framing = Framing(False, 0)
         self._waiting = b""
-        self._got_eof = False
-        self._linger_bytes = LINGER_BYTES
-        self._unwritten = 0
+        self._got_eof, self._linger_bytes, self._unwritten = False, LINGER_BYTES, 0
         self._moved_s = time.monotonic()  # when the client last took some of what is unwritten
 
     # -- what asyncio calls
@@ -9893,8 +9896,7 @@ class Connection(asyncio.Protocol):
         if not exchange.keep or self.server.draining:
             self.close(half=True)
             return
-        self.exchange = None
-        self.state = "HEAD"
+        self.exchange, self.state = None, "HEAD"
         self.deadline = time.monotonic() + KEEP_ALIVE_S
         if self._waiting:
             self._advance()
@@ -12441,9 +12443,7 @@ def policy_source(gw: Gateway) -> Callable[[], Policy]:
 #     real protocol; to the gateway it is only another base URL. Never contacts anything.
 # ==================================================================================================
 
-_DEMO_PACE_S = 0.035
-_DEMO_SLOW_PACE_S = 0.5
-_DEMO_TOKEN_S = 10 * 24 * 3600
+_DEMO_PACE_S, _DEMO_SLOW_PACE_S, _DEMO_TOKEN_S = 0.035, 0.5, 10 * 24 * 3600
 _DEMO_REST_S = 90
 """Of `demo:limit`. Over a minute, so that SDKs report the limit at once and do not sleep it out."""
 

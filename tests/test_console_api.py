@@ -196,10 +196,11 @@ DETAIL = ROW | {
         "effort": MAYBE_WORD,
         "keys": [WORD],
     },
-    "response": {"finish": WORD, "toolCalls": LIST},
+    "response": {"finish": WORD, "toolCalls": LIST, "bytes": NUMBER},
     "headers": {"user-agent": WORD, "content-type": WORD},
     "keyId": MAYBE_WORD,
     "remote": WORD,
+    "upstreamRequestId": MAYBE_WORD,
 }
 MODEL = {"id": WORD, "name": WORD, "input": [WORD], "default": FLAG, "efforts": [WORD]}
 READS: dict[str, Json] = {

@@ -15,8 +15,11 @@ from datetime import datetime
 from typing import Any
 from zoneinfo import ZoneInfo
 
+import pytest
 from fake_upstream import FakeUpstream, account_file, answer, limit_reached, message, text, usage
 from harness import MODEL, Client, Gateway, chat_body
+
+import azt
 
 Json = dict[str, Any]
 NewGateway = Callable[..., Gateway]
@@ -190,6 +193,41 @@ def test_a_row_explains_which_accounts_were_tried(
     assert row["timing"]["firstByteMs"] <= row["durationMs"]
     assert 0 <= row["timing"]["queueMs"] < 5000
     assert 0 <= row["timing"]["connectMs"] <= row["timing"]["firstByteMs"]
+
+
+def test_a_row_says_how_much_was_answered_and_how_the_provider_names_the_calls(
+    new_gateway: NewGateway, upstream: FakeUpstream
+) -> None:
+    client = Client(new_gateway().url)
+    upstream.script(text("a", "b"), headers={"x-request-id": "up-1", "cf-ray": "ray-1"})
+    plain = client.chat()
+    upstream.script(text("a", "b"), headers={"x-request-id": "up-2"})
+    streamed = client.chat(stream=True)
+    upstream.script(status=400, json={"detail": "no"}, headers={"x-request-id": "up-3"})
+    client.chat()
+
+    details = [client.get(f"{ADMIN}/requests/{row['id']}").json for row in rows(client)]
+    named = [one["upstreamRequestId"] for one in details]
+    assert named == ["up-3", "up-2", "up-1"]
+    assert [one["attemptList"][0]["upstreamRequestId"] for one in details] == named
+    assert [one["response"]["bytes"] for one in details[1:]] == [
+        len(streamed.body),
+        len(plain.body),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("headers", "name"),
+    [
+        ({"x-request-id": "a", "x-oai-request-id": "b", "cf-ray": "c"}, "a"),
+        ({"x-request-id": "", "x-oai-request-id": "b", "cf-ray": "c"}, "b"),
+        ({"cf-ray": "c\x1b[2J"}, "c[2J"),
+        ({"x-request-id": "d" * 200}, "d" * 80),
+        ({}, None),
+    ],
+)
+def test_the_provider_names_a_call(headers: dict[str, str], name: str | None) -> None:
+    assert azt.upstream_id(headers) == name
 
 
 def test_rows_are_filtered_paged_exported_and_deleted(new_gateway: NewGateway) -> None:
