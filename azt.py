@@ -9464,8 +9464,7 @@ class _Exchange:
     """
 
     def __init__(self, connection: Connection) -> None:
-        self.connection = connection
-        self.server = connection.server
+        self.connection, self.server = connection, connection.server
         name, peer, place = "req_" + secrets.token_hex(12), connection.address, connection.place
         record = RequestRecord(name, "-", "-", time.monotonic(), time.time(), remote=peer)
         self.request = Request(name, "-", "-", {}, {}, peer, place, record, self.hold)
@@ -11437,7 +11436,9 @@ def _today(gw: Gateway) -> Json:
 
 @_counted_view
 def admin_get_state(gw: Gateway, request: Request) -> Json:
-    base, codex, lifetime = gw.url, gw.codex_seen, gw.usage.lifetime
+    codex, lifetime = gw.codex_seen, gw.usage.lifetime
+    # Another device uses the address by which it came here.
+    base = gw.url if request.peer_class == "own" else f"http://{request.headers.get('host')}"
     gateway = {
         "version": VERSION,
         "startedAt": _ms(gw.started_at),
@@ -12493,8 +12494,7 @@ class DemoUpstream:
     """Serves the Codex backend, wham/usage and /oauth/token on a free loopback port."""
 
     def __init__(self, pace_s: float = _DEMO_PACE_S) -> None:
-        self._since = int(time.time())
-        self._pace_s = pace_s
+        self._since, self._pace_s = int(time.time()), pace_s
         self._server: asyncio.Server
         self._tasks: set[asyncio.Task[None]] = set()
 

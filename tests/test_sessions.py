@@ -339,7 +339,8 @@ def test_pairing_lets_another_device_in_with_fewer_rights(console: Gateway) -> N
     session = phone.session
     assert (session["via"], session["scope"]) == ("pair", "lan")
     assert session["can"] == {"write": True, "export": False, "codex": False}
-    assert phone.call("GET", "/state").status == 200
+    state = phone.call("GET", "/state", Host="192.168.1.20:8787")
+    assert state.json["gateway"]["baseUrl"] == "http://192.168.1.20:8787/v1"
     assert phone.call("PATCH", "/settings", {"values": {"log.keepRows": 2000}}).status == 200
     assert phone.get("/", headers=RELAYED).status == 200
 
