@@ -8,12 +8,9 @@ import { go, hash } from './router.js';
 import { accountOf, nameOf, store } from './store.js';
 import * as ui from './ui.js';
 
-const LOOK_MS = 2000; // how often a sign-in is looked at while no events come
 /** A link out of the console. Whoever follows or copies it, in whatever way, is expected back. */
 const outward = (href, label, kind, opened) => h('a', { class: kind, href, target: '_blank', rel: 'noopener noreferrer',
   on: { click: opened, auxclick: opened, contextmenu: opened } }, label, icon('external'));
-/** The whole address of the failed page: it must name a code, or the refusal, and the state. */
-const isCallback = (words) => /[?&]?(code|error)=[^&]/.test(words) && /[?&]?state=[^&]/.test(words);
 
 /** One small real call, by this account or whichever serves; `others` stand beside its button. */
 export function testCall(accountId, others, ongood) {
@@ -22,37 +19,31 @@ export function testCall(accountId, others, ongood) {
   const told = h('div', { class: 'note' }, t('first.tryText', body));
   const test = async () => {
     const began = performance.now(), made = { text: '' };
-    const onevent = ({ data }) => {
-      readAnswer('responses', made, JSON.parse(data));
-      text(answer, made.text);
-      if (made.error) throw new ApiError(200, made.error);
-    };
-    answer.hidden = false;
-    answer.ariaBusy = 'true'; // it is read aloud when it is whole
+    const onevent = ({ data }) => { readAnswer('responses', made, JSON.parse(data)); text(answer, made.text); };
+    [answer.hidden, answer.ariaBusy] = [false, 'true']; // it is read aloud when it is whole
     text(told, t('first.streaming'));
-    await stream('/playground', { path: '/v1/responses', accountId, body }, { onevent }).then(() => {
-      const d = duration(performance.now() - began);
-      fill(told, ui.good(t('first.done', { d })));
+    try {
+      await stream('/playground', { path: '/v1/responses', accountId, body }, { onevent });
+      if (made.error) throw new ApiError(200, made.error);
+      fill(told, ui.good(t('first.done', { d: duration(performance.now() - began) })));
       ongood?.();
-    }, (error) => fill(told, h('span', { class: 'wrong' }, icon('warn'), ui.wording(error))));
+    } catch (error) { fill(told, h('span', { class: 'wrong' }, icon('warn'), ui.wording(error))); }
     answer.ariaBusy = 'false';
   };
-  const button = ui.button(t('play.test'), { kind: 'primary', icon: 'play', on: test });
-  return [ui.row(button, others, told), answer];
+  return [ui.row(ui.button(t('play.test'), { kind: 'primary', icon: 'play', on: test }), others, told), answer];
 }
 
-/**
- * A sign-in, shown in `host` until `ondone(account)`. `method`: browser, device, or none for what fits; `wanted`: the
- * id of the account that is to come; `discard()` gives another one up. Returns what leaves it: `leave(gives up)`.
- */
+/** A sign-in, shown in `host` until `ondone(account)`. `method`: browser, device, or none for what fits; `wanted`: the
+ * id of the account that is to come; `discard()` gives another one up. Returns what leaves it: `leave(gives up)`. */
 export function signIn(host, { method, wanted, ondone, discard }) {
   let flow = null;
   const path = (tail = '') => `/login/${flow.flowId}${tail}`, isOpen = () => /waiting|exchanging/.test(flow?.status);
+  const call = async (tail, body, how) => take(await send('POST', path(tail), body, how));
   const state = h('span', { role: 'status' }), why = h('p');
-  const opened = () => send('POST', path('/open'), {}, { keepalive: true }).then(take, ui.fail);
-  const finish = async (url) => {
-    if (!isCallback(url)) throw new ApiError(0, { code: 'bad_callback_url' });
-    take(await send('POST', path('/callback'), { url }));
+  const opened = () => call('/open', {}, { keepalive: true }).catch(ui.fail);
+  const finish = (url) => { // the whole address of the failed page: it names a code, or the refusal, and the state
+    if (/(code|error)=[^&]/.test(url) && /state=[^&]/.test(url)) return call('/callback', { url });
+    throw new ApiError(0, { code: 'bad_callback_url' });
   };
   const input = h('input', { type: 'text', autocomplete: 'off', spellcheck: 'false' });
   const paste = ui.details(t('login.paste'), why, ui.fieldForm(t('login.address'), input, t('login.finish'), finish));
@@ -65,43 +56,36 @@ export function signIn(host, { method, wanted, ondone, discard }) {
     [t('login.deviceOpen'), ' ', outward(url, url.replace('https://', '')), copy(url)],
     [t('login.deviceCode'), ' ', h('code', { class: 'big' }, code), copy(code)],
     t('login.deviceBack', { n: num(intervalMs / 1000) })].map((words) => h('li', null, words)));
-
   const ask = () => send('POST', '/login', { method: method || 'browser', accountId: wanted });
   const start = () => ui.loader(host, ask, (begun) => {
-    flow = begun;
-    const isLink = flow.method === 'browser', left = () => t('login.left', { d: wait(flow.expiresAt - now()) });
-    if (!method && !flow.portFree) go(hash('accounts', ['add', 'device'], { account: wanted }));
-    fill(host, isLink ? byLink(flow) : byCode(flow),
-      ui.row(state, ticking(h('span', { class: 'note' }), flow.expiresAt, left)), isLink && paste);
-    take(flow);
+    const isLink = begun.method === 'browser', left = () => t('login.left', { d: wait(begun.expiresAt - now()) });
+    if (!method && !begun.portFree) go(hash('accounts', ['add', 'device'], { account: wanted }));
+    fill(host, isLink ? byLink(begun) : byCode(begun),
+      ui.row(state, ticking(h('span', { class: 'note' }), begun.expiresAt, left)), isLink && paste);
+    flow = begun; take(begun);
   });
   const take = (told) => {
     if (told?.flowId !== flow?.flowId) return;
     flow = { ...flow, ...told };
     if (flow.status === 'done') ondone?.(flow.account);
-    else if (!isOpen()) fill(host, ended(flow));
-    else text(state, t(`login.${flow.status}`));
-    if (flow.portFree === false || flow.listenError) {
-      text(why, t('login.portTaken', { port: new URL(flow.redirectUri).port }));
-      paste.open = true;
-    }
+    else if (isOpen()) text(state, t(`login.${flow.status}`));
+    else fill(host, ended(flow));
+    if (flow.portFree !== false && !flow.listenError) return;
+    text(why, t('login.portTaken', { port: new URL(flow.redirectUri).port })); paste.open = true;
   };
   const ended = ({ error, account }) => {
-    const isOther = error?.code === 'account_mismatch', as = nameOf(accountOf(wanted));
-    const keep = async () => take(await send('POST', path('/callback'), { keep: true }));
+    const names = { came: nameOf(account), wanted: nameOf(accountOf(wanted)) };
     const again = ui.button(t(error ? 'act.tryAgain' : 'login.newLink'), { kind: 'primary', on: start });
-    const words = isOther ? t('login.mismatch', { came: nameOf(account), wanted: as }) : error && ui.wording(error);
-    const choice = [ui.button(t('login.discard'), { on: discard }),
-      ui.button(t('login.keep'), { kind: 'primary', on: keep })];
-    return h('div', { role: 'alert' }, ui.empty('warn', words ?? t('login.over'), isOther ? choice : again));
+    const keep = ui.button(t('login.keep'), { kind: 'primary', on: () => call('/callback', { keep: true }) });
+    const [words, ...choice] = error?.code === 'account_mismatch' ? [t('login.mismatch', names),
+      ui.button(t('login.discard'), { on: discard }), keep] : [error ? ui.wording(error) : t('login.over'), again];
+    return h('div', { role: 'alert' }, ui.empty('warn', words, ...choice));
   };
-  const off = store.on('login', (last, flows) => flows.forEach(take));
-  const timer = setInterval(() => isOpen() && store.get('connection').state !== 'live'
-    && get(path()).then(take, () => {}), LOOK_MS);
+  const look = () => isOpen() && store.get('connection').state !== 'live' && get(path()).then(take, () => {});
+  const off = store.on('login', (last, flows) => flows.forEach(take)), timer = setInterval(look, 2000);
   start();
   return (givesUp = true) => {
-    off();
-    clearInterval(timer);
+    off(); clearInterval(timer);
     if (givesUp && flow && flow.status !== 'done') send('DELETE', path()).catch(() => {}); // it ends by itself anyhow
   };
 }
