@@ -41,9 +41,9 @@ export function signIn(host, { method, wanted, ondone, discard }) {
   const call = async (tail, body, how) => take(await send('POST', path(tail), body, how));
   const state = h('span', { role: 'status' }), why = h('p');
   const opened = () => call('/open', {}, { keepalive: true }).catch(ui.fail);
-  const finish = (url) => { // the whole address of the failed page: it names a code, or the refusal, and the state
-    if (/(code|error)=[^&]/.test(url) && /state=[^&]/.test(url)) return call('/callback', { url });
-    throw new ApiError(0, { code: 'bad_callback_url' });
+  const finish = async (url) => { // of the failed page, whole: it names a code, or the refusal, and the state
+    if (!/(code|error)=[^&]/.test(url) || !/state=[^&]/.test(url)) throw new ApiError(0, { code: 'bad_callback_url' });
+    await call('/callback', { url }); input.value = '';
   };
   const input = h('input', { type: 'text', autocomplete: 'off', spellcheck: 'false' });
   const paste = ui.details(t('login.paste'), why, ui.fieldForm(t('login.address'), input, t('login.finish'), finish));

@@ -9,7 +9,7 @@ import { activate } from '../palette.js';
 import { hash, remount } from '../router.js';
 import { CLIENTS, clientSeen, snippets } from '../snippets.js';
 import { accountOf, get, nameOf, on, reducers } from '../store.js';
-import { button, card, codeBlock, details, empty, figure, good, iconButton, isRejected, leftOf, loader, menu, meters,
+import { button, card, codeBlock, details, empty, figure, good, iconButton, isRejected, leftOf, loader, menu, meter,
   moreMeters, note, notice, pill, resetOf, row, segmented, tag, windows } from '../ui.js';
 
 const HOUR = 3600000, FEW_CLIENTS = ['python', 'js', 'curl', 'codex'];
@@ -19,7 +19,7 @@ const COLOURS = { ok: 'ok', failed: 'bad', cancelled: 'c5' }; // of the results 
 const least = (account) => (windows(account).length ? t('quota.left', { p: leftOf(account) }) : t('quota.none'));
 const why = (code) => t(known(`reason.${code}`) ? `reason.${code}` : 'reason.other');
 const sum = (list) => list.reduce((all, n) => all + n, 0);
-const whose = (account) => ({ href: hash('accounts', [account.id]), title: account.email });
+const whose = (account) => ({ href: hash('accounts', [account.id]), title: nameOf(account) });
 const nameLink = (account) => h('a', whose(account), nameOf(account));
 const link = (href, key) => h('a', { href }, t(key));
 let offs = [], reads = []; // what ends with the page, and what reads its numbers anew
@@ -31,8 +31,9 @@ function live(slices, el, update) {
 
 // -- now serving
 function hero() {
-  const title = h('h2', { class: 'live' }), name = h('a'), state = row(), more = moreMeters(), auto = h('span');
-  const line = h('ol', { class: 'queue' }), skipped = h('div', { class: 'skipped' }), bars = [h('div'), h('div')];
+  const title = h('h2', { class: 'live' }), name = h('a'), state = row(), more = moreMeters();
+  const line = h('ol', { class: 'queue' }), skipped = h('div', { class: 'skipped' }), auto = h('span');
+  const bars = [1, 2].map(() => h('div', null, meter({}, {})));
   const choose = () => menu(change, get('accounts').map((one) => ({ icon: one.active ? 'check' : 'accounts',
     label: `${nameOf(one)} · ${least(one)}`, run: () => activate(one) })));
   const read = async () => reducers.account(await send('POST', `/accounts/${get('routing').activeId}/refresh-quota`));
@@ -43,7 +44,8 @@ function hero() {
     const all = windows(account), shown = all[0] ? all : [{ key: 'primary', minutes: 300 }], { quota } = account;
     text(name, nameOf(account)); Object.assign(name, whose(account)); fill(state, tag(account.plan), pill(account));
     fresh.title = fresh.ariaLabel = quota ? t('hero.read', { ago: ago(quota.capturedAt) }) : t('hero.readNever');
-    bars.forEach((bar, i) => { bar.hidden = !shown[i]; meters(bar, shown.slice(i, i + 1), account, { big: true }); });
+    const how = { big: true, at: quota?.capturedAt, trusted: !isRejected(account) };
+    bars.forEach((bar, i) => { bar.hidden = !shown[i]; if (shown[i]) bar.firstChild.patch(shown[i], how); });
     more.patch([...all.slice(2), ...(quota?.extra ?? [])], account);
   }
   const el = h('section', { class: 'card hero', 'aria-label': t('hero.now') }, who, bars, next);
@@ -121,9 +123,8 @@ function traffic() {
     const past = data.points.filter((one) => one.t < begun), cancelled = data.points[past.length]?.v[2] ?? 0;
     draw({ ...data, points: [...past.slice(-59), { t: begun, v: [ok, failed, cancelled] }] });
   }));
-  const choose = (one) => { setPref('traffic', range = one); read(); };
-  return card({ title: t('traffic.title'), note: legend(keys),
-    actions: segmented(t('traffic.range'), ranges, range, choose) }, place);
+  return card({ title: t('traffic.title'), note: legend(keys), actions: segmented(t('traffic.range'), ranges, range,
+    (one) => { setPref('traffic', range = one); read(); }) }, place);
 }
 
 // -- lists
@@ -135,10 +136,9 @@ function recent() {
     return h('tr', { on: { click: ({ target }) => target.closest('a') || time.click() } }, h('td', null, time),
       ['', 'name', 'name', 'num'].map((name) => h('td', { class: name })));
   };
-  const patch = ({ cells }, { result, status, endpoint, model, durationMs }) => {
-    const isOver = result !== 'running', words = (isOver && status) || t(`res.${result}`);
-    const code = h('span', { class: `code ${result}` }, words);
-    [code, endpoint, model || '–', isOver && duration(durationMs)].forEach((one, i) => fill(cells[i + 1], one));
+  const patch = ({ cells }, { result: how, status, endpoint, model, durationMs }) => {
+    const done = how !== 'running', code = h('span', { class: `code ${how}` }, (done && status) || t(`res.${how}`));
+    [code, endpoint, model || '–', done && duration(durationMs)].forEach((one, i) => fill(cells[i + 1], one));
   };
   const el = card({ title: t('ov.recent'), class: 'flush', actions: link('#/log', 'ov.openLog') }, table, none);
   return live('recent', el, () => {

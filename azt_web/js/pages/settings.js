@@ -242,8 +242,7 @@ function mount(root) {
   return { primary: null, unmount() { off(); part?.unmount?.(); }, update({ parts: [wanted] }) {
     const next = wanted in FIELDS ? wanted : 'general';
     if (next === section) return;
-    section = next; head.show(section);
-    if (saved) build();
+    section = next; head.show(next); if (saved) build();
   } };
 }
 export const page = { title: 'nav.settings', mount };
