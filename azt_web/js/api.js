@@ -2,9 +2,8 @@
 import { search } from './router.js';
 
 const BASE = '/_gateway/admin', PATIENCE_MS = 60000, JSON_TYPE = 'application/json';
-/** Set by main.js: `proof()` asks for the admin token, true when it was given; `signIn()` shows where. */
+/** Set by main.js: proof() asks for the admin token, true when it was given; signIn() shows where; otherVersion(). */
 export const hooks = {};
-
 export class ApiError extends Error {
   /** `error` as the gateway sends it; `offline`: there was no answer at all. */
   constructor(status, { code, params = {}, message, requestId = '' } = {}) {
@@ -33,7 +32,7 @@ async function call(method, path, how = {}, isAgain = false) {
 }
 
 const parsed = async (answer) => (answer.status === 204 ? null : answer.json());
-export const get = async (path, query, how) => parsed(await call('GET', path, { query, ...how }));
+export const get = async (path, query) => parsed(await call('GET', path, { query }));
 /** `body`: an object, or a FormData. */
 export const send = async (method, path, body = {}, how = {}) => parsed(await call(method, path, { body, ...how }));
 export const upload = (path, form, query) => send('POST', path, form, { query });
@@ -51,15 +50,13 @@ export function saveBlob(blob, name) {
 
 /** Server-sent events out of text that comes in any pieces: `feed(text)` calls `onevent({event, data, id})`. */
 export function sseReader(onevent) {
-  let rest = '', id = '', event = '', data = [];
-  const take = (line) => {
+  let rest = '', data = [];
+  const last = { event: '', id: '' }, take = (line) => {
     const [, name, value] = /^([^:]*):? ?(.*)$/s.exec(line);
-    if (name === 'data') data.push(value);
-    else if (name === 'event') event = value;
-    else if (name === 'id') id = value;
+    if (name === 'data') data.push(value); else if (name in last) last[name] = value;
     if (line) return;
-    if (data.length) onevent({ event: event || 'message', data: data.join('\n'), id });
-    [event, data] = ['', []];
+    if (data.length) onevent({ event: last.event || 'message', data: data.join('\n'), id: last.id });
+    last.event = ''; data = [];
   };
   return (piece) => {
     const lines = (rest + piece).split(/\r\n|\n|\r(?!$)/); // a \r at the end may be the first half of \r\n
@@ -72,9 +69,9 @@ export async function stream(path, body, { signal, onhead, onevent, method = 'PO
   onhead?.({ headers });
   if (!headers.get('content-type')?.startsWith('text/event-stream')) return { json: await answer.json() };
   const feed = sseReader(onevent), reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-  try {
-    for (let piece; !(piece = await reader.read()).done;) feed(piece.value);
-  } catch (error) { throw error.name === 'AbortError' ? error : new ApiError(0, { code: 'stream_cut' }); }
+  try { for (let piece; !(piece = await reader.read()).done;) feed(piece.value); } catch (error) {
+    throw error.name === 'AbortError' ? error : new ApiError(0, { code: 'stream_cut' });
+  }
   feed('\n');
   return {};
 }

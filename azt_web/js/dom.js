@@ -5,10 +5,8 @@ import { ICONS } from './icons.js';
 const PLACES = { 'https:': ['auth.openai.com', 'chatgpt.com'], 'http:': ['127.0.0.1', 'localhost', location.hostname] };
 /** Set as properties, because the attribute is only where they start. */
 const PROPERTIES = ['checked', 'disabled', 'hidden', 'open', 'value'], SVG = 'http://www.w3.org/2000/svg';
-
 function safeHref(url) {
-  if (/^(#|\/(?!\/))/.test(url)) return url;
-  const { protocol, hostname } = new URL(url);
+  const { protocol, hostname } = new URL(url, 'http://localhost'); // where `#...` and `/...` are
   if (!PLACES[protocol]?.includes(hostname)) throw new Error('a link to a place that is not on the list');
   return url;
 }
@@ -40,18 +38,15 @@ export function keyed(parent, items, keyOf, make, patch) {
   const before = KEPT.get(parent) ?? new Map(), after = new Map();
   for (const item of items) {
     const key = keyOf(item), node = before.get(key) ?? make(item);
-    patch?.(node, item);
-    after.set(key, node); before.delete(key);
+    patch?.(node, item); after.set(key, node); before.delete(key);
   }
   before.forEach((node) => node.remove());
   let at = parent.firstChild;
   for (const node of after.values()) if (node === at) at = at.nextSibling; else parent.insertBefore(node, at);
   KEPT.set(parent, after);
 }
-
 /** Said by a screen reader, and seen by no one. */
 export function announce(message) {
-  const region = document.getElementById('said');
-  region.textContent = '';
+  const region = document.getElementById('said'); region.textContent = '';
   requestAnimationFrame(() => { region.textContent = message; });
 }

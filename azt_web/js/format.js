@@ -3,7 +3,7 @@ import { h, text } from './dom.js';
 import { lang, pref, t } from './i18n.js';
 
 const MINUTE = 60000, HOUR = 60 * MINUTE, DAY = 24 * HOUR, OWN_ZONE = Intl.DateTimeFormat().resolvedOptions().timeZone;
-let ahead = 0, gatewayZone = 'UTC', masking = false, second = 0;
+let ahead = 0, gatewayZone = 'UTC', masking = false;
 /** The clock of the gateway, which is what reset times are measured by. */
 export const now = () => Date.now() + ahead;
 export const setNow = (server) => { ahead = Math.abs(server - Date.now()) > 2000 ? server - Date.now() : 0; };
@@ -16,7 +16,6 @@ function format(Kind, options, value) {
   if (!formats.has(key)) formats.set(key, new Kind(lang(), options));
   return formats.get(key).format(value);
 }
-
 export const num = (n, options = {}) => (Number.isFinite(n) ? format(Intl.NumberFormat, options, n) : '–');
 export const compact = (n) => num(n, Math.abs(n) > 9999 ? { notation: 'compact', maximumSignificantDigits: 3 } : {});
 export const percent = (n) => num(n / 100, { style: 'percent', maximumFractionDigits: Math.abs(n) < 10 ? 1 : 0 });
@@ -36,18 +35,15 @@ export function duration(ms) {
   return t('time.dh', { d: of(DAY), h: of(HOUR) % 24 });
 }
 /** A stretch that a person waits for: whole seconds below two minutes, else no seconds. */
-export function wait(ms) {
-  const n = Math.max(0, ms);
-  if (n < MINUTE) return t('time.s', { n: Math.ceil(n / 1000) });
-  return n < 2 * MINUTE || n >= HOUR ? duration(n) : t('time.m', { n: Math.round(n / MINUTE) });
-}
+export const wait = (ms) => (ms < MINUTE ? t('time.s', { n: Math.ceil(Math.max(0, ms) / 1000) })
+  : ms < 2 * MINUTE || ms >= HOUR ? duration(ms) : t('time.m', { n: Math.round(ms / MINUTE) }));
 
 /** The zone that days and times are shown in: that of the `browser` (the default), of the `gateway`, or a name. */
 export const zone = () => ({ browser: OWN_ZONE, gateway: gatewayZone })[pref('zone', 'browser')] ?? pref('zone');
 const date = (ms, options) => format(Intl.DateTimeFormat, { timeZone: zone(), hourCycle: 'h23', ...options }, ms);
 const HM = { hour: '2-digit', minute: '2-digit' }, DM = { day: 'numeric', month: 'short' };
-export const clock = (ms) => date(ms, { ...HM, second: '2-digit' });
 export const minute = (ms) => date(ms, HM), day = (ms) => date(ms, DM);
+export const clock = (ms) => date(ms, { ...HM, second: '2-digit' });
 export const when = (ms) => date(ms, { ...HM, ...DM, year: 'numeric' });
 /** As short as it is clear: the time today, the weekday within six days, else the date. */
 export const at = (ms) => date(ms, { ...HM, ...(day(ms) === day(now()) ? {}
@@ -65,10 +61,9 @@ export function ticking(node, ms, words) {
 }
 setInterval(() => {
   if (document.hidden) return;
-  second += 1;
   for (const [node, { ms, words, born }] of ticks) {
     if (!node.isConnected && Date.now() - born > 30000) ticks.delete(node);
-    else if (Math.abs(ms - now()) < 2 * MINUTE || second % 30 === 0) text(node, words());
+    else if (Math.abs(ms - now()) < 2 * MINUTE || Math.round(Date.now() / 1000) % 30 === 0) text(node, words());
   }
 }, 1000);
 /** A time that keeps itself current: how = 'ago', 'until', 'clock', 'when' or 'at'. */

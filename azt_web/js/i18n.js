@@ -1,7 +1,7 @@
 // Two languages, and what this browser remembers of the person's choices.
 import { STRINGS } from './strings.js';
 
-const LANGUAGES = ['en', 'zh-CN'], listeners = new Set();
+const LANGUAGES = ['en', 'zh-CN'];
 /** Kept in this browser: language, theme, time zone, views. Never a secret, a name or a text. */
 export function pref(name, fallback = null) {
   try { return localStorage.getItem(`azt.${name}`) ?? fallback; } catch { return fallback; }
@@ -13,13 +13,13 @@ export function setPref(name, value) {
 }
 
 const wished = [pref('lang', ''), ...navigator.languages].map((one) => one.slice(0, 2).toLowerCase());
-let language = wished.find((one) => one === 'en' || one === 'zh') === 'zh' ? 'zh-CN' : 'en';
+let language = wished.find((one) => one === 'en' || one === 'zh') === 'zh' ? 'zh-CN' : 'en', onchange = null;
 document.documentElement.lang = language;
 export const lang = () => language;
-export const onLang = (fn) => listeners.add(fn);
+export const onLang = (fn) => { onchange = fn; };
 export function setLang(wanted) {
   language = document.documentElement.lang = wanted;
-  setPref('lang', language); listeners.forEach((fn) => fn());
+  setPref('lang', language); onchange();
 }
 
 export const known = (key) => key in STRINGS;

@@ -4,14 +4,12 @@ import { setGatewayZone, setNow } from './format.js';
 import { load, reducers, set } from './store.js';
 
 const PAUSES_S = [1, 2, 4, 8], HIDDEN_MS = 30000;
-let lastId = 0, pid = 0, version = '', leaving = '', failures = 0, ending = null, timer = 0, hidden = 0, onversion;
-
+let lastId = 0, pid = 0, version = '', leaving = '', failures = 0, ending = null, timer = 0, hidden = 0;
 /** Everything at once, and where the events go on from. */
 export async function refetch() {
   const state = await api.get('/state');
   setNow(state.now); setGatewayZone(state.gateway.timeZone);
-  [lastId, pid] = [state.eventId, state.gateway.pid];
-  load(state);
+  lastId = state.eventId; pid = state.gateway.pid; load(state);
 }
 function onevent({ event, data, id }) {
   const told = JSON.parse(data), isOther = event === 'hello' && told.pid !== pid; // its numbers start anew
@@ -19,7 +17,7 @@ function onevent({ event, data, id }) {
   if (event === 'resync' || isOther) refetch().catch(() => {});
   if (event === 'hello') {
     setNow(told.now);
-    if (version && told.version !== version) onversion();
+    if (version && told.version !== version) api.hooks.otherVersion();
     [leaving, lastId, version] = ['', lastId || told.eventId, told.version];
   } else if (event === 'bye' && told.reason === 'session_ended') api.hooks.signIn();
   else reducers[event]?.(told);
@@ -47,12 +45,7 @@ function again() {
 function stop() { clearTimeout(timer); ending?.abort(); ending = null; }
 /** Open the stream: at the start, as another person, or because someone does not want to wait. */
 export const retryNow = () => { stop(); run(); };
-
-/** Once: how events are followed from now on; `told()` when another version answers. */
-export function follow(told) {
-  onversion = told;
-  document.addEventListener('visibilitychange', () => {
-    clearTimeout(hidden);
-    if (document.hidden) hidden = setTimeout(stop, HIDDEN_MS); else if (!ending) run();
-  });
-}
+document.addEventListener('visibilitychange', () => {
+  clearTimeout(hidden);
+  if (document.hidden) hidden = setTimeout(stop, HIDDEN_MS); else if (!ending) run();
+});

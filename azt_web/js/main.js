@@ -3,7 +3,7 @@ import * as api from './api.js';
 import { fill, h, icon, keyed, text } from './dom.js';
 import { ticking } from './format.js';
 import { known, lang, onLang, pref, setLang, t } from './i18n.js';
-import { follow, refetch, retryNow } from './live.js';
+import { refetch, retryNow } from './live.js';
 import { openBox, showShortcuts } from './palette.js';
 import { page as accounts } from './pages/accounts.js';
 import { install as installAdd } from './pages/add.js';
@@ -18,15 +18,13 @@ import * as router from './router.js';
 import { accountOf, get, nameOf, on, set } from './store.js';
 import * as ui from './ui.js';
 
-const unknown = { title: 'page.unknown', mount(root) {
-  const home = ui.button(t('nav.overview'), { kind: 'primary', href: '#/overview' });
-  return fill(root, ui.empty('search', t('page.unknownText'), home)) && {};
-} };
+const unknown = { title: 'page.unknown', mount: (root) => fill(root, ui.empty('search', t('page.unknownText'),
+  ui.button(t('nav.overview'), { kind: 'primary', href: '#/overview' }))) && {} };
 const MAIN = { overview, accounts, playground, log, usage, connect, settings };
 /** Its first letter follows `g`; its title is `nav.` and its icon; the first four stay in the bar of a phone. */
 const NAV = Object.entries(MAIN).map(([name, { title }]) => ({ name, title, shape: title.slice(4) }));
 const $ = (id) => document.getElementById(id), openSearch = () => openBox(NAV);
-let view = null, called = '', unseen = 0;
+let view = null, unseen = 0;
 
 // -- the frame
 const languages = () => ui.segmented(t('shell.language'), [['en', 'English'], ['zh-CN', '中文']], lang(), setLang);
@@ -74,15 +72,12 @@ function counts() {
   const isUrgent = action > 0 || get('notices').some((one) => one.level !== 'info');
   for (const [name, n] of [['accounts', action], ['log', unseen]]) Object.assign(
     document.querySelector(`[data-page=${name}] b`), { hidden: !n, textContent: n, title: t(`badge.${name}`, { n }) });
-  document.title = `${isUrgent ? '(!) ' : ''}${called} · azt`;
+  document.title = `${isUrgent ? '(!) ' : ''}${$('title').textContent} · azt`;
   $('icon').href = isUrgent ? 'favicon-dot.svg' : 'favicon.svg';
 }
 
 // -- pages
-function onpage(page, made) {
-  [view, called] = [made, t(page.title)];
-  text($('title'), called); fill($('primary'), made.primary);
-}
+const onpage = (page, made) => { view = made; text($('title'), t(page.title)); fill($('primary'), made.primary); };
 function onroute(route, moved) {
   if (route.page === 'log') unseen = 0;
   document.body.classList.toggle('bare', route.page === 'signin' && !get('session').signedIn);
@@ -121,7 +116,6 @@ function onrouting(routing, changes) {
   const words = { a: nameOf(from), b: nameOf(accountOf(cause.to || routing.activeId)), why };
   ui.toast(t('toast.autoSwitched', words), { kind: 'info', action: from && back });
 }
-
 const followed = new Set();
 /** One line for each job that runs, and a word when one that was seen running is done. */
 function onjobs(jobs, changes) {
@@ -141,27 +135,24 @@ function onrequest(last, changes) {
 // -- the start
 async function boot() {
   const entrance = () => router.hash('signin', [], { to: location.hash });
+  const signIn = () => router.current().page === 'signin' || router.go(entrance());
+  const reload = { label: t('shell.reload'), run: () => location.reload() };
+  const otherVersion = () => ui.toast(t('shell.newVersion'), { kind: 'info', action: reload });
+  Object.assign(api.hooks, { proof: askProof, signIn, otherVersion });
   ui.setTheme(ui.theme()); frame();
-  Object.assign(api.hooks, { proof: askProof,
-    signIn: () => router.current().page === 'signin' || router.go(entrance()) });
-  const heard = { gateway: base, connection, routing: onrouting, jobs: onjobs, request: onrequest };
-  for (const [slice, fn] of Object.entries({ ...heard, accounts: counts, notices: counts })) on(slice, fn);
+  on('gateway', base); on('connection', connection); on(['accounts', 'notices'], counts);
+  on('routing', onrouting); on('jobs', onjobs); on('request', onrequest);
   onLang(() => { frame(); router.remount(); });
-  addEventListener('keydown', onkey);
-  installAdd();
+  addEventListener('keydown', onkey); installAdd();
   $('skip').addEventListener('click', (event) => { event.preventDefault(); $('main').focus(); });
   // Without an answer the bar will say that the gateway is gone.
   const session = await api.get('/session').catch(() => ({ signedIn: true, scope: 'local' }));
   set('session', session);
   if (session.signedIn) await refetch().catch((error) => error.status === 401 || ui.fail(error));
-  const isEntering = ['pair', 'open', 'signin'].includes(router.parse(location.hash).page);
-  if (!session.signedIn && !isEntering) history.replaceState(null, '', entrance());
+  if (!session.signedIn && !/^#\/(pair|open|signin)/.test(location.hash)) history.replaceState(null, '', entrance());
   $('shell').hidden = false;
   router.start({ ...MAIN, signin, pair: signin, open: signin, unknown }, { outlet: $('main'), onpage, onroute });
-  const reload = { label: t('shell.reload'), run: () => location.reload() };
-  follow(() => ui.toast(t('shell.newVersion'), { kind: 'info', action: reload }));
   if (session.signedIn) retryNow();
 }
-const isNew = 'showPopover' in HTMLElement.prototype && CSS.supports('color', 'light-dark(red, red)');
-if (isNew) boot();
+if ('showPopover' in HTMLElement.prototype && CSS.supports('color', 'light-dark(red, red)')) boot();
 else document.body.prepend(h('p', { class: 'plain' }, t('shell.oldBrowser')));

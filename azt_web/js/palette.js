@@ -6,31 +6,26 @@ import { lang, pref, setLang, setPref, t } from './i18n.js';
 import { go, hash, remount } from './router.js';
 import { CLIENTS } from './snippets.js';
 import { get, nameOf, reducers } from './store.js';
-import { copy, dialog, fail, flipTheme, messages, toast, toggle } from './ui.js';
+import { copy, dialog, facts, fail, flipTheme, messages, note, toast, toggle } from './ui.js';
 
 const SECTIONS = ['general', 'routing', 'codex', 'images', 'network', 'sharing', 'data', 'about'];
 const KEYS = { 'Ctrl K': 'keys.box', '/': 'keys.search', 'j k': 'keys.rows', Enter: 'keys.open', x: 'keys.select',
   '.': 'keys.menu', n: 'acc.add', r: 'keys.refresh', 'Ctrl Enter': 'keys.send', Esc: 'keys.close', '?': 'keys.list' };
-
 /** Serve with this account from now on; the toast takes it back. */
 export async function activate(account) {
-  const before = get('routing').activeId, isOther = before && before !== account.id;
+  const before = get('routing').activeId, undo = { label: t('act.undo'), run: () => serve(before) };
   const serve = async (id) => reducers.routing({ activeId: (await send('POST', `/accounts/${id}/activate`)).activeId });
   await serve(account.id);
-  const action = isOther && { label: t('act.undo'), run: () => serve(before) };
-  toast(t('toast.switched', { name: nameOf(account) }), { action });
+  toast(t('toast.switched', { name: nameOf(account) }), { action: before && before !== account.id && undo });
 }
 export function showShortcuts(pages) {
-  const row = ([keys, words]) => h('div', null, h('dt', null, keys.split(' ').map((key) => h('kbd', null, key))),
-    h('dd', null, t(words)));
   const all = [...pages.map(({ name, title }) => [`g ${name[0]}`, title]), ...Object.entries(KEYS)];
+  const row = ([keys, words]) => [keys.split(' ').map((key) => [h('kbd', null, key), ' ']), t(words)];
   const single = toggle(t('keys.single'), pref('keys') !== 'off', (on) => setPref('keys', on ? null : 'off'));
-  dialog({ title: t('keys.list'), body: [h('dl', { class: 'keys' }, all.map(row)), single] });
+  dialog({ title: t('keys.list'), body: [facts(all.map(row)), single] });
 }
-function showMessages() {
-  const said = messages.toReversed().map((one) => h('li', null, h('time', null, clock(one.at)), one.text));
-  dialog({ title: t('box.messages'), body: h('ul', { class: 'messages' }, said[0] ? said : t('box.noMessages')) });
-}
+const showMessages = () => dialog({ title: t('box.messages'), body: messages[0] ? facts(messages.toReversed()
+  .map((one) => [clock(one.at), one.text])) : note(t('box.noMessages')) });
 
 /** What the box offers: {shape, words, hint, run}, and the text that is searched. */
 function entries(pages) {
@@ -45,10 +40,10 @@ function entries(pages) {
       ['accounts', nameOf(one), () => go(hash('accounts', [one.id])), t('box.account')]]),
     ...CLIENTS.map(({ id }) => to('connect', t('box.connect', { name: t(`client.${id}`) }), 'connect', [id])),
     ...SECTIONS.map((one) => to('settings', `${t('nav.settings')}: ${t(`section.${one}`)}`, 'settings', [one])),
-    ['moon', t('shell.theme'), flipTheme],
+    ['moon', t('shell.theme'), flipTheme], ['log', t('box.messages'), showMessages],
     ['info', t('box.language'), () => setLang(lang() === 'en' ? 'zh-CN' : 'en')],
     ['image', t('box.mask'), () => { setMasking(!isMasking()); remount(); }, 'm'],
-    ['log', t('box.messages'), showMessages], ['info', t('keys.list'), () => showShortcuts(pages), '?'],
+    ['info', t('keys.list'), () => showShortcuts(pages), '?'],
   ].map(([shape, words, run, hint = '']) => ({ shape, words, run, hint, text: `${words} ${hint}`.toLowerCase() }));
 }
 export function openBox(pages) {

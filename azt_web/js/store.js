@@ -5,7 +5,7 @@ const state = {
   session: null, gateway: {}, defaultModel: '', routing: { queue: [], skipped: [] }, accounts: [], removed: [],
   codex: {}, today: {}, recent: [], notices: [], jobs: [], models: {}, firstRun: {}, settings: {}, login: null,
   request: null, usage: null, connection: { state: 'connecting', retryAt: 0 } };
-const RECENT_KEPT = 20, JOBS_KEPT = 8;
+const KEPT = { recent: 20, jobs: 8, accounts: Infinity, notices: Infinity };
 const listeners = Object.fromEntries(Object.keys(state).map((slice) => [slice, new Set()]));
 let changes = new Map();
 
@@ -29,21 +29,17 @@ export const store = { get, on, set };
 export const load = (all) => Object.keys(all).forEach((slice) => slice in state && set(slice, all[slice]));
 
 const merge = (slice, told) => set(slice, { ...state[slice], ...told }, told);
-const has = (list, { id }) => list.some((one) => one.id === id);
-const swap = (list, item) => list.map((one) => (one.id === item.id ? item : one));
-function upsert(slice, item, most = Infinity) {
-  const list = has(state[slice], item) ? swap(state[slice], item) : [...state[slice], item];
-  set(slice, list.slice(-most), item);
-}
+/** In its place where it is known, else `added`. */
+const swap = (list, item, added) => (list.some((one) => one.id === item.id)
+  ? list.map((one) => (one.id === item.id ? item : one)) : added);
+const upsert = (slice, item) => set(slice, swap(state[slice], item, [...state[slice], item].slice(-KEPT[slice])), item);
 function sawRequest(type, row) {
-  const { recent } = state;
   set('request', { type, row });
-  set('recent', has(recent, row) ? swap(recent, row) : [row, ...recent].slice(0, RECENT_KEPT), row);
+  set('recent', swap(state.recent, row, [row, ...state.recent].slice(0, KEPT.recent)), row);
 }
-
 /** How each event of the gateway changes what is known. */
 export const reducers = {
-  account: (account) => upsert('accounts', account),
+  account: (account) => upsert('accounts', account), job: (job) => upsert('jobs', job),
   'account.removed': ({ ids, undo }) => {
     set('accounts', state.accounts.filter((one) => !ids.includes(one.id)));
     if (undo) set('removed', [...state.removed, undo]);
@@ -53,12 +49,11 @@ export const reducers = {
     set('accounts', state.accounts.map((one) => ({ ...one, active: one.id === state.routing.activeId })));
   },
   'request.started': (row) => sawRequest('started', row), 'request.finished': (row) => sawRequest('finished', row),
-  usage: (told) => { set('usage', told); set('today', told.today); },
+  usage: (told) => { set('usage', told); set('today', told.today); }, settings: (told) => set('settings', told),
   gateway: (told) => merge('gateway', told), models: (told) => merge('models', told),
   codex: (told) => merge('codex', { ...told, authAccountId: told.auth?.accountId }),
-  job: (job) => upsert('jobs', job, JOBS_KEPT),
   login: (flow) => { if (flow.status === 'done') upsert('accounts', flow.account); set('login', flow); },
-  settings: (settings) => set('settings', settings), notice: (notice) => upsert('notices', notice),
+  notice: (notice) => upsert('notices', notice),
   'notice.cleared': ({ id }) => set('notices', state.notices.filter((one) => one.id !== id)),
 };
 

@@ -27,8 +27,7 @@ function busy(el, work) {
 
 // -- messages
 const SHOWN = 3, KEPT = 50;
-/** The newest last: [{at, text}]. */
-export const messages = [];
+export const messages = []; // the newest last: [{at, text}]
 /** Behind a modal dialog nothing can be reached, or read aloud. */
 const topmost = () => [...document.querySelectorAll('dialog[open]')].at(-1) ?? document.body;
 export function toast(said, { kind = 'ok', action } = {}) {
@@ -43,8 +42,7 @@ export function toast(said, { kind = 'ok', action } = {}) {
   messages.push({ at: Date.now(), text: said }); messages.splice(0, messages.length - KEPT);
   if (place.children.length >= SHOWN) place.firstChild.remove();
   topmost().append(place); place.append(el);
-  leave();
-  if (!isError) announce(said);
+  if (!isError) { leave(); announce(said); }
 }
 /** What went wrong, in words: those of the code, else the gateway's own. */
 export const wording = ({ code, params, message }) => (known(`err.${code}`) ? t(`err.${code}`, params) : message);
@@ -65,16 +63,15 @@ export function dialog({ title, body, footer, wide, sheet, onclose }) {
 export const confirm = ({ title, body, action, danger, typed, wide }) => new Promise((resolve) => {
   const close = () => made.close(), input = typed && h('input', { type: 'text', autocomplete: 'off' });
   const agree = () => { if (typed && input.value.trim() !== typed) input.focus(); else { resolve(true); close(); } };
-  const cancel = button(t('act.cancel'), { on: close });
-  const ok = button(action, { kind: danger ? 'danger solid' : 'primary', on: agree });
+  const cancel = button(t('act.cancel'), { autofocus: danger, on: close });
+  const ok = button(action, { kind: danger ? 'danger solid' : 'primary', autofocus: !danger, on: agree });
   const asked = [typeof body === 'string' ? h('p', null, body) : body, typed && field(t('ui.type', { typed }), input)];
   const made = dialog({ title, wide, body: asked, footer: [cancel, ok], onclose: () => resolve(false) });
-  (danger ? cancel : ok).focus();
 });
 export function menu(anchor, items) {
-  const run = (item) => { el.hidePopover(); return Promise.resolve(item.run()).catch(fail); };
-  const entries = items.map((item) => h('button', { type: 'button', role: 'menuitem', tabindex: '-1',
-    class: item.danger && 'danger', on: { click: () => run(item) } }, item.icon && icon(item.icon), item.label));
+  const entries = items.map(({ label, icon: shape, danger, run }) => h('button', { tabindex: '-1', role: 'menuitem',
+    class: danger && 'danger', on: { click: () => { el.hidePopover(); busy(el, run()).catch(fail); } } },
+  shape && icon(shape), label));
   const keydown = (event) => {
     const here = entries.indexOf(document.activeElement), to = { ArrowDown: (here + 1) % entries.length,
       ArrowUp: here - 1, Home: 0, End: -1 }[event.key];
@@ -93,11 +90,11 @@ export function menu(anchor, items) {
 // -- choices
 /** One of a few exclusive views; `el.set(value)` shows another without telling. */
 export function segmented(label, options, value, onchange) {
-  const name = nextId('one'), input = (one) => h('input', { type: 'radio', name, value: one,
-    on: { change: () => onchange(one) } });
-  const el = h('div', { class: 'segmented', role: 'radiogroup', 'aria-label': label },
-    options.map(([one, words]) => h('label', null, input(one), words))), inputs = el.querySelectorAll('input');
-  return having(el, 'set', (wanted) => inputs.forEach((one) => { one.checked = one.value === wanted; }), value);
+  const name = nextId('one'), change = ({ target }) => onchange(target.value);
+  const el = h('div', { class: 'segmented', role: 'radiogroup', 'aria-label': label, on: { change } },
+    options.map(([one, words]) => h('label', null, h('input', { type: 'radio', name, value: one }), words)));
+  const set = (wanted) => { for (const one of el.querySelectorAll('input')) one.checked = one.value === wanted; };
+  return having(el, 'set', set, value);
 }
 /** Toggle buttons with counts; `el.patch(options, value)` follows new ones. */
 export function chips(label, options, value, onchange) {
@@ -122,13 +119,11 @@ export function field(label, input, { help } = {}) {
   const kinds = 'input, select, textarea', control = input.matches(kinds) ? input : input.querySelector(kinds);
   const id = control.id = nextId('in'), wrong = h('p', { class: 'wrong', id: `${id}-wrong`, hidden: true });
   control.setAttribute('aria-describedby', help ? `${id}-help ${id}-wrong` : `${id}-wrong`);
-  const el = h('div', { class: 'field' }, h('label', { for: id, class: 'name' }, label), input,
-    help && h('p', { class: 'help', id: `${id}-help` }, help), wrong);
-  el.error = (words) => {
-    fill(wrong, words && icon('warn'), words);
-    wrong.hidden = !words; control.ariaInvalid = String(Boolean(words));
+  const error = (words) => {
+    fill(wrong, words && icon('warn'), words); wrong.hidden = !words; control.ariaInvalid = String(Boolean(words));
   };
-  return el;
+  return Object.assign(h('div', { class: 'field' }, h('label', { for: id, class: 'name' }, label), input,
+    help && h('p', { class: 'help', id: `${id}-help` }, help), wrong), { error });
 }
 /** A switch; when `onchange(wanted)` rejects it goes back. */
 export function toggle(label, checked, onchange, help) {
@@ -161,13 +156,10 @@ export async function copy(value) {
 }
 /** `from`: the text, or a function that makes it. */
 export function copyButton(from, label = t('act.copy'), props = {}) {
-  const show = (isDone) => {
-    el.classList.toggle('done', isDone);
-    if (label) text(el.lastChild, isDone ? t('act.copied') : label);
-  };
+  const show = (words, isDone) => { el.classList.toggle('done', isDone); if (label) text(el.lastChild, words); };
   const el = button(label, { icon: 'copy', ...props, on: async () => {
-    if (!await copy(await (typeof from === 'function' ? from() : from))) return;
-    show(true); setTimeout(show, 1600, false); announce(t('act.copied'));
+    if (!await copy(typeof from === 'function' ? await from() : from)) return;
+    show(t('act.copied'), true); setTimeout(show, 1600, label, false); announce(t('act.copied'));
   } });
   return el;
 }
@@ -192,14 +184,11 @@ export function card({ title, note, actions, ...props }, ...children) {
 }
 /** One field and its button. What `run(value)` throws is told below the field, which keeps its value. */
 export function fieldForm(label, content, action, run, { help, kind } = {}) {
+  const named = field(label, content, { help }), input = named.querySelector('input');
   const failed = (error) => { named.error(wording(error)); input.focus(); };
-  const submit = (event) => {
-    event.preventDefault(); named.error('');
-    busy(go, run(input.value.trim())).catch(failed);
-  };
-  const named = field(label, content, { help }), go = button(action, { kind, type: 'submit' });
-  const el = h('form', { on: { submit } }, named, row(go)), input = el.querySelector('input');
-  return el;
+  const on = () => { named.error(''); return input.checkValidity() && run(input.value.trim()).catch(failed); };
+  return h('form', { on: { submit: (event) => event.preventDefault() } }, named,
+    row(button(action, { kind, type: 'submit', on })));
 }
 /** One number, with its name above and a note below; the full number is its title. */
 export const figure = (name, value, words, title, ...more) => h('div', { class: 'card figure' },
@@ -216,8 +205,7 @@ export function pill({ status, statusParams }) {
   const back = statusParams?.until, key = status === 'empty' && !back ? 'st.emptyNow' : `st.${status}`;
   return badge(STATES[status], t(key, { t: back && at(back) }), back && exact(back));
 }
-/** Only the person can help: its sign-in was rejected, or is over. */
-export const isRejected = ({ status }) => STATES[status]?.[0] === 'bad';
+export const isRejected = ({ status }) => STATES[status]?.[0] === 'bad'; // only the person can help
 export const windows = (account) => account.quota?.windows ?? [];
 /** The least that is left, and the soonest reset: Infinity when unknown. */
 export const leftOf = (account) => Math.min(...windows(account).map((one) => one.remainingPercent));
@@ -263,8 +251,7 @@ export function meter(quota, options) {
 }
 /** `host` has a meter for each of these windows of an account; survivors are patched. */
 export function meters(host, shown, account) {
-  const { trusted, capturedAt } = account.quota ?? {}, how = { trusted: trusted !== false && !isRejected(account),
-    at: capturedAt };
+  const { quota } = account, how = { at: quota?.capturedAt, trusted: quota?.trusted !== false && !isRejected(account) };
   keyed(host, shown, (one) => one.key, (one) => meter(one, how), (el, one) => el.patch(one, how));
 }
 /** The windows that are shown folded: `el.patch(windows, account)`. */

@@ -15,21 +15,20 @@ async function enter(what) {
 }
 /** The field for the admin token (`pairs`: or a pairing code) and its button; `done()` after it was right. */
 function tokenForm(done, pairs) {
-  const input = h('input', { type: 'password', autocomplete: 'current-password', name: 'token', required: true });
-  const show = button(t('signin.show'), { kind: 'ghost', 'aria-pressed': 'false', on: () => {
-    input.type = input.type === 'password' ? 'text' : 'password';
-    show.ariaPressed = String(input.type === 'text');
-  } });
+  const input = h('input', { type: 'password', autocomplete: 'current-password', name: 'token',
+    required: true, autofocus: !pairs });
+  const flip = (type) => { input.type = type; show.ariaPressed = String(type === 'text'); };
+  const show = button(t('signin.show'), { kind: 'ghost', 'aria-pressed': 'false',
+    on: () => flip(input.type === 'text' ? 'password' : 'text') });
   return fieldForm(t(pairs ? 'signin.either' : 'signin.token'), row(input, show), t('signin.go'),
     (token) => enter({ token, code: pairs ? token : '' }).then(done), { help: t('signin.where'), kind: 'primary' });
 }
 
 /** A thing that needs proof of who asks: the token now, or `azt open`. True when it was given. */
 export const askProof = () => new Promise((resolve) => {
-  const form = tokenForm(() => { resolve(true); made.close(); }), onclose = () => resolve(false);
-  const how = h('p', null, t('proof.open'), ' ', h('code', null, 'azt open'));
-  const made = dialog({ title: t('proof.title'), body: [h('p', null, t('proof.text')), how, form], onclose });
-  form.querySelector('input').focus();
+  const form = tokenForm(() => { resolve(true); made.close(); });
+  const made = dialog({ title: t('proof.title'), onclose: () => resolve(false), body: [h('p', null, t('proof.text')),
+    h('p', null, t('proof.open'), ' ', h('code', null, 'azt open')), form] });
 });
 
 function mount(root, { route: { page: way, parts: [code], query: { to } } }) {
@@ -43,9 +42,8 @@ function mount(root, { route: { page: way, parts: [code], query: { to } } }) {
     history.replaceState(null, '', '#/signin'); // single use, and not for the history
     fill(box, h('p', { role: 'status' }, t('signin.checking')));
     enter({ code }).then(inside, (error) => ask(wording(error)));
-  } else if (scope === 'lan' && lan?.consoleOn === false) {
-    fill(box, h('h2', null, t('lan.closed')), h('p', null, t('lan.closedText')));
-  } else ask('');
+  } else if (scope !== 'lan' || lan.consoleOn) ask('');
+  else fill(box, h('h2', null, t('lan.closed')), h('p', null, t('lan.closedText')));
   return {};
 }
 export const page = { title: 'signin.title', mount };
