@@ -11,11 +11,11 @@ import { bullets, button, card, codeBlock, copyButton, details, loader, note, ro
   tabs } from '../ui.js';
 
 const OWN_CLIENTS = ['console', 'azt', 'Playground'];
-
 let key = 'local'; // what was typed stays while this page is open, and nowhere else
 let stop = () => {}; // waiting for a call
 
 const named = (id) => t(known(`con.${id}`) ? `con.${id}` : `client.${id}`);
+const listed = (name) => bullets(t(name).split('|'));
 
 /** [what is shown, base URL without /v1] for each place that a client may run in. */
 function places({ addresses }) {
@@ -25,9 +25,8 @@ function places({ addresses }) {
   return others.length ? others : [[location.hostname, location.origin]];
 }
 
-const copyLine = (label, shown, from, words) => h('div', { class: 'copyline' }, h('span', { class: 'name' }, label),
-  shown, words && note(words),
-  copyButton(from, '', { kind: 'ghost square', 'aria-label': `${t('act.copy')}: ${label}` }));
+const copyLine = (name, shown, from, told) => h('div', { class: 'copyline' }, h('span', { class: 'name' }, name), shown,
+  told && note(told), copyButton(from, '', { kind: 'ghost square', 'aria-label': `${t('act.copy')}: ${name}` }));
 
 /** Waits for a call of this client, and tells how it went. */
 function checker({ id, seen }) {
@@ -36,10 +35,10 @@ function checker({ id, seen }) {
   const told = (_, changes) => {
     const call = changes.findLast(({ type, row: one }) => type === 'finished' && isIts(one))?.row;
     if (!call) return;
-    const good = call.result === 'ok';
     stop();
-    fill(said, h('span', { class: good ? 'good' : 'wrong' }, icon(good ? 'check' : 'warn'), t(good ? 'con.checkOk'
-      : 'con.checkBad')), timeEl(call.at, 'clock'), h('a', { href: hash('log', [call.id]) }, t('con.openRow')));
+    fill(said, call.result === 'ok' ? h('span', { class: 'good' }, icon('check'), t('con.checkOk'))
+      : h('span', { class: 'wrong' }, icon('warn'), t('con.checkBad')), timeEl(call.at, 'clock'),
+    h('a', { href: hash('log', [call.id]) }, t('con.openRow')));
   };
   const start = () => {
     stop();
@@ -49,52 +48,49 @@ function checker({ id, seen }) {
   return h('div', { class: 'row check' }, button(t('con.check'), { icon: 'refresh', on: start }), said);
 }
 
-const listed = (key) => bullets(t(key).split('|'));
+function mount(root) {
+  const links = tabs(t('ov.client'), CLIENTS.map(({ id }) => [id, named(id), hash('connect', [id])]), 'clients');
+  const place = h('div', { class: 'stack' });
+  let share = null, models = [], codex = null, shown = '';
 
-export const page = {
-  title: 'nav.connect',
-  mount(root) {
-    const links = tabs(t('ov.client'), CLIENTS.map(({ id }) => [id, named(id), hash('connect', [id])]), 'clients');
-    const place = h('div', { class: 'stack' });
-    let share = null, models = [], codex = null, shown = '';
+  function build(client, wanted) {
+    const { id } = client, isCodex = id === 'codex', all = places(share), blocks = h('div', { class: 'stack' });
+    const [at, url] = all.find(([name]) => name === wanted) || all[0], base = `${url}${isCodex ? '/codex' : ''}/v1`;
+    const words = all.map(([name]) => [name, known(`con.at.${name}`) ? t(`con.at.${name}`) : name]);
+    const where = segmented(t('con.at'), words, at, (name) => setQuery({ at: name === 'here' ? null : name }));
+    const values = () => ({ base, codexBase: base, key: key || 'local', model: model.input.value });
+    const code = () => fill(blocks, snippets(id, values()).map((one) => codeBlock(one.text, one)));
+    const model = select(t('ov.model'), models.map((one) => [one.id]), get('defaultModel'), code);
+    const input = h('input', { type: 'text', value: key, 'aria-label': t('ov.key'), autocomplete: 'off',
+      spellcheck: 'false', on: { input: () => { key = input.value; code(); } } });
+    const closed = h('a', { class: 'note', href: '#/settings/sharing' }, t('con.closed'));
+    const lines = [copyLine(t('shell.base'), h('code', null, base), base),
+      copyLine(t('ov.key'), input, () => key, t(get('gateway').keys ? 'con.needKey' : 'con.anyKey')),
+      copyLine(t('ov.model'), model, () => model.input.value)];
+    if (isCodex) codex ||= codexPanel();
+    code();
+    fill(place, isCodex && codex.el, card({ title: isCodex ? t('cdx.byHand') : named(id) }, row(note(t('con.at')),
+      where, isLocal() && !share.lanApi && closed), h('div', { class: 'copylines' }, lines), blocks,
+      h('ol', { class: 'numbered' }, [...listed(`con.steps.${id}`).children]), checker(client)),
+    card({ title: t('con.endpoints') }, listed('con.offered'), details(t('con.absent'), listed('con.notOffered'))));
+  }
+  function update({ parts, query }) {
+    const own = (name) => CLIENTS.find(({ id }) => id === name);
+    const client = own(parts[0]) || own(pref('client')) || clientSeen(get('firstRun').clientSeen);
+    const { id } = client, wanted = `${id} ${query.at}`;
+    if (parts[0] === id) setPref('client', id);
+    links.show(id);
+    if (wanted === shown || !share) return;
+    stop();
+    shown = wanted;
+    build(client, query.at);
+  }
+  fill(root, h('div', { class: 'connect-page' }, links, place));
+  loader(place, () => Promise.all([fetchJson('/share'), fetchJson('/models')]), (found) => {
+    [share, { items: models }] = found;
+    update(current());
+  });
+  return { update, primary: null, unmount: () => { stop(); codex?.unmount(); } };
+}
 
-    function build(client, wanted) {
-      const { id } = client, isCodex = id === 'codex', all = places(share), blocks = h('div', { class: 'stack' });
-      const [at, url] = all.find(([name]) => name === wanted) || all[0], base = `${url}${isCodex ? '/codex' : ''}/v1`;
-      const where = segmented(t('con.at'), all.map(([name]) => [name, known(`con.at.${name}`) ? t(`con.at.${name}`)
-        : name]), at, (name) => setQuery({ at: name === 'here' ? null : name }));
-      const model = select(t('ov.model'), models.map((one) => [one.id, one.id]), get('defaultModel'), () => code());
-      const input = h('input', { type: 'text', value: key, 'aria-label': t('ov.key'), autocomplete: 'off',
-        spellcheck: 'false', on: { input: () => { key = input.value; code(); } } });
-      const code = () => fill(blocks, snippets(id, { base, codexBase: base, key: key || 'local',
-        model: model.input.value }).map((one) => codeBlock(one.text, one)));
-      code();
-      const steps = h('ol', { class: 'numbered' }, t(`con.steps.${id}`).split('|').map((one) => h('li', null, one)));
-      const closed = h('a', { class: 'note', href: '#/settings/sharing' }, t('con.closed'));
-      if (isCodex) codex ||= codexPanel();
-      fill(place, isCodex && codex.el, card({ title: isCodex ? t('cdx.byHand') : named(id) },
-        row(note(t('con.at')), where, isLocal() && !share.lanApi && closed), h('div', { class: 'copylines' },
-          copyLine(t('shell.base'), h('code', null, base), base),
-          copyLine(t('ov.key'), input, () => key, t(get('gateway').keys ? 'con.needKey' : 'con.anyKey')),
-          copyLine(t('ov.model'), model, () => model.input.value)), blocks, steps, checker(client)),
-      card({ title: t('con.endpoints') }, listed('con.offered'), details(t('con.absent'), listed('con.notOffered'))));
-    }
-
-    function update({ parts, query }) {
-      const client = CLIENTS.find(({ id }) => id === parts[0]) || CLIENTS.find(({ id }) => id === pref('client'))
-        || clientSeen(get('firstRun').clientSeen), wanted = `${client.id} ${query.at}`;
-      if (parts[0] === client.id) setPref('client', client.id);
-      links.show(client.id);
-      if (wanted === shown || !share) return;
-      shown = wanted;
-      stop();
-      build(client, query.at);
-    }
-    fill(root, h('div', { class: 'connect-page' }, links, place));
-    loader(place, () => Promise.all([fetchJson('/share'), fetchJson('/models')]), (found) => {
-      [share, { items: models }] = found;
-      update(current());
-    });
-    return { update, primary: null, unmount: () => { stop(); codex?.unmount(); } };
-  },
-};
+export const page = { title: 'nav.connect', mount };

@@ -25,17 +25,16 @@ const label = (by, { key, label: told }) => (key === '_other' ? t('usage.other')
 
 /** {from, bucket, tz} of a range: `from` is a day of the zone, or a time. */
 function stretch(range) {
-  const [days, bucket] = RANGES[range], since = get('gateway').startedAt, age = now() - since, tz = zone();
-  const day = new Intl.DateTimeFormat('sv-SE', { timeZone: tz }).format(now() - (days ?? 0) * DAY);
-  return bucket ? { from: day, bucket, tz }
-    : { from: since, bucket: age < DAY / 8 ? 'minute' : age < 8 * DAY ? 'hour' : 'day', tz };
+  const [days, bucket] = RANGES[range], from = get('gateway').startedAt, age = now() - from, tz = zone();
+  if (!bucket) return { from, bucket: age < DAY / 8 ? 'minute' : age < 8 * DAY ? 'hour' : 'day', tz };
+  return { from: new Intl.DateTimeFormat('sv-SE', { timeZone: tz }).format(now() - days * DAY), bucket, tz };
 }
 
 function figures(sums) {
   const words = Object.fromEntries(Object.entries(sums).map(([name, n]) => [name, compact(n)]));
   const tile = ([name, [sum, whole]]) => ui.figure(t(`usage.${name}`), whole ? part(sums[sum], sums[whole])
     : words[sum], t(`usage.${name}Note`, words), num(sums[sum]));
-  return h('div', { class: 'figures six' }, Object.entries(FIGURES).map(tile));
+  return h('div', { class: 'figures' }, Object.entries(FIGURES).map(tile));
 }
 
 function table(title, heads, rows, none, actions) {
@@ -43,28 +42,26 @@ function table(title, heads, rows, none, actions) {
   Object.assign(place, { tabIndex: 0, role: 'group', ariaLabel: title });
   return ui.card({ title, class: 'flush', actions }, rows.length ? place : ui.empty('check', t(none)));
 }
-
 function breakdown(by, rows) {
   const whole = rows.reduce((sum, { aggregate }) => sum + aggregate.requestCount, 0);
-  const cells = ({ aggregate: { requestCount: n, totalTokens }, ...row }) => [h('span', { title: label(by, row) },
-    label(by, row)), num(n), compact(totalTokens), h('span', { title: part(n, whole) }, shareBar(n / whole))];
-  return table(t(`usage.by.${by}`), [by, 'requests', 'tokens', 'share'], rows.map(cells), 'usage.none');
+  return table(t(`usage.by.${by}`), [by, 'requests', 'tokens', 'share'], rows.map(({ aggregate, ...row }) => {
+    const { requestCount: n, totalTokens } = aggregate, title = label(by, row);
+    return [h('span', { title }, title), num(n), compact(totalTokens),
+      h('span', { title: part(n, whole) }, shareBar(n / whole))];
+  }), 'usage.none');
 }
-
-function errors(rows) {
-  const link = (errorType, words) => h('a', { href: hash('log', [], { result: 'failed', errorType }) }, words);
-  const cells = ({ key, aggregate }) => [link(key, key), num(aggregate.requestCount)];
-  return table(t('usage.errors'), ['errors', 'requests'], rows.map(cells), 'usage.noErrors', link('', t('ov.openLog')));
-}
+const link = (errorType, words) => h('a', { href: hash('log', [], { result: 'failed', errorType }) }, words);
+const errors = (rows) => table(t('usage.errors'), ['errors', 'requests'], rows.map(({ key, aggregate }) => (
+  [link(key, key), num(aggregate.requestCount)])), 'usage.noErrors', link('', t('ov.openLog')));
 
 function mount(root) {
   let how = FIRST, load = null, chart = null, readAt = 0, waiting = 0;
-  const tiles = h('div'), plot = h('div'), names = h('span'), parts = h('div', { class: 'cols' });
+  const [tiles, plot, names, parts] = ['', '', '', 'cols'].map((name) => h('div', { class: name }));
   const [range, measure, by] = Object.entries(CHOICES).map(([name, all]) => ui.segmented(t(`usage.${name}`),
     all.map((one) => [one, t(`usage.${one}`)]), '', (value) => setQuery({ [name]: value })));
-  fill(root, h('div', { class: 'stack usage' }, h('div', { class: 'toolbar' }, range, h('a', { class: 'note',
-    href: hash('settings', ['general']) }, t('usage.zone', { zone: zone() }))), tiles,
-  ui.card({ title: t('usage.trend'), note: names, actions: [measure, by] }, plot), parts));
+  const days = h('a', { class: 'note', href: '#/settings/general' }, t('usage.zone', { zone: zone() }));
+  fill(root, h('div', { class: 'stack usage' }, ui.row(range, days), tiles,
+    ui.card({ title: t('usage.trend'), note: names, actions: [measure, by] }, plot), parts));
 
   async function read() {
     const asked = how, { from, bucket, tz } = stretch(how.range), ofSums = how.range === 'all' ? {} : { from, tz };
@@ -72,13 +69,12 @@ function mount(root) {
     return [asked, ...await Promise.all([fetchJson('/usage', ofSums), fetchJson('/usage/series', { from, bucket, tz,
       measure: how.measure, by: how.by, top: 4 })])];
   }
-
   function draw([asked, usage, { keys: all, points, totals, bucketMs }]) {
     if (asked !== how) return;
     const keys = all.map((one) => ({ key: one.key, label: label(how.by, one) }));
     const first = how.range === 'all' ? Math.max(0, points.findIndex((one) => one.v.some(Boolean))) : 0;
-    const summary = t('usage.sum', { n: num(totals.reduce((sum, n) => sum + n, 0)), what: t(`usage.${how.measure}`),
-      range: t(`usage.${how.range}`) });
+    const n = num(totals.reduce((sum, one) => sum + one, 0)), { measure: what, range: time } = how;
+    const summary = t('usage.sum', { n, what: t(`usage.${what}`), range: t(`usage.${time}`) });
     const data = { points: points.slice(first), keys, bucketMs, format: compact, summary };
     fill(tiles, figures(usage.range));
     fill(names, legend(keys));
@@ -86,7 +82,6 @@ function mount(root) {
     else fill(plot, chart = stacked(data));
     fill(parts, Object.entries(BY).map(([name, key]) => breakdown(name, usage[key])), errors(usage.byError));
   }
-
   function update({ query }) {
     const chosen = ([name, first]) => [name, CHOICES[name].includes(query[name]) ? query[name] : first];
     how = Object.fromEntries(Object.entries(FIRST).map(chosen));
