@@ -8,31 +8,25 @@ export const PICTURES_SHOWN = PREVIEWS + 1, ENDPOINTS = Object.values(PATHS);
 export const modeOf = (path) => (path.includes('images') ? 'image' : path.endsWith('responses') ? 'responses' : 'chat');
 
 // -- The request
-
-const orNone = (value) => value || undefined;
 const toolsOf = (source, wrap) => (source?.trim() ? JSON.parse(source).map(wrap) : undefined);
-const asked = (text, kind, pictures) => (pictures.length ? [{ type: kind, text }, ...pictures] : text);
+const asked = (type, text, pictures) => (pictures.length ? [{ type, text }, ...pictures] : text);
 const BODIES = {
-  chat: ({ model, stream, system, effort, tools, text }, urls) => ({
-    model, stream, stream_options: orNone(stream && { include_usage: true }), reasoning_effort: orNone(effort),
-    messages: [...(system ? [{ role: 'system', content: system }] : []), { role: 'user', content: asked(text, 'text',
+  chat: ({ model, stream, system, effort, tools, text }, urls) => ({ model, stream,
+    stream_options: stream ? { include_usage: true } : undefined, reasoning_effort: effort || undefined,
+    messages: [...(system ? [{ role: 'system', content: system }] : []), { role: 'user', content: asked('text', text,
       urls.map((url) => ({ type: 'image_url', image_url: { url } }))) }],
     tools: toolsOf(tools, ({ type, function: inner, ...one }) => (type === 'function' ? { type, function: inner ?? one }
-      : { type, ...one })),
-  }),
-  responses: ({ model, stream, system, effort, tools, text }, urls) => ({
-    model, stream, instructions: orNone(system), reasoning: orNone(effort && { effort, summary: 'auto' }),
-    input: [{ role: 'user', content: asked(text, 'input_text', urls.map((url) => (
+      : { type, ...one })) }),
+  responses: ({ model, stream, system, effort, tools, text }, urls) => ({ model, stream,
+    instructions: system || undefined, reasoning: effort ? { effort, summary: 'auto' } : undefined,
+    input: [{ role: 'user', content: asked('input_text', text, urls.map((url) => (
       { type: 'input_image', image_url: url }))) }],
-    tools: toolsOf(tools, ({ function: inner, ...one }) => ({ ...one, ...inner })),
-  }),
+    tools: toolsOf(tools, ({ function: inner, ...one }) => ({ ...one, ...inner })) }),
   image: ({ image: prompt, size, quality, background, output_format, stream }, urls) => ({
-    prompt, size, quality, background, output_format, stream: orNone(stream),
-    partial_images: orNone(stream && PREVIEWS), images: orNone(urls.length && urls.map((url) => ({ image_url: url }))),
-  }),
+    prompt, size, quality, background, output_format, stream, partial_images: stream ? PREVIEWS : undefined,
+    images: urls.length ? urls.map((url) => ({ image_url: url })) : undefined }),
   models: () => ({}),
 };
-
 /** {path, body} out of the form; its `raw` is a body written by hand. Throws for JSON that is none. */
 export function callOf(mode, form) {
   const urls = (form.pictures ?? []).map((one) => one.data);
@@ -44,12 +38,10 @@ export function callOf(mode, form) {
 
 // -- The answer. `made` gathers {text, thought, tools: [{name, text}], models, usage: [in, out],
 // picture: {data, type, step}, error}
-
 const addTool = ({ tools }, at, name = '', more = '') => { (tools[at] ??= { name, text: '' }).text += more; };
 const READ = {
   chat(made, { choices: [{ delta, message: said = delta } = {}] = [] }) {
-    made.text += said?.content ?? said?.refusal ?? '';
-    made.thought += said?.reasoning_content ?? '';
+    made.text += said?.content ?? said?.refusal ?? ''; made.thought += said?.reasoning_content ?? '';
     said?.tool_calls?.forEach(({ index, function: one }, at) => addTool(made, index ?? at, one?.name, one?.arguments));
   },
   responses(made, { type = '', delta, item, output_index: at, output = [] }) {
@@ -63,14 +55,12 @@ const READ = {
       else if (one.name) addTool(made, index, one.name, one.arguments ?? one.input);
     });
   },
-  image(made, { type = '', b64_json: one, partial_image_index: index = 0, output_format: format = 'png', data = [] }) {
-    const picture = data[0]?.b64_json ?? one;
-    const step = type.endsWith('partial_image') && index + 1;
-    if (picture) made.picture = { data: picture, type: `image/${format}`, step };
+  image(made, { type = '', b64_json: one, partial_image_index: index = 0, output_format: format = 'png', data }) {
+    const coded = data?.[0].b64_json ?? one, step = type.endsWith('partial_image') && index + 1;
+    if (coded) made.picture = { data: coded, type: `image/${format}`, step };
   },
   models(made, { data }) { made.models = data; },
 };
-
 /** One event of an answer, or a whole one, as members of `made`. */
 export function readAnswer(mode, made, event) {
   READ[mode](made, event);
@@ -80,13 +70,10 @@ export function readAnswer(mode, made, event) {
 }
 
 // -- The same call elsewhere: the texts call.<how> of strings.js, filled in
-
 const METHODS = { [PATHS.chat]: 'chat.completions.create', [PATHS.responses]: 'responses.create',
   [PATHS.image]: 'images.generate', [PATHS.edits]: 'images.edit', [PATHS.models]: 'models.list' };
-const WORDS = { true: 'True', false: 'False', null: 'None' };
+const WORDS = { true: 'True', false: 'False', null: 'None' }, quoted = (words) => `'${words.replaceAll("'", "'\\''")}'`;
 const python = (json) => json.replace(/"(?:[^"\\]|\\.)*"|true|false|null/g, (one) => WORDS[one] ?? one);
-const quoted = (value) => `'${value.replaceAll("'", "'\\''")}'`;
-
 /** A body as it can be shown: pictures are named, not written out. */
 export const shownBody = (body) => JSON.stringify(body, (name, value) => (
   typeof value === 'string' && value.startsWith('data:') ? `${value.slice(0, value.indexOf(',') + 1)}...` : value), 2);
@@ -97,11 +84,9 @@ export function asCall(how, { path, body }, base) {
   const files = images.map((one, at) => t(`call.${how}.file`, { n: at + 1 })), all = files.join(', ');
   const fields = Object.entries(given).map((one) => `--form-string ${quoted(one.join('='))}`);
   const data = all ? fields : path === PATHS.models ? [] : [t('call.curl.json', { json: quoted(json) })];
-  const values = {
-    curl: [...files, ...data].map((one) => ` \\\n  ${one}`).join(''),
+  const values = { curl: [...files, ...data].map((one) => ` \\\n  ${one}`).join(''),
     python: `${all && `image=[${all}], `}**${python(json)}`,
-    js: all ? json.replace('{', `{\n  "image": [${all}],`) : json,
-  }[how];
+    js: all ? json.replace('{', `{\n  "image": [${all}],`) : json }[how];
   return t(given.stream && how !== 'curl' ? `call.${how}.stream` : `call.${how}`, {
     base, url: base.slice(0, -3) + path, values, method: METHODS[path] });
 }

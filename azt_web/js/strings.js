@@ -669,7 +669,6 @@ export const STRINGS = {
   'cdx.restart': ['Codex reads its files when it starts. Restart Codex to use this.', 'Codex 启动时读取配置，请重启 Codex 后生效。'],
   'cdx.backups': ['Backups', '备份'],
   'cdx.noBackups': ['None yet. Every write makes one.', '暂无。每次写入都会先备份。'],
-  'cdx.moreBackups': ['{n} older', '另有 {n} 个更早的备份'],
   'cdx.why.apply': ['before another account', '更换账号前'],
   'cdx.why.takeover': ['before the take-over', '接管前'],
   'cdx.why.release': ['before the release', '解除接管前'],
