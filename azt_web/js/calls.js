@@ -4,7 +4,6 @@ import { t } from './i18n.js';
 const PREVIEWS = 2, PATHS = { chat: '/v1/chat/completions', responses: '/v1/responses',
   image: '/v1/images/generations', edits: '/v1/images/edits', models: '/v1/models' };
 export const PICTURES_SHOWN = PREVIEWS + 1, ENDPOINTS = Object.values(PATHS);
-/** What the playground calls an endpoint. */
 export const modeOf = (path) => (path.includes('images') ? 'image' : path.endsWith('responses') ? 'responses' : 'chat');
 
 // -- The request
@@ -77,7 +76,6 @@ const python = (json) => json.replace(/"(?:[^"\\]|\\.)*"|true|false|null/g, (one
 /** A body as it can be shown: pictures are named, not written out. */
 export const shownBody = (body) => JSON.stringify(body, (name, value) => (
   typeof value === 'string' && value.startsWith('data:') ? `${value.slice(0, value.indexOf(',') + 1)}...` : value), 2);
-
 /** A call as text: how = 'curl', 'python' or 'js'; `base` ends in /v1. Pictures become files beside it. */
 export function asCall(how, { path, body }, base) {
   const { images = [], ...given } = JSON.parse(shownBody(body)), json = JSON.stringify(given, null, 2);

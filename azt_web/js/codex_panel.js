@@ -14,11 +14,10 @@ const look = () => set('codex', { ...get('codex') }); // the panel reads anew, b
 async function change(what, path, { body, names, shows, said }) {
   const seen = await send('POST', path, { ...body, dryRun: true }), words = (part) => t(`cdx.${what}.${part}`, names);
   const diff = seen.diff?.map(({ op, text }) => h('span', { class: KINDS[op] }, `${op} ${text}\n`));
-  const agreed = await confirm({ title: words('title'), action: words('do'), wide: true, body: [said && warning(said),
+  if (!(await confirm({ title: words('title'), action: words('do'), wide: true, body: [said && warning(said),
     note(t(seen.willBackup ? 'cdx.willBackup' : 'cdx.noBackup', { path: seen.path })), shows?.(seen),
     diff?.length > 0 && h('pre', { class: 'diff', tabindex: '0', role: 'group', 'aria-label': t('cdx.diff') }, diff),
-    seen.to && facts(['from', 'to'].map((one) => [t(`cdx.${one}`), mask(seen[one]?.email) || t('cdx.nobody')]))] });
-  if (!agreed) return;
+    seen.to && facts(['from', 'to'].map((one) => [t(`cdx.${one}`), mask(seen[one]?.email) || '–']))] }))) return;
   const ended = (now, action) => { look(); toast(now, { action }); };
   try {
     const { backup } = await send('POST', path, { ...body, dryRun: false, base: seen.base });
@@ -29,7 +28,6 @@ async function change(what, path, { body, names, shows, said }) {
     await change(what, path, { body, names, shows, said: wording(error) });
   }
 }
-
 /** `Use in Codex`: its auth.json gets the sign-in of this account. */
 export const useInCodex = (account) => change('use', '/codex/auth', { body: { accountId: account.id },
   names: { name: nameOf(account) }, shows: () => get('codex').takeover?.on && note(t('cdx.use.note')) });
@@ -89,6 +87,6 @@ export function codexPanel() {
       !isLocal() && note(t('share.localOnly')));
     if (focused === 'mode') place.querySelector('[name=mode]:checked').focus();
   }
-  const unmount = on('codex', loader(place, () => fetchJson('/codex'), draw));
-  return { el: card({ title: t('cdx.title'), class: 'codex' }, place), unmount };
+  return { el: card({ title: t('cdx.title'), class: 'codex' }, place),
+    unmount: on('codex', loader(place, () => fetchJson('/codex'), draw)) };
 }

@@ -21,7 +21,6 @@ export async function readPicture(file) {
   const data = await new Promise((done) => { reader.onload = () => done(reader.result); reader.readAsDataURL(blob); });
   return [{ name, size: blob.size, data, url: URL.createObjectURL(blob) }];
 }
-
 export const pictureFile = ({ data, type }) => new File([Uint8Array.from(atob(data), (one) => one.charCodeAt(0))],
   `picture.${type.slice(6)}`, { type });
 /** Clipboards take PNG alone, and only in secure contexts. */

@@ -693,7 +693,6 @@ export const STRINGS = {
   'cdx.use.title': ['Use {name} in Codex', '将 {name} 用于 Codex'],
   'cdx.from': ['Now', '当前'],
   'cdx.to': ['Then', '之后'],
-  'cdx.nobody': ['nobody', '无'],
   'cdx.use.note': ['Requests of Codex go through azt, so the account that serves the API decides, not this one.', 'Codex 请求经过 azt，因此由 API 账号决定，而不是这里的账号。'],
   'cdx.use.done': ['Codex holds {name} now.', 'Codex 现在使用 {name}。'],
   'cdx.restore.do': ['Restore', '恢复'],

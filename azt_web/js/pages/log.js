@@ -44,7 +44,6 @@ function makeRow({ id, at }) {
 // -- One request
 const about = (told) => ui.facts(Object.entries(told).map(([name, one]) => [known(`log.f.${name}`) ? t(`log.f.${name}`)
   : name, name === 'bytes' ? bytes(one) : [one].flat().join(', ')]).filter(([, words]) => words));
-
 function attempt({ n, status, errorType, message, durationMs, action, accountId, account }) {
   const isGood = status < 400 && !errorType, href = hash('accounts', [accountId]), name = nameOf(accountOf(accountId));
   return h('li', null, h('b', null, n), name ? h('a', { href }, name) : account,
@@ -76,7 +75,7 @@ function whole(row, rows) {
       ui.copyButton(JSON.stringify(row, null, 2), t('fix.copy_details')), ui.copyButton(id, id, { kind: 'ghost mono' }),
       beside('newer', 'up', failed[at - 1]), beside('older', 'down', failed[at + 1]))];
 }
-
+const back = ({ page, parts, query }) => page === 'log' && parts[0] && go(hash('log', [], query));
 async function clear() {
   const { kept } = await get('/requests', { limit: 1 }), body = plural('log.clearBody', kept);
   if (!(await ui.confirm({ title: t('log.clear'), body, action: t('log.clearDo'), danger: true }))) return;
@@ -88,7 +87,7 @@ function mount(root) {
   // The newest of `rows` wait while someone reads: those that came after the one at `top`.
   let query = null, rows = [], facets = null, next = null, top = 0, most = FIRST_ROWS, reading = null, sheet = null;
   const head = h('tr', null, HEADS.map((name) => h('th', { scope: 'col', class: kindOf(name) }, t(`log.h.${name}`))));
-  const body = h('tbody'), table = h('table', null, h('thead', null, head), body), note = h('div', null, ui.skeleton());
+  const body = h('tbody'), table = h('table', null, h('thead', null, head), body), note = h('div', null, ui.skeleton(8));
   const more = ui.button(t('log.more'), { on: () => load(next) });
   const fresh = ui.button('–', { kind: 'primary small', icon: 'up', on: () => { scrollTo(0, 0); paint(true); } });
   const results = ui.chips(t('log.result'), [], '', (result) => setQuery({ result }));
@@ -102,13 +101,10 @@ function mount(root) {
     h('div', { class: 'fresh' }, fresh), table, note);
   fill(root, h('div', { class: 'log' }, h('div', { class: 'log-head' }, results, search, others),
     h('div', { class: 'filters' }, selects), place, more));
-
-  function paint(isWanted) {
+  function paint(all) {
     const reads = sheet || scrollY > AT_TOP_PX || place.matches(':hover') || body.contains(document.activeElement);
-    if (isWanted || !reads) {
-      if (rows.length > most) next = rows[most - 1].id; // the page does not grow with what it lets in
-      rows = rows.slice(0, most); top = rows[0]?.at;
-    }
+    // The page does not grow with what it lets in.
+    if (all || !reads) { next = rows[most] ? rows[most - 1].id : next; rows = rows.slice(0, most); top = rows[0]?.at; }
     const listed = rows.filter((row) => row.at <= top), waiting = rows.length - listed.length;
     keyed(body, listed, (row) => row.id, makeRow, patchRow);
     [table.hidden, more.hidden, fresh.hidden] = [!rows.length, !next, !waiting];
@@ -118,12 +114,11 @@ function mount(root) {
       : ui.empty('log', t('log.none'), ui.button(t('nav.connect'), { kind: 'primary', href: hash('connect') }))));
   }
   function paintFilters() {
-    const all = { endpoint: ENDPOINTS, ...facets, account: store.get('accounts').map((one) => [one.id, nameOf(one)]),
-      range: Object.keys(RANGES).map((one) => [one, t(`log.range.${one}`)]) };
+    const said = { account: (id) => nameOf(accountOf(id)), range: (id) => t(`log.range.${id}`) }, all = { ...facets,
+      endpoint: ENDPOINTS, account: store.get('accounts').map((one) => one.id), range: Object.keys(RANGES) };
     SELECTS.forEach((name, at) => {
-      const values = (all[name] ?? []).map((one) => [one].flat()), chosen = query[name] ?? '';
-      const lacks = chosen && !values.some(([one]) => one === chosen);
-      selects[at].set([['', t(`log.by.${name}`)], ...values, ...(lacks ? [[chosen]] : [])], chosen);
+      const chosen = query[name] ?? '', values = [...new Set(['', ...(all[name] ?? []), chosen])];
+      selects[at].set(values.map((one) => [one, one ? said[name]?.(one) || one : t(`log.by.${name}`)]), chosen);
     });
     results.patch(RESULTS.map((one) => [one, t(`log.${one || 'all'}`)]), query.result ?? '');
   }
@@ -141,10 +136,7 @@ function mount(root) {
     rows = [...seen.values()].filter((row) => fits(row, query)).sort((a, b) => b.at - a.at); paint();
   }
   function show(id) {
-    sheet ??= ui.dialog({ title: t('log.one'), sheet: true, onclose: () => {
-      sheet = null;
-      if (current().page === 'log' && current().parts.length) go(hash('log', [], current().query));
-    } });
+    sheet ??= ui.dialog({ title: t('log.one'), sheet: true, onclose: () => { sheet = null; back(current()); } });
     const { el, body: inside } = sheet, own = h('div', { class: 'stack' });
     const ask = () => reading.then(() => get(`/requests/${encodeURIComponent(id)}`)).catch((error) => (
       rows.find((row) => row.id === id) ?? Promise.reject(error))); // one that still runs is not in the log yet
@@ -153,10 +145,9 @@ function mount(root) {
       text(el.querySelector('h2'), `${codeOf(row)} · ${row.method} ${row.endpoint}`); fill(own, whole(row, rows));
     });
   }
-
   new IntersectionObserver(([one]) => one.isIntersecting && next && load(next), { rootMargin: '400px' }).observe(more);
   const off = store.on('recent', saw), list = () => [...body.rows];
-  return { primary: null, search, refresh: () => load(), rows: { list },
+  return { search, refresh: () => load(), rows: { list },
     update({ parts: [id], query: wanted }) {
       if (JSON.stringify(query) !== JSON.stringify(wanted)) { query = wanted; paintFilters(); reading = load(); }
       if (search !== document.activeElement) search.value = query.q ?? '';

@@ -18,20 +18,17 @@ const isAsked = (name, mode) => (mode === 'models' ? name === 'account' : mode =
   ? !['model', 'effort', 'system', 'tools'].includes(name) : !(name in LOOKS));
 const PRESETS = ['ok', 'count', 'tool', 'picture', 'apple'], KEPT = 'azt.play', KEPT_MAX = 20;
 const CHARS_MAX = 20_000, PICTURES_MAX = 4, ROW_PX = 28, ROWS_SPARE = 10, TICK_MS = 100;
-const form = { model: '', effort: '', account: '', stream: true, system: '', tools: '', raw: null, pictures: [],
-  size: '1024x1024', quality: 'low', background: 'auto', output_format: 'png' };
+const form = { stream: true, system: '', tools: '', raw: null, pictures: [] }; // and what the controls put there
 let run = null, past = JSON.parse(sessionStorage.getItem(KEPT) ?? '[]'), models = [], view = null, frame = 0;
 
-const oneOf = (all, wanted) => (all.includes(wanted) ? wanted : all[0]), drop = (one) => URL.revokeObjectURL(one?.url);
 const promptOf = (mode) => (mode === 'image' ? 'image' : 'text'), isRunning = () => run?.state === 'running';
-const nextCall = () => callOf(view.mode, form), paintSoon = () => { frame ||= requestAnimationFrame(paint); };
-const stop = () => run.stopper.abort();
+const nextCall = () => callOf(view.mode, form), stop = () => run.stopper.abort();
+const paintSoon = () => { frame ||= requestAnimationFrame(() => { frame = 0; if (view) paint(); }); };
 
-// -- One run
-function start(made) {
-  drop(run?.picture);
-  return run = { text: '', thought: '', tools: [], events: [], switches: [], ...made };
-}
+// -- One run, and the earlier ones: their texts, in this tab only
+const drop = (picture) => URL.revokeObjectURL(picture?.url);
+const blank = () => ({ text: '', thought: '', tools: [], events: [], switches: [] });
+const start = (made) => { drop(run?.picture); return run = { ...blank(), ...made }; };
 function take(made, event, data) {
   const { mode, events, picture: before, startedAt } = made, now = performance.now();
   events.push({ n: events.length, event, data, at: now - startedAt });
@@ -49,7 +46,7 @@ async function send() {
   const ticking = setInterval(paintSoon, TICK_MS), onevent = ({ event, data }) => take(made, event, data);
   const onhead = ({ headers }) => Object.assign(made, { id: headers.get('x-request-id'),
     account: decodeURIComponent(headers.get('x-azt-account') ?? '') });
-  announce(t('play.started')); paint(); view.told.scrollIntoView({ block: 'nearest' });
+  announce(t('play.started')); paintSoon(); view.told.scrollIntoView({ block: 'nearest' });
   try {
     const { json } = await stream('/playground', asked, { signal, onhead, onevent });
     if (json) take(made, 'json', JSON.stringify(json));
@@ -59,7 +56,7 @@ async function send() {
     if (!signal.aborted) Object.assign(made, { error, id: error.requestId || made.id });
   }
   clearInterval(ticking); made.endedAt = performance.now(); keep(made);
-  announce(made.text || t(`play.${made.state}`)); paint(); explain();
+  announce(made.text || t(`play.${made.state}`)); paintSoon(); explain();
 }
 /** The log knows what the answer cannot tell: the attempts before it, and where the time went. */
 async function explain() {
@@ -68,10 +65,8 @@ async function explain() {
   made.detail = {}; made.detail = await get(`/requests/${made.id}`).catch(() => ({}));
   const { attemptList: tries = [] } = made.detail, name = (one) => nameOf(accountOf(one.accountId)) || one.account;
   made.switches = tries.slice(1).flatMap((next, at) => (tries[at].action === 'switched' ? t('play.switched', {
-    from: name(tries[at]), to: name(next), reason: tries[at].errorType ?? tries[at].status }) : [])); paint();
+    from: name(tries[at]), to: name(next), reason: tries[at].errorType ?? tries[at].status }) : [])); paintSoon();
 }
-
-// -- Earlier runs: text only, in this tab only
 function keep({ stopper, events, picture, detail, error, text: said, ...made }) {
   if (made.mode === 'models' || isMasking()) return;
   past = [{ ...made, text: said.slice(0, CHARS_MAX), at: Date.now() }, ...past].slice(0, KEPT_MAX);
@@ -108,12 +103,11 @@ function paintForm() {
   account.set([['', t('play.automatic')], ...store.get('accounts').map((one) => [one.id, nameOf(one)])], form.account);
   paintSoon();
 }
-
 function choice(name) {
   const words = t(`play.${name}`), change = (value) => { form[name] = value; paintForm(); };
   if (name === 'stream') return ui.toggle(words, form.stream, change);
   const options = LOOKS[name]?.map((one) => [one, one === 'auto' ? t('play.auto') : one]) ?? [];
-  const made = ui.select(words, options, form[name], change);
+  const made = ui.select(words, options, form[name] ??= LOOKS[name]?.[0] ?? '', change);
   return Object.assign(ui.field(words, made), { set: made.set });
 }
 /** A text of the form, folded away until it is wanted. The raw body counts only while it is open. */
@@ -128,7 +122,7 @@ function folded(name) {
   return el;
 }
 function buildForm() {
-  const add = (files) => { addPictures([...files]); };
+  const add = (files) => { addPictures([...files]); }, clear = () => { past = []; sessionStorage.removeItem(KEPT); };
   const names = ['model', 'effort', ...Object.keys(LOOKS), 'account', 'stream'];
   const controls = Object.fromEntries(names.map((name) => [name, choice(name)]));
   const prompt = h('textarea', { rows: '7', 'aria-label': t('play.prompt'), placeholder: t('play.prompt'), on: {
@@ -141,7 +135,6 @@ function buildForm() {
   const [system, tools, raw] = ['system', 'tools', 'raw'].map(folded);
   const texts = { presets, prompt, attach, pictures, system, tools, raw };
   const go = ui.button('–', { kind: 'primary', icon: 'play', 'aria-keyshortcuts': 'Control+Enter', on: send });
-  const clear = () => { past = []; sessionStorage.removeItem(KEPT); };
   const history = ui.details(t('play.history'), list, ui.button(t('play.clear'), { icon: 'trash', on: clear }));
   const hold = (event) => { event.preventDefault(); event.stopPropagation(); }; // the window takes account files
   const on = { dragenter: hold, dragover: hold, drop: (event) => { hold(event); add(event.dataTransfer.files); } };
@@ -176,50 +169,46 @@ function ending({ id, text: said, picture: { file } = {}, switches, error, model
 }
 
 const pane = (paintIt, ...parts) => Object.assign(h('div', { class: 'pane' }, parts), { paintIt });
-const PANES = {
-  answer() {
-    const [said, thought, called] = [new Text(), new Text(), new Text()], tools = h('pre', { class: 'tool' }, called);
-    const empty = ui.empty('play', t('play.nothing')), end = h('div'), step = h('figcaption');
-    const img = h('img', { alt: t('play.picture') }), figure = h('figure', { class: 'frame' }, img, step);
-    const thinking = ui.details(t('play.thought'), h('p', { class: 'said' }, thought));
-    return pane(() => {
-      const { text: answer = '', thought: reason = '', tools: calls = [], picture } = run ?? {};
-      grow(said, answer); grow(thought, reason);
-      grow(called, calls.filter(Boolean).map((one) => `${one.name}(${one.text})`).join('\n'));
-      [empty.hidden, thinking.hidden, tools.hidden, figure.hidden] = [run, !reason, !called.length, !picture];
-      if (picture && img.src !== picture.url) img.setAttribute('src', picture.url);
-      const n = picture?.step, words = t(n ? 'play.preview' : 'play.final', { n, m: PICTURES_SHOWN });
-      text(step, picture ? words : ''); keyed(end, run ? [run] : [], markOf, ending);
-    }, empty, thinking, h('p', { class: 'said' }, said), tools, figure, end);
-  },
-  events() {
-    const sheet = h('div', { class: 'roll' }), list = h('div', { class: 'roller', tabindex: '0', role: 'group',
-      'aria-label': t('play.tab.events'), on: { scroll: paintSoon } }, sheet);
-    const make = ({ n, at, event, data }) => h('button', { type: 'button', class: 'event', vars: { '--n': n }, on: {
-      click: () => ui.dialog({ title: event, wide: true, body: ui.codeBlock(data.slice(0, CHARS_MAX)) }) } },
-    h('span', null, duration(at)), h('b', null, event), h('span', { class: 'cut' }, data.slice(0, 200)));
-    return pane(() => {
-      const all = run?.events ?? [], first = Math.max(0, Math.floor(list.scrollTop / ROW_PX) - ROWS_SPARE);
-      const last = first + Math.ceil(list.clientHeight / ROW_PX) + 2 * ROWS_SPARE;
-      sheet.style.setProperty('--rows', all.length); keyed(sheet, all.slice(first, last), (one) => one, make);
-    }, list);
-  },
-  request() {
-    const place = h('div'), base = () => store.get('gateway').baseUrl, words = ({ path, body }) => t('play.http', {
-      method: view.mode === 'models' ? 'GET' : 'POST', url: base() + path.slice(3), body: shownBody(body) });
-    const copy = (how) => ui.copyButton(() => asCall(how, nextCall(), base()), t(`play.as.${how}`));
-    const now = () => { try { return words(nextCall()); } catch (error) { return error.message; } };
-    const make = (one) => ui.codeBlock(one, { label: t('play.tab.request') });
-    return pane(() => keyed(place, [now()], String, make), ui.row(['curl', 'python', 'js'].map(copy)), place);
-  },
-  timing() {
-    const place = h('div'), make = (rows) => (rows.length ? waterfall(rows) : ui.empty('clock', t('play.noTiming')));
-    return pane(() => keyed(place, [timingRows(run?.detail?.timing ?? {})], JSON.stringify, make), place);
-  },
-};
+function answerPane() {
+  const [said, thought, called] = [new Text(), new Text(), new Text()], tools = h('pre', { class: 'tool' }, called);
+  const empty = ui.empty('play', t('play.nothing')), end = h('div'), step = h('figcaption');
+  const img = h('img', { alt: t('play.picture') }), figure = h('figure', { class: 'frame' }, img, step);
+  const thinking = ui.details(t('play.thought'), h('p', { class: 'said' }, thought));
+  return pane(() => {
+    const { text: answer = '', thought: reason = '', tools: calls = [], picture } = run ?? {};
+    grow(said, answer); grow(thought, reason);
+    grow(called, calls.filter(Boolean).map((one) => `${one.name}(${one.text})`).join('\n'));
+    [empty.hidden, thinking.hidden, tools.hidden, figure.hidden] = [run, !reason, !called.length, !picture];
+    if (picture && img.src !== picture.url) img.setAttribute('src', picture.url);
+    const n = picture?.step, words = t(n ? 'play.preview' : 'play.final', { n, m: PICTURES_SHOWN });
+    text(step, picture ? words : ''); keyed(end, run ? [run] : [], markOf, ending);
+  }, empty, thinking, h('p', { class: 'said' }, said), tools, figure, end);
+}
+function eventsPane() {
+  const sheet = h('div', { class: 'roll' }), list = h('div', { class: 'roller', tabindex: '0', role: 'group',
+    'aria-label': t('play.tab.events'), on: { scroll: paintSoon } }, sheet);
+  const make = ({ n, at, event, data }) => h('button', { type: 'button', class: 'event', vars: { '--n': n }, on: {
+    click: () => ui.dialog({ title: event, wide: true, body: ui.codeBlock(data.slice(0, CHARS_MAX)) }) } },
+  h('span', null, duration(at)), h('b', null, event), h('span', { class: 'cut' }, data.slice(0, 200)));
+  return pane(() => {
+    const all = run?.events ?? [], first = Math.max(0, Math.floor(list.scrollTop / ROW_PX) - ROWS_SPARE);
+    const last = first + Math.ceil(list.clientHeight / ROW_PX) + 2 * ROWS_SPARE;
+    sheet.style.setProperty('--rows', all.length); keyed(sheet, all.slice(first, last), (one) => one, make);
+  }, list);
+}
+function requestPane() {
+  const place = h('div'), base = () => store.get('gateway').baseUrl, words = ({ path, body }) => t('play.http', {
+    method: view.mode === 'models' ? 'GET' : 'POST', url: base() + path.slice(3), body: shownBody(body) });
+  const copy = (how) => ui.copyButton(() => asCall(how, nextCall(), base()), t(`play.as.${how}`));
+  const now = () => { try { return words(nextCall()); } catch (error) { return error.message; } };
+  const make = (one) => ui.codeBlock(one, { label: t('play.tab.request') });
+  return pane(() => keyed(place, [now()], String, make), ui.row(['curl', 'python', 'js'].map(copy)), place);
+}
+function timingPane() {
+  const place = h('div'), make = (rows) => (rows.length ? waterfall(rows) : ui.empty('clock', t('play.noTiming')));
+  return pane(() => keyed(place, [timingRows(run?.detail?.timing ?? {})], JSON.stringify, make), place);
+}
 function paint() {
-  cancelAnimationFrame(frame); frame = 0;
-  if (!view) return;
   [view.halt.hidden, view.history.hidden] = [!isRunning(), isMasking() || !past.length];
   fill(view.state, run && facts(run).map((one) => h('span', null, one)));
   keyed(view.asks.pictures, form.pictures, (one) => one.url, pictureRow);
@@ -238,27 +227,25 @@ addEventListener('keydown', ({ key, ctrlKey, metaKey }) => {
   if (view && key === 'Enter' && (ctrlKey || metaKey)) send().catch(ui.fail);
   if (view && key === 'Escape' && isRunning() && !document.querySelector('dialog[open], :popover-open')) stop();
 });
-
 function mount(root, { route: { query: { model = form.model, account = form.account } } }) {
   const pick = (name, all, words) => ui.segmented(t(`play.${name}s`), all.map((one) => [one, t(`play.${words}${one}`)]),
     '', (value) => setQuery({ [name]: value })), modes = pick('mode', MODES, ''), tabs = pick('tab', TABS, 'tab.');
-  const panes = TABS.map((name) => PANES[name]()), state = h('p', { class: 'run-facts' });
-  Object.assign(form, { model, account });
+  const panes = [answerPane, eventsPane, requestPane, timingPane].map((make) => make());
   const halt = ui.button(t('play.stop'), { icon: 'stop', kind: 'danger', on: stop });
-  const told = ui.card({ class: 'told' }, h('div', { class: 'run-head' }, tabs, halt), state, panes);
-  view = { ...buildForm(), halt, state, told };
+  Object.assign(form, { model, account }); view = { ...buildForm(), halt, state: h('p', { class: 'run-facts' }) };
+  view.told = ui.card({ class: 'told' }, h('div', { class: 'run-head' }, tabs, halt), view.state, panes);
   fill(root, h('div', { class: 'play', on: { click: paintSoon, input: paintSoon } }, modes,
-    h('div', { class: 'play-two' }, view.el, told)));
+    h('div', { class: 'play-two' }, view.el, view.told)));
   loadModels().catch(ui.fail);
-  return { primary: null, unmount() { view = null; }, update({ query }) {
-    const mode = oneOf(MODES, query.mode), tab = oneOf(TABS, query.tab);
+  return { unmount() { view = null; }, update({ query }) {
+    const mode = MODES[Math.max(0, MODES.indexOf(query.mode))], tab = Math.max(0, TABS.indexOf(query.tab));
     if (view.mode && view.mode !== mode) form.raw = null;
-    Object.assign(view, { mode, pane: panes[TABS.indexOf(tab)] });
-    modes.set(mode); tabs.set(tab); text(view.go.querySelector('.label'), t(`play.go.${mode}`));
+    Object.assign(view, { mode, pane: panes[tab] });
+    modes.set(mode); tabs.set(TABS[tab]); text(view.go.querySelector('.label'), t(`play.go.${mode}`));
     view.asks.prompt.value = form[promptOf(mode)] ??= t(`play.say.${mode === 'image' ? 'apple' : 'count'}`);
     for (const [name, el] of Object.entries(view.asks)) { el.hidden = !isAsked(name, mode); el.show?.(); }
     for (const one of panes) one.hidden = one !== view.pane;
-    paintForm(); paint();
+    paintForm();
   } };
 }
 export const page = { title: 'nav.play', mount };
