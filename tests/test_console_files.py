@@ -11,7 +11,7 @@ WEB = ROOT / "azt_web"
 FILES = {path.relative_to(WEB).as_posix(): path for path in WEB.rglob("*") if path.is_file()}
 TEXTS = {name: path.read_text(encoding="utf-8") for name, path in sorted(FILES.items())}
 CODE = {name: text for name, text in TEXTS.items() if name.endswith(".js")}
-LINES_MAX = 3_790  # console.md 9 asks for 3,500: never raise this
+LINES_MAX = 3_500  # console.md 9: never raise this
 WIDTH_MAX, WIDE_MAX = 120, 3
 
 
