@@ -19,7 +19,7 @@ export const lang = () => language;
 export const onLang = (fn) => { onchange = fn; };
 export function setLang(wanted) {
   language = document.documentElement.lang = wanted;
-  setPref('lang', language); onchange();
+  setPref('lang', language); onchange?.();
 }
 
 export const known = (key) => key in STRINGS;
