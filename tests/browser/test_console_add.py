@@ -59,11 +59,22 @@ def person(console: Any, number: int, email: str) -> None:
 
 def sign_in_at_the_provider(console: Any) -> Any:
     """Follow the link of the dialog, agree there; the page on which that ends."""
+    link = dialog(console).get_by_role("link", name="Open sign-in page")
+    address = str(link.get_attribute("href"))
     with console.page.context.expect_page() as opened:
-        console.click(dialog(console).get_by_role("link", name="Open sign-in page"))
+        console.click(link)
     provider = opened.value
+    way_back(address)
     provider.get_by_role("button", name="Continue").click()
     return provider
+
+
+def way_back(link: str) -> tuple[str, str]:
+    """Where a sign-in ends, and its state, once something listens there: a person takes longer."""
+    asked = dict(urllib.parse.parse_qsl(link.partition("?")[2]))
+    port = urllib.parse.urlsplit(asked["redirect_uri"]).port
+    eventually(lambda: not azt._is_free(port or 0))
+    return asked["redirect_uri"], asked["state"]
 
 
 def drop(console: Any, *files: tuple[str, bytes]) -> None:
@@ -214,9 +225,9 @@ def test_a_refusal_at_the_provider_is_told_and_another_link_is_offered(console: 
     add(console, "browser")
     link = dialog(console).get_by_role("link", name="Open sign-in page").get_attribute("href")
     button(console, "Copy link").click()
-    asked = dict(urllib.parse.parse_qsl(str(link).partition("?")[2]))
+    address, state = way_back(str(link))
     back = console.page.context.new_page()
-    back.goto(f"{asked['redirect_uri']}?error=access_denied&state={asked['state']}")
+    back.goto(f"{address}?error=access_denied&state={state}")
 
     expect(dialog(console)).to_contain_text("declined at the provider")
     button(console, "Try again").click()
