@@ -5,10 +5,10 @@
 # ///
 """azt (AI Zero Token): your own ChatGPT/Codex sign-in as an OpenAI-compatible API on your machine.
 
-What it does: `azt start` listens on one port and answers `/v1/models`, `/v1/chat/completions` and
-`/v1/responses` by calling the Codex backend with the account that you signed in; it translates the
-requests and streams every delta on as soon as it has arrived. What Codex sends to `/codex/v1` goes
-through unchanged.
+What it does: `azt start` listens on one port and answers `/v1/models`, `/v1/chat/completions`,
+`/v1/responses` and `/v1/images/*` by calling the Codex backend with the account that you signed in;
+it translates the requests and streams every delta on as soon as it has arrived. What Codex sends to
+`/codex/v1` goes through unchanged. The page at `/` shows and changes all of it.
 
 What it does not do: no telemetry, no update check by itself, no prompt or answer on disk, no call
 to any host that is not in the table `OUTBOUND` (room 1) unless you set it, no browser
@@ -1628,8 +1628,7 @@ class _Reply:
 
     def feed(self, data: bytes) -> Answer | None:
         """The answer once it is complete; a stream is so at its head."""
-        is_over = not data
-        answer = self.answer
+        is_over, answer = not data, self.answer
         if answer is None:
             answer = self.head(data)
             if answer is None:
@@ -3151,8 +3150,7 @@ class CodexFiles:
         """Take over, or release ("" for `mode`). `base` as in `_change`. Raises AztError."""
         path, saved = self._paths.codex_config, self._saved()
         taken, raw = saved.get("takeover"), find_foreign(path)
-        config = parse_toml(raw or b"")
-        text = (raw or b"").decode()
+        config, text = parse_toml(raw or b""), (raw or b"").decode()
         before = None if raw is None else text
         if taken and text in taken["written"]:
             before = taken["before"]
@@ -3861,9 +3859,10 @@ class Catalogue:
         extras["input_modalities"] = entry.get("input_modalities")
         return {**model, **{name: value for name, value in extras.items() if value}}
 
-    def openai_models(self) -> Json:
-        entries = [*(self.listed or self.entries), _IMAGE_ENTRY]
-        return {"object": "list", "data": [self.openai_model(entry) for entry in entries]}
+    def openai_models(self, only: Sequence[str] | None = None) -> Json:
+        every = [*(self.listed or self.entries), _IMAGE_ENTRY]
+        shown = [entry for entry in every if not only or entry["slug"] in only]
+        return {"object": "list", "data": list(map(self.openai_model, shown))}
 
     def find(self, model_id: str) -> Json:
         """raises  AztError 404 naming what there is"""
@@ -7541,6 +7540,7 @@ class RequestRecord:
     error_code: str | None = None
     failure: Json = field(default_factory=dict)  # see `fail`
     left: str = ""  # the id of the account that the conversation was with, and could not stay
+    conversation: str = ""  # what names it to the rotation
     is_listed: bool = True  # the model that was asked for
     alternative: str = ""  # the default model, where another one was asked for
     headers: Json = field(default_factory=dict)  # of the request: what it says of its program
@@ -7605,14 +7605,13 @@ class RequestRecord:
 
     def row(self, event: Json) -> Json:
         """The row of the request log: the event, and what explains it (console.md 6.6)."""
-        tries = self.tries
+        tries, tokens = self.tries, event["tokens"]
         for number, one in enumerate(tries):
             is_last = number == len(tries) - 1
             one |= {"n": number + 1, "action": "done" if is_last else "switched"}
             if not is_last and tries[number + 1]["accountId"] == one["accountId"]:
                 one["action"] = "retried"
         stream_ms = None if self.ttft_ms is None else max(0, (self.total_ms or 0) - self.ttft_ms)
-        tokens = event["tokens"]
         rate = tokens["output"] * 1000 / stream_ms if tokens and stream_ms else None
         timing = {
             "queueMs": tries[0]["startedAt"] - event["at"] if tries else None,
@@ -7632,6 +7631,7 @@ class RequestRecord:
             "keyId": self.key_id,
             "remote": self.remote,
             "upstreamRequestId": tries[-1].get("upstreamRequestId") if tries else None,
+            "sessionHint": unnamed(self.conversation) if self.conversation else None,
         }
 
 
@@ -10256,7 +10256,7 @@ def _note_turn(record: RequestRecord, turn: Turn) -> None:
     record.attempts, record.tries = turn.attempts, turn.tries
     if (account := turn.account) is not None:
         record.account, record.account_id, record.plan = account.name, account.id, account.plan
-    record.left = turn.left
+    record.left, record.conversation = turn.left, turn.keys[-1] if turn.keys else ""
 
 
 def _note_end(gw: Gateway, request: Request, turn: Turn, relay: Relay) -> None:
@@ -10377,7 +10377,7 @@ async def post_input_tokens(gw: Gateway, request: Request) -> Reply:
     return json_reply({"object": "response.input_tokens", "input_tokens": count})
 
 
-get_models = _view(lambda gw, request: gw.catalogue.openai_models())
+get_models = _view(lambda gw, one: gw.catalogue.openai_models((one.key or {}).get("models")))
 get_model = _view(lambda gw, request: gw.catalogue.find(request.params["id"]))
 
 

@@ -201,6 +201,7 @@ DETAIL = ROW | {
     "keyId": MAYBE_WORD,
     "remote": WORD,
     "upstreamRequestId": MAYBE_WORD,
+    "sessionHint": MAYBE_WORD,
 }
 MODEL = {"id": WORD, "name": WORD, "input": [WORD], "default": FLAG, "efforts": [WORD]}
 READS: dict[str, Json] = {

@@ -61,6 +61,8 @@ def test_a_key_is_for_its_models_on_every_path(new_gateway: NewGateway) -> None:
     assert (
         client.post("/v1/chat/completions", {**CHAT, "model": None}, headers=key).status == 403
     )  # the default is another one
+    listed = client.get("/v1/models", headers=key).json["data"]
+    assert [model["id"] for model in listed] == ["gpt-5.5"]
     unread = client.post(
         "/codex/v1/responses",
         body=b"(\xb5/\xfd not to be read",

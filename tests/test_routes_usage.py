@@ -195,6 +195,20 @@ def test_a_row_explains_which_accounts_were_tried(
     assert 0 <= row["timing"]["connectMs"] <= row["timing"]["firstByteMs"]
 
 
+def test_rows_of_one_conversation_have_the_same_hint_and_tell_nothing_else_of_it(
+    new_gateway: NewGateway, upstream: FakeUpstream
+) -> None:
+    client = Client(new_gateway().url)
+    for name in ("my diary", "my diary", "another"):
+        client.post("/v1/responses", {"input": "hi", "prompt_cache_key": name})
+    client.get("/v1/models")
+
+    details = [client.get(f"{ADMIN}/requests/{row['id']}").json for row in rows(client)]
+    other, second, first = [one["sessionHint"] for one in details if one["model"] != "-"]
+    assert first == second != other
+    assert "diary" not in json.dumps(details)
+
+
 def test_a_row_says_how_much_was_answered_and_how_the_provider_names_the_calls(
     new_gateway: NewGateway, upstream: FakeUpstream
 ) -> None:

@@ -549,6 +549,8 @@ export const STRINGS = {
   'log.f.keyId': ['Key', '密钥'],
   'log.f.errorType': ['Error', '错误'],
   'log.f.imageRoute': ['Image route', '图像通道'],
+  'log.f.conversation': ['Conversation', '会话'],
+  'log.f.upstreamId': ['Id at the provider', '上游请求 ID'],
   'log.f.bytes': ['Size', '大小'],
   'log.f.messages': ['Messages', '消息数'],
   'log.f.tools': ['Tools', '工具数'],

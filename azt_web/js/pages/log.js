@@ -68,7 +68,7 @@ function whole(row, rows) {
     section('tokens', h('p', null, t(tokens ? 'log.tokenLine' : 'usage.unknown', counts))),
     section('about', about({ at: exact(row.at), model, requestedModel: wanted === model ? '' : wanted,
       account: accountText(row), client: row.client, remote: row.remote, keyId: row.keyId, errorType: row.errorType,
-      imageRoute: route === 'none' ? '' : route })),
+      imageRoute: route === 'none' ? '' : route, conversation: row.sessionHint, upstreamId: row.upstreamRequestId })),
     ['request', 'response', 'headers'].map((name) => Object.keys(row[name] ?? {}).length > 0
       && ui.details(t(`log.${name}`), about(row[name]))),
     ui.row(ui.copyButton(() => likeIt(row), t('log.asCurl')),
