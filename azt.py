@@ -992,7 +992,7 @@ _PAGE_TYPES = {
     ".html": "text/html; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
-    ".webmanifest": "application/manifest+json",
+    ".txt": "text/plain; charset=utf-8",
 }
 _NO_PAGES = b"""<!doctype html><meta charset="utf-8"><title>azt</title>
 <p>azt is running and its API answers under <code>/v1</code>. The console's pages are not beside

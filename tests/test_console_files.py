@@ -121,7 +121,7 @@ def test_every_sentence_is_used() -> None:
 
 def test_a_person_can_read_all_of_it() -> None:
     lines = {name: len(text.splitlines()) for name, text in TEXTS.items()}
-    del lines["js/strings.js"]
+    del lines["js/strings.js"], lines["snippets.txt"]  # what is said is not to be shortened
 
     assert sum(lines.values()) < LINES_MAX, sorted(lines.items(), key=lambda one: -one[1])
 

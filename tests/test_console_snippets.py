@@ -47,6 +47,9 @@ def node(tmp_path: Path) -> Run:
     def call(code: str, *arguments: Any) -> Any:
         script = "globalThis.document = { documentElement: {} };\n"
         script += "globalThis.navigator ??= { languages: [] };\n"  # Node has it since 21
+        script += "const files = await import('node:fs');\n"
+        script += "globalThis.fetch = async (url) => new Response(files.readFileSync(url));\n"
+        script += "globalThis.location = { hash: '' };\n"
         for name in ("i18n", "snippets"):
             file = (ROOT / f"azt_web/js/{name}.js").as_uri()
             script += f"const {name} = await import({json.dumps(file)});\n"
@@ -57,7 +60,12 @@ def node(tmp_path: Path) -> Run:
             "-e",
             script + "console.log(JSON.stringify(out))",
         ]
-        done = subprocess.run([*command, json.dumps(arguments)], capture_output=True, check=True)
+        done = subprocess.run(
+            [*command, json.dumps(arguments)],
+            cwd=ROOT / "azt_web",
+            capture_output=True,
+            check=True,
+        )
         return json.loads(done.stdout)
 
     return call

@@ -33,9 +33,10 @@ async function call(method, path, how = {}, isAgain = false) {
 
 const parsed = async (answer) => (answer.status === 204 ? null : answer.json());
 export const get = async (path, query) => parsed(await call('GET', path, { query }));
+/** A text beside the pages. */
+export const file = async (name) => (await fetch(name)).text();
 /** `body`: an object, or a FormData. */
 export const send = async (method, path, body = {}, how = {}) => parsed(await call(method, path, { body, ...how }));
-export const upload = (path, form, query) => send('POST', path, form, { query });
 /** The answer becomes a file in the downloads; nothing of it is shown. */
 export async function download(path, body, method = 'POST') {
   const answer = await call(method, path, method === 'GET' ? { query: body } : { body });

@@ -90,7 +90,7 @@ function mount(root) {
     [share, { items: models }] = found;
     update(current());
   });
-  return { update, primary: null, unmount: () => { stop(); codex?.unmount(); } };
+  return { update, unmount: () => { stop(); codex?.unmount(); } };
 }
 
 export const page = { title: 'nav.connect', mount };

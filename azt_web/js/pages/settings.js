@@ -239,7 +239,7 @@ function mount(root) {
   });
   // Another tab has saved: follow it, but not under what is being typed; saving then asks.
   const off = on('settings', (now) => { if (now.revision !== saved?.revision && !changed(section).length) load(); });
-  return { primary: null, unmount() { off(); part?.unmount?.(); }, update({ parts: [wanted] }) {
+  return { unmount() { off(); part?.unmount?.(); }, update({ parts: [wanted] }) {
     const next = wanted in FIELDS ? wanted : 'general';
     if (next === section) return;
     section = next; head.show(next); if (saved) build();
