@@ -5577,7 +5577,8 @@ class _Item:
     def learn(self, value: Json) -> None:
         """Take in a snapshot. Quirk: it may lack what an older one had (R02_output_empty)."""
         for name, new in value.items():
-            if new not in (None, "", [], {}) or name not in self.value:
+            is_news = new not in (None, "", [], {}) or name not in self.value
+            if is_news and (name != "type" or isinstance(new, str)):
                 self.value[name] = new
         if self.group == "call":
             self.part().learn(value)
@@ -5773,8 +5774,7 @@ class _EventStream:
     def _end(self, event: Json) -> None:
         self._remember(event)
         self.usage = _get(self._upstream, "usage", dict) or None
-        status = event["type"].removeprefix("response.")
-        counts: dict[str, int] = {}
+        status, counts = event["type"].removeprefix("response."), dict[str, int]()
         for index, value in enumerate(_dicts(_get(event, "response", dict), "output")):
             group = _group(value)
             place = counts[group] = counts.get(group, -1) + 1

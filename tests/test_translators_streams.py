@@ -16,7 +16,7 @@ from unittest import mock
 
 import pytest
 from harness import Claim
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.lib.streaming.responses._responses import ResponseStreamState
@@ -718,6 +718,8 @@ def test_fast_and_slow_responses_streams_send_the_same_bytes(
 
 @settings(**OPTIONS)
 @given(st.lists(raw_events(), max_size=20))
+@example([b'{"type":"response.incomplete","response":{"output":[{"type":[]}]}}'])
+@example([b'{"type":"response.output_item.added","item":{"type":{},"id":"msg_1"}}'])
 def test_any_events_leave_dense_sequence_numbers_and_items_announced_before_use(
     events: list[bytes],
 ) -> None:

@@ -593,7 +593,7 @@ def stream_of(
     record = azt.RequestRecord("req_1", "POST", "/codex/v1/responses", 0.0)
 
     async def slowly() -> azt.ImageResult:
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.5)  # many heartbeats, also on a busy machine
         result: azt.ImageResult = made()
         return result
 
